@@ -1,0 +1,6 @@
+"""TFDS builders for data that ships in packages. Importing this registers them by name."""
+
+from experiments.datasets.digits import Digits
+from experiments.datasets.fashion_mnist_local import FashionMnistLocal
+
+__all__ = ["Digits", "FashionMnistLocal"]

@@ -1,0 +1,1 @@
+"""Checkpoints of the whole state, what describes them, and stopping in good order."""

@@ -1,0 +1,112 @@
+"""Checkpoints on disk: Orbax, asynchronous, the last ones and the best."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from trainer import config
+from trainer.errors import UserError
+from trainer.rules import path_of
+from trainer.state import TrainState
+
+
+class Store:
+    """The checkpoints of one run.
+
+    A save copies the state to the host and returns; the writing goes on in the background. A save that was cut off
+    leaves a folder that no later start takes for a checkpoint.
+    """
+
+    def __init__(self, directory: Path, settings: config.Checkpoint, *, read_only: bool = False) -> None:
+        """Opens `directory`, and makes it unless `read_only`."""
+        self._best = settings.best_metric
+        kept: list[Any] = [policies.LatestN(settings.keep_last)]
+        best: dict[str, Any] = {}
+        if self._best:
+            # NaN compares as neither better nor worse; it must never be kept as the best.
+            worst = -math.inf if settings.best_mode == "max" else math.inf
+
+            def metric(metrics: dict[str, float]) -> float:
+                value = metrics.get(self._best, worst)
+                return worst if math.isnan(value) else value
+
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=metric,
+                    reverse=settings.best_mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+            # Without best_fn the metrics would be forgotten when the directory is opened again.
+            best = {"best_fn": metric, "best_mode": settings.best_mode}
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            # Named, so that metadata can be read before anything was saved or restored.
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                create=not read_only,
+                read_only=read_only,
+                **best,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, or None if none is kept for that."""
+        return self._manager.best_step() if self._best else None
+
+    def save(self, state: TrainState, manifest: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Starts to save `state` under the manifest's step; `metrics` are what the best is chosen by."""
+        self._manager.save(
+            manifest["step"],
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest)),
+            metrics=metrics,
+            force=True,  # the loop decides when
+        )
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """The manifest of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
+
+    def restore(self, like: TrainState, step: int) -> TrainState:
+        """The state at `step`, with the shardings of `like` (arrays or `jax.ShapeDtypeStruct`).
+
+        Raises:
+          UserError: the checkpoint's leaves are not those of `like` in path, shape or dtype.
+        """
+        # Orbax would cast another dtype and accept a missing leaf without a word.
+        found = self._manager.item_metadata(step)["state"]
+        _check_like(step, _leaves(like), _leaves(found.tree))
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        return restored["state"]
+
+    def close(self) -> None:
+        """Waits for every save and raises what went wrong; without it, a failed save could go unseen."""
+        self._manager.close()
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    return {path_of(keys): (tuple(leaf.shape), str(leaf.dtype)) for keys, leaf in leaves}
+
+
+def _check_like(step: int, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    for path in [*wanted, *found]:
+        if wanted.get(path) != found.get(path):
+            there, here = found.get(path, "missing"), wanted.get(path, "missing")
+            raise UserError(
+                f"the checkpoint at step {step} does not fit this run: {path} is {there} there, {here} here"
+            )

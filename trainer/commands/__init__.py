@@ -1,0 +1,63 @@
+"""The commands, one file each: the only readers of flags and of the terminal."""
+
+import importlib
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+
+from trainer.errors import NotPreparedError, UserError, nearest
+
+_COMMANDS = {
+    "train": "train a run, or go on with it from its last checkpoint",
+    "evaluate": "evaluate a checkpoint of a run on every example of a split",
+    "inspect": "show the settings, the label table and the checkpoints of a run",
+    "prepare": "write the data that a run reads to disk",
+}
+
+
+def run(argv: list[str]) -> int:
+    """Runs a command line and returns its exit code: 2 for the user's mistakes, which are one line."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 2
+    command, arguments = argv[0], argv[1:]
+    show_traceback = "--traceback" in arguments
+    try:
+        if command not in _COMMANDS:
+            raise UserError(f"no command {command!r}{nearest(command, _COMMANDS)}")
+        # The console script does not put the current folder on the path, as `python -m` does; configs import from it.
+        if str(Path.cwd()) not in sys.path and "" not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        module = importlib.import_module(f"trainer.commands.{command}")
+        return module.main([argument for argument in arguments if argument != "--traceback"])
+    except UserError as error:
+        if show_traceback:
+            traceback.print_exc()
+        hint = _preparing(arguments) if isinstance(error, NotPreparedError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"\n{error or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signum", 2)
+    except BrokenPipeError:  # `… | head` closed our output: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    commands = "\n".join(f"  {name.ljust(width)}  {text}" for name, text in _COMMANDS.items())
+    return (
+        "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]\n\n"
+        f"{commands}\n\n"
+        "python -m trainer COMMAND --help explains the flags of a command."
+    )
+
+
+def _preparing(arguments: list[str]) -> str:
+    kept = [a for a in arguments if a.startswith(("--config", "--workdir"))]
+    if any(a.startswith("--config=") for a in kept):
+        kept = [a for a in kept if not a.startswith("--workdir")]
+    return f"; prepare it with: python -m trainer prepare {shlex.join(kept)}"

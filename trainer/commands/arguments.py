@@ -1,0 +1,131 @@
+"""From a command line to a run: the config file, its overrides, and the workdir."""
+
+import argparse
+import dataclasses
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from trainer import config
+from trainer.errors import UserError, nearest
+from trainer.workdir import Workdir
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """A parsed command line.
+
+    Attributes:
+      run: the resolved run, overrides applied.
+      workdir: the folder given, or None.
+      options: the command's own options.
+    """
+
+    run: config.Run
+    workdir: Workdir | None
+    options: argparse.Namespace
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python -m trainer {self.prog.split()[-1]} --help)")
+
+
+def make_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what all commands share; a command adds its own options."""
+    parser = _Parser(
+        prog=f"python -m trainer {command}",
+        description=description,
+        usage="%(prog)s --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...] [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE[:arg]", help="config file; get_config receives what follows a colon")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the run")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
+    """The run that a command line asks for: from its config file, or else the one kept in the workdir.
+
+    Raises:
+      UserError: an unknown flag or field, a value of the wrong type, no config file and no run.
+    """
+    own, overrides = _split(argv)
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z]+', parser.format_help())))}")
+    workdir = Workdir(options.workdir) if options.workdir else None
+    if options.config:
+        run = load_config(options.config)
+    elif workdir is None:
+        raise UserError("give --config=FILE, or the --workdir of a run")
+    else:
+        run = workdir.run()
+        if run is None:
+            raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
+    return Arguments(config.resolve(_override(run, overrides)), workdir, options)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own flags, and the overrides, which may have their value in an argument of its own."""
+    own: list[str] = []
+    overrides: list[str] = []
+    target = own
+    for argument in argv:
+        if _OVERRIDE.match(argument):
+            overrides.append(argument)
+            target = overrides if "=" not in argument else own
+        elif target is overrides and not argument.startswith("-"):
+            overrides.append(argument)
+            target = own
+        else:
+            own.append(argument)
+            target = own
+    return own, overrides
+
+
+def _override(run: config.Run, overrides: Sequence[str]) -> config.Run:
+    config.check_types(run)
+    for argument in overrides:
+        if match := _OVERRIDE.match(argument):
+            config.check_path(run, match[1])
+    values = flags.FlagValues()
+    argv = ["trainer", *overrides]
+    try:
+        config_flags.DEFINE_config_dataclass("config", run, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    return values["config"].value  # pyrefly: ignore[bad-return] - the flag has a value: its default is `run`
+
+
+def load_config(text: str) -> Any:
+    """What `get_config` returns in the file named before the colon, given what follows it.
+
+    Raises:
+      UserError: there is no such file, or it has no `get_config`. Errors inside of it are raised as they are.
+    """
+    name, colon, argument = text.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"no config file {name!r}{nearest(name, siblings)}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {name!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {name!r} has no function get_config")
+    return module.get_config(*([argument] if colon else []))

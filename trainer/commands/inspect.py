@@ -1,0 +1,34 @@
+"""`inspect`: what a run is, before it is launched or afterwards."""
+
+import jax
+
+from trainer import config
+from trainer.build import build
+from trainer.checkpoint.store import Store
+from trainer.commands.arguments import make_parser, parse
+from trainer.observe.tables import label_table_text
+
+
+def main(argv: list[str]) -> int:
+    """Prints the resolved config, the label table, the devices, and the checkpoints."""
+    parser = make_parser("inspect", "Shows a run: settings, labels, devices, checkpoints. --workdir alone is enough.")
+    arguments = parse(parser, argv)
+    run, workdir = arguments.run, arguments.workdir
+    if workdir is not None:
+        workdir.check(run)
+    parts = build(run)
+    print(config.to_json(run))
+    print(label_table_text(parts.rows))
+    devices = parts.parallel.devices
+    print(
+        f"devices: {len(devices)} × {devices[0].device_kind}, strategy {run.parallel.strategy}, jax {jax.__version__}"
+    )
+    print(f"examples: {len(parts.train_source):,} to train on, {len(parts.eval_source):,} to evaluate on")
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.state))
+    print(f"state: {state_bytes:,} bytes with the optimizer's moments")
+    if workdir is not None and workdir.checkpoints.is_dir():
+        store = Store(workdir.checkpoints, run.checkpoint, read_only=True)
+        best = store.best_step()
+        print("checkpoints: " + ", ".join(f"{s} (best)" if s == best else str(s) for s in store.steps()))
+        store.close()
+    return 0

@@ -1,0 +1,1 @@
+"""Examples to batches: sources, their order, and the stream of a run."""

@@ -1,0 +1,104 @@
+"""The stream of a run: batch i is a function of (seed, i), so no position has to be saved."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import grain
+import numpy as np
+
+from trainer.data.source import ArraySource, take
+from trainer.errors import UserError
+from trainer.experiment import Batch, RandomAccessSource
+
+
+class Order:
+    """Which example stands at each position of an endless training run: epoch after epoch, each in its own order."""
+
+    def __init__(self, examples: int, seed: int) -> None:
+        """`examples` is the length of the source; the order of epoch e follows from (seed, e)."""
+        self.examples = examples
+        self.seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """The examples at positions start … stop − 1, int64."""
+        first, last = start // self.examples, (stop - 1) // self.examples
+        order = [self._epoch(epoch) for epoch in range(first, last + 1)]
+        offset = first * self.examples
+        return (
+            np.concatenate(order)[start - offset : stop - offset]
+            if len(order) > 1
+            else order[0][start - offset : stop - offset]
+        )
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.examples)
+            # Threads may stand on both sides of an epoch's end; two are all that are ever in use.
+            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: order}
+        return order
+
+
+class Batches:
+    """The batches of a run by index; batch i holds positions i·B … (i+1)·B − 1, or this shard's part of them."""
+
+    def __init__(
+        self, source: RandomAccessSource, *, seed: int, batch_size: int, steps: int, shard: tuple[int, int] = (0, 1)
+    ) -> None:
+        """`shard` is (place, count): of each batch this one takes the place-th of count equal runs of rows."""
+        place, count = shard
+        if batch_size % count:
+            raise UserError(f"batch_size {batch_size} does not divide over {count} processes")
+        self.source = source
+        self.order = Order(len(source), seed)
+        self.batch_size = batch_size
+        self.steps = steps
+        self.rows = range(place * batch_size // count, (place + 1) * batch_size // count)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self.batch_size
+        batch = take(self.source, self.order(first + self.rows.start, first + self.rows.stop))
+        return batch | {"mask": np.ones(len(self.rows), np.float32)}
+
+
+def stream(
+    source: RandomAccessSource,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """Batches start … stop − 1 of the run, in host memory.
+
+    Arrays in memory are indexed directly; any other source is read ahead by Grain in `threads` threads.
+    """
+    batches = Batches(source, seed=seed, batch_size=batch_size, steps=stop, shard=shard)
+    if isinstance(source, ArraySource):
+        return (batches[i] for i in range(start, stop))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(grain.MapDataset.source(batches)[start:stop].to_iter_dataset(options))
+
+
+def once(source: RandomAccessSource, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is filled up with masked copies of the last example."""
+    for start in range(0, len(source), batch_size):
+        rows = np.arange(start, start + batch_size)
+        mask = (rows < len(source)).astype(np.float32)
+        yield take(source, np.minimum(rows, len(source) - 1)) | {"mask": mask}
+
+
+def prefetch(batches: Iterable[Batch], put: Callable[[Batch], Batch], depth: int = 2) -> Iterator[Batch]:
+    """The batches on the devices, `depth` of them under way while one is in use."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        waiting.append(put(batch))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting

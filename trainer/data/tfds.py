@@ -1,0 +1,84 @@
+"""Data sets of TFDS, read as random-access sources without TensorFlow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from trainer.errors import NotPreparedError, UserError, nearest
+
+
+class TfdsSource:
+    """A split of a prepared TFDS data set, by name.
+
+    Any data set works that is on disk in a random-access format (ArrayRecord), whether its builder's code is
+    imported or not.
+    """
+
+    def __init__(self, name: str, split: str, features: Sequence[str], data_dir: str = "") -> None:
+        """Opens the split; no example is read yet.
+
+        Args:
+          name: the data set, such as "mnist" or "mnist:3.0.1".
+          split: "train", "test", or a slice such as "train[:90%]".
+          features: the entries to decode; the others are skipped.
+          data_dir: where data sets lie; "" for TFDS's own default, TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+        Raises:
+          NotPreparedError: the data set is not there.
+          UserError: the split or a feature is unknown, or the format has no random access.
+        """
+        builder = _prepared(name, data_dir)
+        if builder is None:
+            raise NotPreparedError(f"data set {name!r} is not prepared in {_where(data_dir)}")
+        base = split.split("[")[0]
+        for part in base.split("+"):
+            if part not in builder.info.splits:
+                raise UserError(f"data set {name!r} has no split {part!r}{nearest(part, builder.info.splits)}")
+        known = dict(builder.info.features or {})
+        for feature in features:
+            if feature not in known:
+                raise UserError(f"data set {name!r} has no feature {feature!r}{nearest(feature, known)}")
+        skipped = {feature: tfds.decode.SkipDecoding() for feature in known if feature not in features}
+        try:
+            self._source = builder.as_data_source(split=split, decoders=skipped or None)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"data set {name!r}, split {split!r}: {str(error).splitlines()[0]}") from error
+        self._features = tuple(features)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._chosen(self._source[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Many examples in one read of the file."""
+        return [self._chosen(example) for example in self._source.__getitems__(indices)]
+
+    def _chosen(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {feature: example[feature] for feature in self._features}
+
+
+def prepare(name: str, data_dir: str = "") -> None:
+    """Writes a data set as ArrayRecord, if it is not there yet. Its builder must be imported, or TFDS's own."""
+    if _prepared(name, data_dir) is not None:
+        return
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise UserError(f"TFDS knows no data set {name!r}{nearest(name, tfds.list_builders())}") from error
+    builder.download_and_prepare()
+
+
+def _prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
+    """The builder of the files on disk, or None."""
+    try:
+        builder = tfds.core.load.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+    except tfds.core.registered.DatasetNotFoundError:
+        return None
+    return builder if builder.info.splits else None
+
+
+def _where(data_dir: str) -> str:
+    return data_dir or str(tfds.core.constants.DATA_DIR)

@@ -1,0 +1,45 @@
+"""Evaluation: every example once, whatever the batch and the devices."""
+
+from collections import defaultdict
+
+import jax
+import numpy as np
+
+from trainer.build import Parts
+from trainer.data.stream import once, prefetch
+from trainer.errors import UserError
+from trainer.experiment import Metrics, RandomAccessSource
+from trainer.state import TrainState
+
+
+def evaluate(parts: Parts, state: TrainState, source: RandomAccessSource) -> dict[str, float]:
+    """The metrics of a split by name, such as "test/accuracy", and "test/examples", how many were seen.
+
+    Args:
+      parts: the run.
+      state: what to evaluate.
+      source: the evaluation split, usually loaded into memory.
+    """
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    results = []
+    for batch in prefetch(once(source, parts.run.evaluation.batch_size), parts.parallel.put):
+        results.append(parts.eval_step(state, batch))
+        if len(results) > 2:  # bounds how far the host runs ahead
+            _add(sums, results.pop(0))
+    for result in results:
+        _add(sums, result)
+    seen = round(sums.pop("examples")[0])
+    if seen != len(source):
+        raise UserError(f"the evaluation saw {seen} examples of {len(source)}")
+    split = parts.run.evaluation.split
+    return {f"{split}/{name}": float(divide(*sums[name])) for name in sorted(sums)} | {f"{split}/examples": seen}
+
+
+def divide(total: float, weight: float) -> float:
+    """The one division of a mean; NaN when nothing was counted."""
+    return total / weight if weight else float("nan")
+
+
+def _add(sums: dict[str, np.ndarray], metrics: Metrics) -> None:
+    for name, mean in jax.device_get(metrics).items():
+        sums[name] += (float(mean.total), float(mean.weight))

@@ -1,0 +1,1 @@
+"""The optimizer: AdaBelief, labels, schedules, and how they make one transformation."""

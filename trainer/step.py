@@ -1,0 +1,137 @@
+"""One update and one evaluation, as pure functions of (state, batch)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from trainer.experiment import Batch, Experiment, Mean, Metrics
+from trainer.state import TrainState
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], Metrics]
+
+
+def train_step(
+    experiment: Experiment,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    key: Key[Array, ""],
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """One update.
+
+    The gradient is that of Σ total / Σ weight of the metric "loss", summed over microbatches and replicas and divided
+    once. Beside the experiment's own metrics there are "grad_norm", of that gradient, and "learning_rate".
+
+    Args:
+      experiment: gives the loss.
+      optimizer: makes updates of gradients.
+      schedule: only to report the learning rate.
+      key: all randomness of step k comes from `fold_in(key, k)`.
+      microbatches: parts to process one after the other; part j has the rows j, j + microbatches, …, so that every
+        device keeps its own rows.
+      axis_name: the replica axis when the step runs under `jax.pmap`; the batch is then the replica's share.
+    """
+
+    def loss(params: Any, collections: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Any]:
+        metrics, collections = experiment.loss(
+            {"params": params, **collections}, batch, key=key, train=True, axis_name=axis_name
+        )
+        return metrics["loss"].total, (metrics, collections)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        step_key, rows_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = {**batch, "row_key": _row_keys(rows_key, len(batch["mask"]), axis_name)}
+        step_key = _replica_key(step_key, axis_name)
+
+        def part(collections: Any, inputs: tuple[Batch, Array]) -> tuple[Any, Any]:
+            rows, index = inputs
+            grads, (metrics, collections) = gradient(
+                state.params, collections, rows, jax.random.fold_in(step_key, index)
+            )
+            return collections, (grads, metrics)
+
+        if microbatches == 1:
+            collections, (grads, metrics) = part(state.collections, (batch, jnp.zeros((), jnp.int32)))
+        else:
+            collections, (grads, metrics) = _sum_over_parts(part, state.collections, batch, microbatches)
+        grads, metrics = sum_over_replicas((grads, metrics), axis_name)
+        if axis_name is not None:  # statistics the model did not share between replicas are averaged
+            collections = jax.lax.pmean(collections, axis_name)
+
+        # A batch in which every row is masked has no gradient: 0, not 0/0.
+        weight = jnp.maximum(metrics["loss"].weight, jnp.finfo(jnp.float32).tiny)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, collections, opt_state), {
+            **metrics,
+            "grad_norm": _single(optax.global_norm(grads)),
+            "learning_rate": _single(schedule(state.step)),
+        }
+
+    return step
+
+
+def eval_step(experiment: Experiment, *, axis_name: str | None = None) -> EvalStep:
+    """The metrics of one batch as sums, with "examples", the number of rows that are not masked."""
+
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        metrics, _ = experiment.loss(
+            {"params": state.params, **state.collections},
+            batch,
+            key=jax.random.key(0),
+            train=False,
+            axis_name=axis_name,
+        )
+        examples = Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))
+        return sum_over_replicas({**metrics, "examples": examples}, axis_name)
+
+    return step
+
+
+def sum_over_replicas(tree: Any, axis_name: str | None) -> Any:
+    """The sums over the replica axis; `tree` itself where there is none."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _sum_over_parts(part: Callable, collections: Any, batch: Batch, microbatches: int) -> tuple[Any, Any]:
+    """Scans `part` over the microbatches, carrying collections and adding up all else that it returns."""
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+
+    parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
+    first = jax.tree.map(lambda x: x[0], parts)
+    _, sums = jax.eval_shape(part, collections, first)
+
+    def body(carry: tuple[Any, Any], inputs: Any) -> tuple[tuple[Any, Any], None]:
+        collections, sums = carry
+        collections, addends = part(collections, inputs)
+        return (collections, jax.tree.map(jnp.add, sums, addends)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    return jax.lax.scan(body, (collections, zeros), parts)[0]
+
+
+def _row_keys(key: Key[Array, ""], rows: int, axis_name: str | None) -> Key[Array, " rows"]:
+    """A key for each row, by its place in the global batch."""
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
+
+
+def _replica_key(key: Key[Array, ""], axis_name: str | None) -> Key[Array, ""]:
+    """Under pmap each replica draws its own masks; under jit the global arrays get one mask."""
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def _single(value: Any) -> Mean:
+    return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))

@@ -1,0 +1,63 @@
+"""The folder of one run: which run it holds, and that only one process trains in it."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer import config
+from trainer.errors import UserError
+
+
+class Workdir:
+    """Names of what lies in a workdir. Making one touches nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.labels = self.path / "labels.txt"
+        self.checkpoints = self.path / "checkpoints"
+
+    def run(self) -> config.Run | None:
+        """The resolved run kept here, or None.
+
+        Raises:
+          UserError: the JSON cannot be read.
+        """
+        return config.from_json(self.config.read_text()) if self.config.exists() else None
+
+    def check(self, run: config.Run) -> None:
+        """Raises `UserError` if another run is kept here, or files that are no run's."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"workdir {self.path} is not a folder")
+        kept = self.run()
+        if kept is None:
+            # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
+            if self.path.is_dir() and any(not file.name.startswith(".") for file in self.path.iterdir()):
+                raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
+            return
+        found = config.differences(kept, run)
+        if found:
+            raise UserError(
+                f"workdir {self.path} holds a run with other settings: {'; '.join(found[:4])}"
+                f"{f' and {len(found) - 4} more' if len(found) > 4 else ''}; choose another --workdir"
+            )
+
+    def write(self, run: config.Run, labels: str) -> None:
+        """Makes the folder and keeps the resolved run and its label table there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file, text in ((self.config, config.to_json(run)), (self.labels, labels)):
+            temporary = file.with_name(f".{file.name}.tmp")
+            temporary.write_text(text)
+            temporary.replace(file)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; the system lets go of it however the process ends."""
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is training in workdir {self.path}") from error
+            yield
