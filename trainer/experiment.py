@@ -11,6 +11,9 @@ Variables = Mapping[str, Any]  # Linen's: "params", and mutable collections such
 Collections = Mapping[str, Any]  # the variables without "params"
 
 
+_Numbers = Num[Array, "*shape"] | Bool[Array, "*shape"]
+
+
 class Mean(NamedTuple):
     """A mean that is not yet divided: sums can be added over microbatches, replicas and batches without bias.
 
@@ -23,7 +26,7 @@ class Mean(NamedTuple):
     weight: Float[Array, ""]
 
     @classmethod
-    def of(cls, values: Num[Array, "*shape"], weights: Num[Array, "*shape"] | Bool[Array, "*shape"]) -> "Mean":
+    def of(cls, values: _Numbers, weights: _Numbers) -> "Mean":
         """The mean of `values` under `weights` of the same shape, summed in float32 or better."""
         dtype = jnp.promote_types(values.dtype, jnp.float32)
         weights = weights.astype(dtype)

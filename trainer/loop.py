@@ -162,9 +162,10 @@ class _Recorder:
     def _values(self, step: int, metrics: Metrics) -> dict[str, float]:
         """The values to log of a step, none if no row is due; shows them."""
         _check_finite(step, metrics)
-        if step == self._first:  # it was compiled, which says nothing about the others
+        due = step % self._run.logging.every_steps == 0 or step == self._run.total_steps
+        if step == self._first and not due:  # it was compiled, which says nothing about the speed of the others
             self._start_clock(step)
-        if step % self._run.logging.every_steps and step != self._run.total_steps:
+        if not due:
             return {}
         values = {f"train/{name}": divide(*_floats(mean)) for name, mean in jax.device_get(metrics).items()}
         self._seconds_a_step = (time.perf_counter() - self._since) / max(step - self._since_step, 1)

@@ -106,7 +106,7 @@ def _override(run: config.Run, overrides: Sequence[str]) -> config.Run:
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error).splitlines()[0]) from error
-    return values["config"].value  # pyrefly: ignore[bad-return] - the flag has a value: its default is `run`
+    return values["config"].value  # pyrefly: ignore[bad-return] - never None: its default is `run`
 
 
 def load_config(text: str) -> Any:

@@ -1,0 +1,31 @@
+"""Four fake devices, data sets in a folder of their own, and shape annotations that run as checks."""
+
+import os
+
+# Before JAX starts.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+# The tests' own folder: nothing of the user's is read or written.
+os.environ.pop("TFDS_DATA_DIR", None)
+
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    ["trainer.step", "trainer.optim", "trainer.experiment", "experiments.image_classification"],
+    "beartype.beartype",
+)
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder in which `digits` is prepared."""
+    import experiments.datasets  # noqa: F401 - registers the builders
+    from trainer.data import tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds.prepare("digits", str(folder))
+    return folder
