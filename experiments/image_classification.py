@@ -15,7 +15,7 @@ from trainer.experiment import Batch, Collections, Mean, Metrics, RandomAccessSo
 
 
 class StridedCNN(nn.Module):
-    """3×3 convolutions, the second and later ones with stride 2, then a hidden layer.
+    """3×3 convolutions with stride 2 (the first with stride 1 on images below 16 pixels), then a hidden layer.
 
     Strides instead of pooling: the gradient of max_pool made such a network eight times slower on CPUs.
     """

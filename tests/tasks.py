@@ -37,7 +37,7 @@ class Task:
     dropout: float = 0.0
     batch_norm: bool = True
     noise: float = 0.0
-    explode_at_label: int = -1
+    explode_at: int = -1  # the example whose loss is infinite
     examples: int = 50
 
     def init(self, key, batch):
@@ -52,14 +52,16 @@ class Task:
             variables, x, train=train, axis_name=axis_name, rngs={"dropout": key}, mutable=mutable
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        losses = jnp.where(batch["label"] == self.explode_at_label, jnp.inf, losses)
+        losses = jnp.where(batch["label"] == 3, jnp.inf, losses)
         hits = logits.argmax(-1) == batch["label"]
         return {"loss": Mean.of(losses, batch["mask"]), "accuracy": Mean.of(hits, batch["mask"])}, collections
 
     def source(self, split):
         rng = np.random.default_rng({"train": 0, "test": 1}[split])
         label = rng.integers(0, 3, self.examples if split == "train" else 21).astype(np.int32)
-        x = rng.normal(size=(len(label), 8)).astype(np.float32) + label[:, None]
+        x = (rng.normal(size=(len(label), 8)) + label[:, None]).astype(np.float32)
+        if split == "train" and self.explode_at >= 0:
+            label[self.explode_at] = 3
         return ArraySource({"x": x, "label": label})
 
 

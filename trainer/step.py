@@ -47,7 +47,7 @@ def train_step(
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key, rows_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = {**batch, "row_key": _row_keys(rows_key, len(batch["mask"]), axis_name)}
         step_key = _replica_key(step_key, axis_name)
@@ -74,17 +74,17 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, collections, opt_state), {
             **metrics,
-            "grad_norm": _single(optax.global_norm(grads)),
+            "grad_norm": _single(optax.tree.norm(grads)),
             "learning_rate": _single(schedule(state.step)),
         }
 
-    return step
+    return update
 
 
 def eval_step(experiment: Experiment, *, axis_name: str | None = None) -> EvalStep:
     """The metrics of one batch as sums, with "examples", the number of rows that are not masked."""
 
-    def step(state: TrainState, batch: Batch) -> Metrics:
+    def evaluation(state: TrainState, batch: Batch) -> Metrics:
         metrics, _ = experiment.loss(
             {"params": state.params, **state.collections},
             batch,
@@ -95,7 +95,7 @@ def eval_step(experiment: Experiment, *, axis_name: str | None = None) -> EvalSt
         examples = Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))
         return sum_over_replicas({**metrics, "examples": examples}, axis_name)
 
-    return step
+    return evaluation
 
 
 def sum_over_replicas(tree: Any, axis_name: str | None) -> Any:

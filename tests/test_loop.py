@@ -1,0 +1,142 @@
+"""Training as one call: resuming, diverging, refusing."""
+
+import dataclasses
+import json
+import os
+import signal
+from io import StringIO
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tasks import Task, make_run
+from trainer import config
+from trainer.checkpoint.preemption import Interrupted
+from trainer.checkpoint.store import Store
+from trainer.data.stream import Order
+from trainer.errors import UserError
+from trainer.loop import DivergedError, train
+from trainer.observe.progress import Progress
+
+TASK = Task(dropout=0.5, noise=0.3)
+
+
+def quietly(run: config.Run, workdir: Path):
+    """The final state of a run, and what it showed."""
+    shown = StringIO()
+    return train(run, workdir, progress=Progress(run.total_steps, shown)), shown.getvalue()
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def settings(**changes):
+    return {
+        "experiment": TASK,
+        "checkpoint": config.Checkpoint(every_steps=5),
+        "optimizer": dataclasses.replace(make_run().optimizer, schedule=config.Schedule(peak=1e-2)),
+    } | changes
+
+
+@pytest.mark.parametrize("strategy", ["data", "pmap"])
+def test_ten_and_ten_steps_are_twenty_to_the_bit(strategy, tmp_path):
+    parallel = config.Parallel(strategy=strategy)
+    whole, _ = quietly(make_run(20, **settings(parallel=parallel)), tmp_path / "whole")
+    quietly(make_run(10, **settings(parallel=parallel)), tmp_path / "parts")
+    parts, shown = quietly(make_run(20, **settings(parallel=parallel)), tmp_path / "parts")
+    assert "resumed from step 10" in shown
+    assert_equal(parts, whole)
+    # The first launch evaluated at its own end; all else is the same.
+    training = [
+        [{k: v for k, v in r.items() if "test" not in k} for r in rows(tmp_path / d)] for d in ("whole", "parts")
+    ]
+    assert training[0] == training[1]
+    assert [row["step"] for row in training[0]] == list(range(1, 21))
+
+
+def test_either_strategy_resumes_the_other(tmp_path):
+    task = dataclasses.replace(TASK, dropout=0.0)
+    finals = {}
+    for first, second in (("data", "data"), ("data", "pmap"), ("pmap", "data")):
+        for steps, strategy in ((5, first), (10, second)):
+            run = make_run(steps, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
+            finals[first, second], _ = quietly(run, tmp_path / f"{first}-{second}")
+    for mixed in (("data", "pmap"), ("pmap", "data")):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), finals[mixed], finals["data", "data"]
+        )
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run = make_run(5, **settings())
+    first, _ = quietly(run, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
+    again, shown = quietly(run, tmp_path / "run")
+    assert "nothing is left to do" in shown
+    assert_equal(first, again)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
+
+
+@pytest.mark.parametrize("strategy", ["data", "pmap"])
+def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
+    bad = next(i for i in range(200) if 9 * 16 <= list(Order(200, 0)(0, 200)).index(i) < 10 * 16)  # in the tenth batch
+    task = dataclasses.replace(TASK, examples=200, explode_at=bad)
+    run = make_run(20, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
+    with pytest.raises(DivergedError, match="loss of step 10 is inf"):
+        quietly(run, tmp_path / "run")
+    store = Store(tmp_path / "run" / "checkpoints", run.checkpoint, read_only=True)
+    assert store.steps() == [5]  # step 10 was due to be saved, and was not
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))
+    assert json.loads((tmp_path / "run" / "checkpoints" / "5" / "manifest" / "metadata").read_text())["step"] == 5
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
+    run = make_run(100_000, **settings(logging=config.Logging(every_steps=1)))
+
+    class Signalling(Progress):
+        def update(self, step, *args):
+            if step == 12:
+                os.kill(os.getpid(), signum)
+
+    with pytest.raises(Interrupted, match=signal.Signals(signum).name) as stopped:
+        train(run, tmp_path / "run", progress=Signalling(run.total_steps, StringIO()))
+    step = Store(tmp_path / "run" / "checkpoints", run.checkpoint, read_only=True).steps()[-1]
+    assert f"step {step}," in str(stopped.value)
+    assert 12 <= step <= 16
+    assert stopped.value.signum == signum
+    whole, _ = quietly(make_run(20, **settings()), tmp_path / "whole")
+    resumed, _ = quietly(make_run(20, **settings()), tmp_path / "run")
+    assert_equal(resumed, whole)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_only_one_process_trains_in_a_workdir(tmp_path):
+    from trainer.workdir import Workdir
+
+    run = make_run(2, **settings())
+    quietly(run, tmp_path / "run")
+    with Workdir(tmp_path / "run").locked(), pytest.raises(UserError, match="another process is training"):
+        quietly(run, tmp_path / "run")
+
+
+def test_another_configs_workdir_is_refused_and_left_alone(tmp_path):
+    quietly(make_run(2, **settings()), tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="batch_size was 16, is 32; choose another --workdir"):
+        quietly(make_run(2, **settings(batch_size=32)), tmp_path / "run")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
+    quietly(make_run(2, **settings()), tmp_path / "run")
+    monkeypatch.setattr("trainer.build.label_table", lambda *a: [])
+    with pytest.raises(UserError, match="the code has changed since the checkpoint at step 2"):
+        quietly(make_run(4, **settings()), tmp_path / "run")

@@ -1,0 +1,175 @@
+"""The real command, killed with SIGKILL and launched again, ends where an uninterrupted run ends, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from trainer import config
+from trainer.checkpoint.store import Store
+from trainer.workdir import Workdir
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parent.parent
+STEPS, EVERY = 240, 60
+
+
+def command(workdir: Path, strategy: str) -> list[str]:
+    """Digits with dropout, BatchNorm and augmentation, on four devices; every step is logged."""
+    return [
+        *(sys.executable, "-m", "trainer", "train", "--config=configs/digits.py", f"--workdir={workdir}"),
+        *(f"--config.total_steps={STEPS}", "--config.logging.every_steps=1"),
+        *(f"--config.evaluation.every_steps={EVERY}", f"--config.checkpoint.every_steps={EVERY}"),
+        *("--config.experiment.batch_norm=true", "--config.experiment.hidden=512", "--config.evaluation.batch_size=64"),
+        *("--config.optimizer.labels=(('.*/(bias|scale)','plain'),('.*/kernel','decayed'))",),
+        f"--config.parallel.strategy={strategy}",
+    ]
+
+
+def environment(data_dir: Path) -> dict[str, str]:
+    return os.environ | {
+        "TFDS_DATA_DIR": str(data_dir),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+
+
+def finish(workdir: Path, strategy: str, data_dir: Path) -> str:
+    done = subprocess.run(
+        command(workdir, strategy),
+        cwd=REPOSITORY,
+        env=environment(data_dir),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_when(workdir: Path, strategy: str, data_dir: Path, ready: Callable[[], bool]) -> None:
+    """Starts the command; stops it dead once `ready`, kills it if that is still so, else lets it go on until it is."""
+    with subprocess.Popen(
+        command(workdir, strategy),
+        cwd=REPOSITORY,
+        env=environment(data_dir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            while True:
+                assert process.poll() is None, "the run ended before it could be killed"
+                if ready():
+                    process.send_signal(signal.SIGSTOP)
+                    time.sleep(0.05)
+                    if ready():
+                        break
+                    process.send_signal(signal.SIGCONT)
+                time.sleep(0.001)
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def final_state(workdir: Path) -> list[np.ndarray]:
+    """Every array of the last checkpoint, read as NumPy without any of this project's code."""
+    folder = (workdir / "checkpoints" / str(STEPS) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return jax.tree.leaves(checkpointer.restore(folder, restore_args=as_numpy))
+
+
+def logged_steps(workdir: Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def event_steps(workdir: Path) -> list[int]:
+    """The steps of every train/loss in all event files, read record by record."""
+    steps = []
+    for file in (workdir / "tensorboard").glob("events.out.tfevents.*"):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
+            data = data[12 + length + 4 :]
+    return sorted(steps)
+
+
+def assert_same_run(workdir: Path, uninterrupted: Path) -> None:
+    found, expected = final_state(workdir), final_state(uninterrupted)
+    assert len(found) == len(expected) > 20
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (workdir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert event_steps(workdir) == list(range(1, STEPS + 1))
+
+
+@pytest.fixture(scope="module", params=["data", "pmap"])
+def uninterrupted(request, tmp_path_factory, data_dir):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    finish(workdir, request.param, data_dir)
+    return workdir, request.param
+
+
+def test_a_kill_between_saves_loses_nothing(uninterrupted, tmp_path, data_dir):
+    expected, strategy = uninterrupted
+    workdir = tmp_path / "run"
+    kill_when(workdir, strategy, data_dir, lambda: logged_steps(workdir) >= EVERY * 3 // 2)
+    killed_at = logged_steps(workdir)
+    assert killed_at % EVERY, "killed at a save"
+    shown = finish(workdir, strategy, data_dir)
+    assert f"resumed from step {killed_at // EVERY * EVERY}" in shown
+    assert_same_run(workdir, expected)
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(uninterrupted, tmp_path, data_dir):
+    expected, strategy = uninterrupted
+    workdir = tmp_path / "run"
+
+    def saving() -> bool:
+        finished = (workdir / "checkpoints" / str(EVERY)).is_dir()
+        return finished and any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+    kill_when(workdir, strategy, data_dir, saving)
+    torn = [path.name for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp")]
+    assert torn
+    shown = finish(workdir, strategy, data_dir)
+    assert "resumed from step " in shown
+    assert f"resumed from step {int(torn[0].split('.')[0])}" not in shown
+    assert_same_run(workdir, expected)
+    assert not list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_in_good_order(signum, code, tmp_path, data_dir):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command(workdir, "data"), "--config.total_steps=1000000"],
+        cwd=REPOSITORY,
+        env=environment(data_dir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while logged_steps(workdir) < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    step = Store(Workdir(workdir).checkpoints, config.Checkpoint(), read_only=True).steps()[-1]
+    assert f"stopped by {signum.name} at step {step}, which is saved" in stderr
+    assert "Traceback" not in stderr
