@@ -16,11 +16,15 @@ class ArraySource:
     """Examples that lie in memory as arrays, one for each entry, with the example as their first axis."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Raises `UserError` unless all arrays have the same length, 1 or more."""
-        lengths = {name: len(array) for name, array in arrays.items()}
+        """Keeps the arrays in the widths that JAX uses: 64-bit numbers become 32-bit ones.
+
+        Raises:
+          UserError: the arrays do not have one length, 1 or more.
+        """
+        self.arrays = {name: _narrow(np.asarray(array)) for name, array in arrays.items()}
+        lengths = {name: len(array) for name, array in self.arrays.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise UserError(f"a source needs entries of one length, 1 or more, not {lengths}")
-        self.arrays = dict(arrays)
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -79,9 +83,10 @@ def _read(source: RandomAccessSource, indices: list[int]) -> Sequence[Mapping[st
 
 
 def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    def stack(name: str) -> np.ndarray:
-        array = np.stack([np.asarray(example[name]) for example in examples])
-        # Python's int and most label features are int64; jax would narrow them at every transfer.
-        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if array.dtype != object else array
+    return {name: _narrow(np.stack([np.asarray(example[name]) for example in examples])) for name in examples[0]}
 
-    return {name: stack(name) for name in examples[0]}
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    # Python's int and most label features are int64; JAX would narrow them at every transfer.
+    numeric = array.dtype.kind in "iufcb"
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if numeric else array

@@ -42,9 +42,7 @@ class Pmapped:
 
     def put(self, batch: Batch) -> Batch:
         """The batch as [replicas, rows of one replica, …], one part on each device."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self.rows, x.reshape(self._split(x.shape))), batch
-        )
+        return jax.device_put(jax.tree.map(lambda x: x.reshape(self._split(x.shape)), batch), self.rows)
 
     def abstract_batch(self, batch: Batch) -> Batch:
         """Shapes and dtypes with the replica axis in front."""

@@ -1,0 +1,103 @@
+"""What the harness costs: `trainer train` against a bare jitted loop over the same step and the same batches.
+
+    python -m benchmarks.loop
+
+Both loops are measured in turn, in rounds, in one process. The bare loop has every batch ready in host memory, logs
+nothing, checks nothing and waits once, at its end. The trainer's time is that between the first and the last row of
+metrics of a whole `train`, logging every 50 steps: it makes its batches, checks every loss and writes its files.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from io import StringIO
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.image_classification import ImageClassification
+from trainer import config
+from trainer.build import build
+from trainer.data.source import ArraySource
+from trainer.data.stream import stream
+from trainer.experiment import RandomAccessSource
+from trainer.loop import train
+from trainer.observe.progress import Progress
+
+EVERY = 50
+
+
+class Digitlike(ImageClassification):
+    """The digits' shapes, from memory."""
+
+    def source(self, split: str) -> RandomAccessSource:
+        """Random images; the time of a step does not depend on what they show."""
+        rng = np.random.default_rng(len(split))
+        images = rng.integers(0, 17, (1438, 8, 8, 1)).astype(np.uint8)
+        return ArraySource({"image": images, "label": rng.integers(0, 10, len(images)).astype(np.int32)})
+
+
+class Clock(Progress):
+    """Notes when each row of metrics was there."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__(total_steps, StringIO())
+        self.times: dict[int, float] = {}
+
+    def update(self, step: int, loss: float, examples_per_second: float, seconds_left: float) -> None:
+        """Notes the time of `step`."""
+        self.times[step] = time.perf_counter()
+
+
+def trainer_loop(run: config.Run) -> float:
+    """Seconds a step inside of `train`, between the first and the last row."""
+    clock = Clock(run.total_steps)
+    with tempfile.TemporaryDirectory() as folder:
+        train(run, Path(folder) / "run", progress=clock)
+    first, last = min(clock.times), max(clock.times)
+    return (clock.times[last] - clock.times[first]) / (last - first)
+
+
+def bare_loop(run: config.Run) -> float:
+    """Seconds a step of a loop that does nothing else."""
+    parts = build(config.resolve(run))
+    batches = list(stream(parts.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps))
+    state = parts.parallel.create(parts.make_state)
+    for batch in batches[:EVERY]:
+        state, metrics = parts.train_step(state, batch)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    for batch in batches[EVERY:]:
+        state, metrics = parts.train_step(state, batch)
+    jax.block_until_ready((state, metrics))
+    return (time.perf_counter() - start) / (len(batches) - EVERY)
+
+
+def main() -> None:
+    """Prints the milliseconds a step of each round and the ratio of the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch_size", type=int, default=128)
+    options = parser.parse_args()
+    run = config.Run(
+        experiment=Digitlike(max_value=16.0),
+        total_steps=options.steps,
+        batch_size=options.batch_size,
+        logging=config.Logging(every_steps=EVERY),
+        checkpoint=config.Checkpoint(every_steps=10**9),
+    )
+    bare, ours = [], []
+    for number in range(1, options.rounds + 1):
+        bare.append(bare_loop(run))
+        ours.append(trainer_loop(run))
+        print(f"round {number}: bare {bare[-1] * 1e3:.3f} ms, trainer {ours[-1] * 1e3:.3f} ms a step")
+    ratios = sorted(t / b for t, b in zip(ours, bare, strict=True))
+    print(f"trainer / bare: {statistics.median(ours) / statistics.median(bare):.3f} of medians,", end=" ")
+    print(f"{min(ours) / min(bare):.3f} of minima, {ratios[0]:.3f} to {ratios[-1]:.3f} by round")
+
+
+if __name__ == "__main__":
+    main()
