@@ -1,0 +1,87 @@
+"""Every config says what it costs and gives, has its reviewed label table, and trains."""
+
+import ast
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.datasets.fashion_mnist_local import FOLDER_VARIABLE
+from trainer import config, train
+from trainer.build import build
+from trainer.commands.arguments import load_config
+from trainer.data import tfds
+from trainer.observe.metrics import read_rows
+from trainer.observe.tables import label_table_text
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+GOLDEN = ROOT / "tests" / "golden"
+
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    shape = np.array(values.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, values.ndim]) + shape + values.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def fashion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder with `fashion_mnist_local` of 64 random images to train on and 32 to test."""
+    rng = np.random.default_rng(0)
+    raw, prepared = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("tfds_fashion")
+    for prefix, size in (("train", 64), ("t10k", 32)):
+        write_idx(raw / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (size, 28, 28), np.uint8))
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte.gz", rng.integers(0, 10, size, np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(raw))
+        tfds.prepare("fashion_mnist_local", str(prepared))
+    return prepared
+
+
+@pytest.fixture
+def run(path: Path, data_dir: Path, fashion_dir: Path) -> config.Run:
+    """The config's run at its full length, reading the tests' data."""
+    run = config.resolve(load_config(str(path)))
+    experiment: Any = run.experiment
+    experiment.data_dir = str({"digits": data_dir, "fashion_mnist_local": fashion_dir}[experiment.dataset])
+    return run
+
+
+@each_config
+def test_config_states_command_cost_and_expected_result(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text is not None
+    assert f"\n    python -m trainer train --config=configs/{path.name} --workdir=" in text
+    assert "Cost: " in text
+    assert "Expected: " in text
+
+
+@each_config
+def test_label_table_is_the_reviewed_one(path, run, request):
+    golden, found = GOLDEN / f"{path.stem}.txt", label_table_text(build(run).rows)
+    if request.config.getoption("--update-goldens"):
+        golden.write_text(found)
+    assert found == golden.read_text(), "if this is meant: pytest tests/test_configs.py --update-goldens"
+
+
+def test_every_golden_belongs_to_a_config():
+    assert [file.stem for file in sorted(GOLDEN.glob("*.txt"))] == [path.stem for path in CONFIGS]
+
+
+@each_config
+def test_config_trains_one_shrunk_step(path, run, tmp_path):
+    run.total_steps = 1
+    run.parallel.devices = 1
+    run.batch_size = 4 * run.microbatches
+    run.evaluation.batch_size = 32
+    state = train(run, tmp_path)
+    assert int(state.step) == 1
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["step"] == 1
+    assert 0 < row["train/loss"] < 10
+    assert row[f"{run.evaluation.split}/examples"] == len(run.experiment.source(run.evaluation.split))
