@@ -1,0 +1,193 @@
+"""Sources in memory, reading any source as batches, decoding it into memory, and the shapes of its batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer.data.source import ArraySource, batch_spec, load, take
+from trainer.errors import UserError
+
+EXAMPLES = 2500  # more than `load` reads at once, and no multiple of it
+BYTES = EXAMPLES * (3 * 4 + 1 + 4)  # of the arrays below in the widths that JAX uses
+
+
+class CountingSource:
+    """Examples as a data set gives them, with Python's numbers; counts how often each is read."""
+
+    def __init__(self, examples: int = EXAMPLES) -> None:
+        self.reads = np.zeros(examples, int)
+
+    def __len__(self) -> int:
+        return len(self.reads)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        assert type(index) is int  # readers of files take no NumPy integers
+        self.reads[index] += 1
+        return {"x": index + np.array([0.0, 0.25, 0.5]), "odd": bool(index % 2), "label": index % 10}
+
+
+class ManySource(CountingSource):
+    """Also reads many examples at once; counts the calls."""
+
+    def __init__(self, examples: int = EXAMPLES) -> None:
+        super().__init__(examples)
+        self.calls = 0
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        self.calls += 1
+        return [self[i] for i in indices]
+
+
+def expected(indices: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "x": (indices[:, None] + np.array([0.0, 0.25, 0.5])).astype(np.float32),
+        "odd": indices % 2 == 1,
+        "label": (indices % 10).astype(np.int32),
+    }
+
+
+def assert_same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    assert list(found) == list(wanted)
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({}, "{}"),
+        ({"x": np.zeros((0, 2))}, "'x': 0"),
+        ({"x": np.zeros((3, 2)), "y": np.zeros(4)}, "'x': 3, 'y': 4"),
+    ],
+    ids=["no entry", "no example", "two lengths"],
+)
+def test_arrays_that_are_no_source_are_refused_with_their_lengths(arrays, named):
+    with pytest.raises(UserError, match="one length, 1 or more") as refusal:
+        ArraySource(arrays)
+    assert named in str(refusal.value)
+
+
+def test_an_array_source_gives_examples_by_index():
+    source = ArraySource(expected(np.arange(5)))
+    assert len(source) == 5
+    assert_same({name: np.asarray(value)[None] for name, value in source[3].items()}, expected(np.array([3])))
+
+
+@pytest.mark.parametrize("kind", [CountingSource, ManySource])
+def test_take_stacks_the_examples_in_the_order_asked_for_repeats_included(kind):
+    indices = np.array([7, 0, 2499, 7, 3])
+    assert_same(take(kind(), indices), expected(indices))
+    assert_same(take(ArraySource(expected(np.arange(EXAMPLES))), indices), expected(indices))
+
+
+def test_take_reads_many_examples_in_one_call_where_there_is_one():
+    source = ManySource()
+    take(source, np.arange(100))
+    assert source.calls == 1
+
+
+def test_take_of_a_source_in_memory_gives_copies_that_may_be_changed():
+    source = ArraySource(expected(np.arange(5)))
+    take(source, np.arange(5))["x"][:] = -1
+    assert_same(take(source, np.arange(5)), expected(np.arange(5)))
+
+
+@pytest.mark.parametrize("kind", [CountingSource, ManySource])
+def test_load_decodes_a_source_that_fits_into_memory_once(kind):
+    source = kind()
+    loaded = load(source, BYTES)
+    assert isinstance(loaded, ArraySource)
+    assert_same(loaded.arrays, expected(np.arange(EXAMPLES)))
+    assert source.reads[0] == 2  # once more to see how large it is
+    assert (source.reads[1:] == 1).all()
+    take(loaded, np.arange(EXAMPLES))
+    assert source.reads.sum() == EXAMPLES + 1
+
+
+def test_load_reads_in_large_chunks_where_it_can():
+    source = ManySource()
+    load(source, BYTES)
+    assert source.calls <= 4
+
+
+@pytest.mark.parametrize("limit", [0, BYTES - 1])
+def test_load_leaves_a_source_as_it_is_that_takes_a_byte_more_than_the_limit(limit):
+    source = CountingSource()
+    assert load(source, limit) is source
+    assert source.reads.sum() == 1
+
+
+def test_load_leaves_arrays_in_memory_as_they_are():
+    source = ArraySource({"x": np.zeros(10)})
+    assert load(source, 0) is source
+
+
+@pytest.mark.parametrize(
+    ("value", "narrow"),
+    [
+        (3, np.int32),
+        (np.int64(3), np.int32),
+        (np.uint64(3), np.uint32),
+        (0.5, np.float32),
+        (np.float64(0.5), np.float32),
+        (True, np.bool_),
+        (np.uint8(3), np.uint8),
+        (np.float16(0.5), np.float16),
+        (jnp.bfloat16(0.5), jnp.bfloat16),
+    ],
+    ids=str,
+)
+def test_numbers_of_64_bits_become_32_and_others_stay_in_batches_loaded_arrays_and_shapes_alike(value, narrow):
+    class Source:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"value": value}
+
+    loaded = load(Source(), 1 << 20)
+    for batch in (take(Source(), np.arange(2)), take(loaded, np.arange(2)), batch_spec(Source(), 2)):
+        assert batch["value"].dtype == narrow
+    np.testing.assert_array_equal(take(loaded, np.arange(2))["value"], np.full(2, value, narrow))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float64])
+def test_take_of_a_source_in_memory_narrows_too(dtype):
+    source = ArraySource({"value": np.arange(4, dtype=dtype)})
+    assert take(source, np.arange(2))["value"].dtype == batch_spec(source, 2)["value"].dtype
+
+
+def test_the_spec_has_every_entry_and_the_mask_with_the_batch_in_front():
+    assert batch_spec(CountingSource(), 6) == {
+        "x": jax.ShapeDtypeStruct((6, 3), jnp.float32),
+        "odd": jax.ShapeDtypeStruct((6,), jnp.bool_),
+        "label": jax.ShapeDtypeStruct((6,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((6,), jnp.float32),
+    }
+
+
+def test_the_spec_reads_a_single_example():
+    source = CountingSource()
+    batch_spec(source, 100)
+    assert source.reads.sum() == 1
+
+
+TEXTS = {"str": "a word", "bytes": b"a word", "0d": np.array("a word"), "1d": np.array(["two", "words"], object)}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_an_entry_that_no_device_can_hold_is_refused_by_its_name(text):
+    class Source:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": np.zeros(3), "caption": text}
+
+    with pytest.raises(UserError, match=r"entry 'caption' of the data is .*: leave it out"):
+        batch_spec(Source(), 2)

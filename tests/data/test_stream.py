@@ -1,0 +1,219 @@
+"""The order of a run, its stream of batches, an evaluation's, and the prefetch to the devices."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.data.source import ArraySource
+from trainer.data.stream import Batches, Order, once, prefetch, stream
+from trainer.errors import UserError
+
+EXAMPLES, BATCH, STEPS = 23, 8, 12  # the stream ends in its fifth epoch, and no epoch ends where a batch does
+
+
+class ListSource:
+    """The examples of an `ArraySource` that is read one by one, so that Grain's threads do it."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+def arrays(examples: int = EXAMPLES) -> dict[str, np.ndarray]:
+    number = np.arange(examples, dtype=np.int32)
+    return {"number": number, "x": np.random.default_rng(0).normal(size=(examples, 3)).astype(np.float32)}
+
+
+def whole(source: Any, *, seed: int = 0, start: int = 0, **settings: Any) -> list[Any]:
+    return list(stream(source, seed=seed, batch_size=BATCH, start=start, stop=STEPS, **settings))
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].dtype == other[name].dtype, name
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.fixture(params=[ArraySource, ListSource], ids=["memory", "grain"])
+def source(request: pytest.FixtureRequest) -> Any:
+    return request.param(arrays())
+
+
+@pytest.mark.parametrize("examples", [1, 2, 7, 100])
+def test_each_epoch_of_the_order_has_every_example_once(examples):
+    epochs = Order(examples, seed=3)(0, 5 * examples).reshape(5, examples)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(examples), (5, 1)))
+
+
+def test_epochs_are_ordered_differently_from_each_other_and_from_the_source():
+    epochs = Order(100, seed=3)(0, 500).reshape(5, 100)
+    assert len({epoch.tobytes() for epoch in [*epochs, np.arange(100)]}) == 6
+
+
+def test_the_order_follows_from_seed_and_position_whatever_slices_were_asked_for_before():
+    positions = 9 * EXAMPLES
+    expected = Order(EXAMPLES, seed=5)(0, positions)
+    order, rng = Order(EXAMPLES, seed=5), np.random.default_rng(0)
+    lengths = []
+    for _ in range(200):
+        start, stop = sorted(rng.choice(positions + 1, 2, replace=False))
+        np.testing.assert_array_equal(order(start, stop), expected[start:stop])
+        lengths.append(stop - start)
+    assert min(lengths) < EXAMPLES / 4  # within an epoch
+    assert max(lengths) > 3 * EXAMPLES  # over several
+
+
+def test_a_position_far_away_is_reached_without_the_epochs_before_it():
+    start = 10**12 * EXAMPLES - 2
+    order = Order(EXAMPLES, seed=5)
+    ahead = order(start, start + 4)
+    assert set(ahead[:2]) <= set(range(EXAMPLES))
+    np.testing.assert_array_equal(np.concatenate([order(start + i, start + i + 1) for i in range(4)]), ahead)
+
+
+def test_the_order_of_a_seed_is_the_one_that_kept_runs_were_trained_in():
+    np.testing.assert_array_equal(Order(7, seed=0)(0, 14), [0, 5, 1, 6, 2, 4, 3, 2, 0, 4, 1, 5, 3, 6])
+
+
+def test_another_seed_gives_another_order_in_every_epoch():
+    one, other = (Order(100, seed)(0, 500).reshape(5, 100) for seed in (0, 1))
+    assert (one != other).any(axis=1).all()
+
+
+def test_batch_i_of_the_stream_is_batch_i_by_index(source):
+    batches = Batches(source, seed=0, batch_size=BATCH, steps=STEPS)
+    assert len(batches) == STEPS
+    assert_same(whole(source), [batches[i] for i in range(STEPS)])
+
+
+def test_batches_lie_end_to_end_in_the_order_of_the_run(source):
+    numbers = np.concatenate([batch["number"] for batch in whole(source)])
+    np.testing.assert_array_equal(numbers, Order(EXAMPLES, seed=0)(0, STEPS * BATCH))
+
+
+def test_every_row_of_a_batch_is_one_whole_example_and_unmasked(source):
+    expected = arrays()
+    for batch in whole(source):
+        np.testing.assert_array_equal(batch["x"], expected["x"][batch["number"]])
+        assert batch["mask"].dtype == np.float32
+        np.testing.assert_array_equal(batch["mask"], np.ones(BATCH))
+
+
+@pytest.mark.parametrize("start", [1, 5, STEPS - 1, STEPS])
+def test_a_stream_that_starts_later_is_the_tail_of_the_whole(source, start):
+    assert_same(whole(source, start=start), whole(source)[start:])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_shards_of_a_batch_in_their_order_are_the_global_batch(source, count):
+    shards = [whole(source, shard=(place, count)) for place in range(count)]
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shards, strict=True)
+    ]
+    assert_same(joined, whole(source))
+
+
+def test_shards_that_do_not_divide_a_batch_are_refused_with_both_numbers():
+    with pytest.raises(UserError, match="batch_size 8 does not divide over 3 processes"):
+        whole(ArraySource(arrays()), shard=(0, 3))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_reading_in_threads_gives_the_batches_of_memory_bit_for_bit(threads):
+    assert_same(whole(ListSource(arrays()), threads=threads), whole(ArraySource(arrays())))
+
+
+def test_another_seed_streams_another_order_of_the_same_examples(source):
+    one, other = (np.concatenate([b["number"] for b in whole(source, seed=seed)])[:EXAMPLES] for seed in (0, 1))
+    assert (one != other).any()
+    np.testing.assert_array_equal(np.sort(one), np.sort(other))
+
+
+@pytest.mark.parametrize("kind", [ArraySource, ListSource])
+def test_a_batch_larger_than_an_epoch_holds_several_epochs(kind):
+    examples = 3
+    batches = whole(kind(arrays(examples)))
+    numbers = np.concatenate([batch["number"] for batch in batches])
+    assert [len(batch["mask"]) for batch in batches] == [BATCH] * STEPS
+    epochs = numbers.reshape(-1, examples)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(examples), (len(epochs), 1)))
+
+
+def test_a_source_that_fails_fails_the_stream_with_its_own_error():
+    class Broken(ListSource):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if index == 11:
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        whole(Broken(arrays()))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, EXAMPLES, EXAMPLES + 9])
+def test_once_gives_every_example_once_in_order_and_masks_the_rest(source, batch_size):
+    batches = list(once(source, batch_size))
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    np.testing.assert_array_equal(mask, np.arange(len(mask)) < EXAMPLES)
+    for name, expected in arrays().items():
+        np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches])[mask == 1], expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, EXAMPLES, EXAMPLES + 9])
+def test_all_batches_of_once_have_one_shape_and_the_fewest_batches_do(source, batch_size):
+    batches = list(once(source, batch_size))
+    assert {batch["x"].shape for batch in batches} == {(batch_size, 3)}
+    assert {(batch["mask"].shape, batch["mask"].dtype) for batch in batches} == {((batch_size,), np.dtype("float32"))}
+    assert len(batches) == -(-EXAMPLES // batch_size)
+
+
+def test_prefetch_gives_what_put_made_of_each_batch_in_order():
+    batches = [{"number": np.array([i])} for i in range(10)]
+    found = prefetch(batches, lambda batch: {"number": batch["number"] + 100})
+    assert [int(batch["number"][0]) for batch in found] == list(range(100, 110))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 5])
+def test_put_runs_exactly_depth_batches_ahead_of_the_one_in_use(depth):
+    put: list[int] = []
+
+    def record(batch: Any) -> Any:
+        put.append(batch["number"])
+        return batch
+
+    endless = ({"number": i} for i in range(10**9))
+    for in_use, batch in enumerate(islice(prefetch(endless, record, depth), 20)):
+        assert batch["number"] == in_use
+        assert put == list(range(in_use + depth + 1))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 4])
+def test_a_stream_shorter_than_the_depth_comes_out_whole(length):
+    batches = [{"number": i} for i in range(length)]
+    assert list(prefetch(batches, dict, depth=4)) == batches
+
+
+def test_an_error_of_the_source_reaches_the_consumer_and_ends_the_stream():
+    def failing() -> Iterator[dict[str, Any]]:
+        yield from ({"number": i} for i in range(6))
+        raise OSError("the disk is gone")
+
+    batches = prefetch(failing(), dict, depth=2)
+    seen = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        seen.extend(batch["number"] for batch in batches)
+    assert seen == list(range(len(seen)))
+    assert len(seen) >= 6 - 2  # all but those under way
+    assert next(batches, None) is None

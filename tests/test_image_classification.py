@@ -1,0 +1,243 @@
+"""The image task: augmentation, loss, metrics and what its two models return."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.image_classification import MLP, ImageClassification, StridedCNN
+from experiments.image_classification import shift as shift_eagerly
+from trainer.errors import NotPreparedError
+
+shift = jax.jit(shift_eagerly, static_argnums=2)
+ROWS, HEIGHT, WIDTH, CHANNELS, CLASSES = 6, 7, 5, 2, 4
+MODELS = {
+    "cnn": ImageClassification(model="cnn", classes=CLASSES, widths=(3, 4), hidden=5),
+    "cnn with batch_norm": ImageClassification(model="cnn", classes=CLASSES, widths=(3, 4), hidden=5, batch_norm=True),
+    "mlp": ImageClassification(model="mlp", classes=CLASSES, widths=(5, 6)),
+}
+
+
+def images(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.1, 1, (rows, HEIGHT, WIDTH, CHANNELS)).astype(np.float32)
+
+
+def keys(rows: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """The image rolled, with zeros where pixels came round from the other side."""
+    rolled = np.roll(image, (down, right), axis=(0, 1))
+    rows, columns = np.arange(HEIGHT) - down, np.arange(WIDTH) - right
+    inside = ((rows >= 0) & (rows < HEIGHT))[:, None] & ((columns >= 0) & (columns < WIDTH))
+    return np.where(inside[..., None], rolled, 0)
+
+
+def offsets(before: np.ndarray, after: np.ndarray, farthest: int) -> list[tuple[int, int]]:
+    """All moves of up to `farthest` pixels that turn `before` into `after`."""
+    places = range(-farthest, farthest + 1)
+    return [(y, x) for y in places for x in places if np.array_equal(moved(before, y, x), after)]
+
+
+def make_batch(rows: int = ROWS) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (rows, HEIGHT, WIDTH, CHANNELS), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, CLASSES, rows, np.int32)),
+        "mask": jnp.ones(rows),
+        "row_key": keys(rows),
+    }
+
+
+@functools.cache
+def compiled(settings: tuple[tuple[str, Any], ...], train: bool) -> Callable[..., Any]:
+    """The loss of a task with these settings, compiled once for all tests."""
+    task = ImageClassification(**dict(settings))
+    return jax.jit(lambda values, batch, key: task.loss(values, batch, key=key, train=train, axis_name=None))
+
+
+def run(task: ImageClassification, values: Any, batch: Any, *, train: bool, seed: int = 0) -> tuple[Any, Any]:
+    """Metrics and collections of a batch."""
+    return compiled(tuple(dataclasses.asdict(task).items()), train)(values, batch, jax.random.key(seed))
+
+
+def total(task: ImageClassification, values: Any, batch: Any, *, train: bool, seed: int = 0) -> float:
+    return float(run(task, values, batch, train=train, seed=seed)[0]["loss"].total)
+
+
+def variables(task: ImageClassification) -> dict[str, Any]:
+    """Made-up values in the right shapes, so that no bias or statistic is 0 or 1; variances are positive."""
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(lambda: dict(task.init(jax.random.key(0), make_batch())))
+
+    def made_up(path: Any, x: Any) -> jax.Array:
+        values = rng.normal(size=x.shape) / np.sqrt(x.size / x.shape[-1])
+        return jnp.asarray(np.abs(values) + 0.1 if path[0].key == "batch_stats" else values, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(made_up, shapes)
+
+
+def test_shift_by_nothing_is_the_identity():
+    before = images(ROWS)
+    np.testing.assert_array_equal(shift(jnp.asarray(before), keys(ROWS), 0), before)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_each_image_is_moved_by_at_most_the_given_offset_and_zeros_come_in(most):
+    rows = 40
+    before = images(rows)
+    after = np.asarray(shift(jnp.asarray(before), keys(rows), most))
+    assert after.shape == before.shape
+    for one, other in zip(before, after, strict=True):
+        [(down, right)] = offsets(one, other, farthest=most + 1)
+        assert max(abs(down), abs(right)) <= most
+
+
+def test_all_offsets_of_both_axes_come_up_about_equally_often():
+    rows = 1800
+    before = np.tile(images(1), (rows, 1, 1, 1))
+    after = np.asarray(shift(jnp.asarray(before), keys(rows), 1))
+    counts = [
+        sum(np.array_equal(image, moved(before[0], y, x)) for image in after) for y in (-1, 0, 1) for x in (-1, 0, 1)
+    ]
+    assert sum(counts) == rows
+    # 200 expected of each, with a standard deviation of 13.
+    assert min(counts) > 140
+    assert max(counts) < 260
+
+
+def test_an_images_move_depends_on_its_own_key_alone():
+    before, row_keys = jnp.asarray(images(ROWS)), keys(ROWS)
+    after = shift(before, row_keys, 2)
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    np.testing.assert_array_equal(shift(before[order], row_keys[order], 2), after[order])
+    np.testing.assert_array_equal(shift(before[2:3], row_keys[2:3], 2), after[2:3])
+
+
+def test_loss_and_accuracy_are_those_of_float64_numpy():
+    task, batch = ImageClassification(model="mlp", classes=CLASSES, widths=(5,), max_value=16.0), make_batch()
+    values = variables(task)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), values["params"])
+    x = np.asarray(batch["image"], np.float64).reshape(ROWS, -1) / 16
+    x = np.maximum(x @ params["dense_0"]["kernel"] + params["dense_0"]["bias"], 0)
+    logits = x @ params["head"]["kernel"] + params["head"]["bias"]
+    label = (logits.argmax(1) + np.array([0, 1, 0, 0, 2, 0])) % CLASSES  # four of the six are right
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(ROWS), label]
+    batch["label"] = jnp.asarray(label, jnp.int32)
+
+    metrics, _ = run(task, values, batch, train=False)
+    assert set(metrics) == {"loss", "accuracy"}
+    np.testing.assert_allclose(float(metrics["loss"].total), losses.sum(), rtol=1e-5)
+    assert float(metrics["accuracy"].total) == 4
+    assert float(metrics["loss"].weight) == float(metrics["accuracy"].weight) == ROWS
+
+
+@pytest.mark.parametrize("task", MODELS.values(), ids=MODELS)
+def test_masked_rows_do_not_count_whatever_their_labels(task):
+    batch = make_batch()
+    values = variables(task)
+    masked = {**batch, "mask": jnp.array([1.0, 0, 1, 1, 0, 1]), "label": batch["label"].at[jnp.array([1, 4])].set(99)}
+    kept = jax.tree.map(lambda x: x[jnp.array([0, 2, 3, 5])], batch)
+    (found, _), (expected, _) = (run(task, values, rows, train=False) for rows in (masked, kept))
+    assert float(found["loss"].weight) == float(found["accuracy"].weight) == 4
+    np.testing.assert_allclose(float(found["loss"].total), float(expected["loss"].total), rtol=1e-6)
+    assert float(found["accuracy"].total) == float(expected["accuracy"].total)
+
+
+@pytest.mark.parametrize(
+    "model", [StridedCNN((3, 4), 5, CLASSES, 0.0, batch_norm=True), MLP((5,), CLASSES, 0.0)], ids=["cnn", "mlp"]
+)
+def test_a_model_gives_a_row_of_logits_for_each_image(model):
+    x = jnp.asarray(images(ROWS))
+    logits, _ = jax.jit(lambda: model.init_with_output(jax.random.key(0), x, train=False, axis_name=None))()
+    assert logits.shape == (ROWS, CLASSES)
+    assert len(np.unique(logits)) == ROWS * CLASSES
+
+
+@pytest.mark.parametrize(("pixels", "seen_by_hidden"), [(8, 4 * 4), (15, 8 * 8), (16, 4 * 4), (28, 7 * 7)])
+def test_every_convolution_but_the_first_on_images_below_16_pixels_halves_them(pixels, seen_by_hidden):
+    task = MODELS["cnn"]
+    batch = {"image": jnp.zeros((1, pixels, pixels, 1), jnp.uint8)}
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))
+    assert shapes["params"]["hidden"]["kernel"].shape == (seen_by_hidden * task.widths[-1], task.hidden)
+
+
+@pytest.mark.parametrize("task", MODELS.values(), ids=MODELS)
+def test_every_parameter_has_a_gradient(task):
+    batch = make_batch(32)
+    values = variables(task)
+
+    def loss(params: Any) -> Any:
+        return run(task, {**values, "params": params}, batch, train=True)[0]["loss"].total
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(values["params"])):
+        assert np.any(np.asarray(gradient)), path
+
+
+def test_batch_norm_gives_new_statistics_when_training_and_none_otherwise():
+    task, batch = MODELS["cnn with batch_norm"], make_batch()
+    values = variables(task)
+    assert set(values) == {"params", "batch_stats"}
+    before = jax.tree.map(np.asarray, values["batch_stats"])
+    _, collections = run(task, values, batch, train=True)
+    assert set(collections) == {"batch_stats"}
+    assert jax.tree.structure(collections["batch_stats"]) == jax.tree.structure(before)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(collections["batch_stats"]), strict=True):
+        assert (np.asarray(new) != old).all()
+    _, collections = run(task, values, batch, train=False)
+    assert not collections
+
+
+def test_statistics_move_a_tenth_of_the_way_to_the_batchs():
+    task, batch = MODELS["cnn with batch_norm"], make_batch()
+    values = variables(task)
+    _, collections = run(task, values, batch, train=True)
+    convolved = jax.lax.conv_general_dilated(
+        batch["image"] / jnp.float32(255),
+        values["params"]["conv_0"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    seen = np.asarray(convolved, np.float64).reshape(-1, task.widths[0])
+    for name, target in (("mean", seen.mean(0)), ("var", seen.var(0))):
+        expected = 0.9 * values["batch_stats"]["norm_0"][name] + 0.1 * target
+        np.testing.assert_allclose(collections["batch_stats"]["norm_0"][name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_dropout_acts_only_when_training_and_follows_the_steps_key(name):
+    task, batch = dataclasses.replace(MODELS[name], dropout=0.5), make_batch()
+    values = variables(task)
+    trained = [total(task, values, batch, train=True, seed=seed) for seed in (0, 0, 1)]
+    assert trained[0] == trained[1] != trained[2]
+    assert total(task, values, batch, train=False, seed=0) == total(task, values, batch, train=False, seed=1)
+
+
+def test_images_are_shifted_by_their_row_keys_when_training_only():
+    task, batch = dataclasses.replace(MODELS["mlp"], max_shift=2), make_batch()
+    still = MODELS["mlp"]
+    values = variables(task)
+    # Whole pixel values survive the way to float and back.
+    shifted = shift(batch["image"].astype(jnp.float32), batch["row_key"], 2).astype(jnp.uint8)
+    trained = total(task, values, batch, train=True)
+    np.testing.assert_allclose(trained, total(still, values, {**batch, "image": shifted}, train=True), rtol=1e-6)
+    assert abs(trained - total(task, values, {**batch, "row_key": keys(ROWS, seed=1)}, train=True)) > 1e-3
+    del batch["row_key"]  # an evaluation has none
+    assert total(task, values, batch, train=False) == total(still, values, batch, train=False)
+
+
+def test_a_split_is_its_images_and_labels_and_prepare_is_what_an_error_asks_for(data_dir, tmp_path):
+    source = ImageClassification(dataset="digits", data_dir=str(data_dir)).source("test")
+    assert (len(source), set(source[0])) == (359, {"image", "label"})
+    task = ImageClassification(dataset="digits", data_dir=str(tmp_path))
+    with pytest.raises(NotPreparedError):
+        task.source("test")
+    task.prepare()
+    assert len(task.source("test")) == 359
