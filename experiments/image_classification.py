@@ -81,8 +81,8 @@ class ImageClassification:
     """Channels of the convolutions, or units of the dense layers."""
     hidden: int = setting(128, minimum=1)
     """Units of the CNN's hidden layer."""
-    dropout: float = setting(0.0, minimum=0)
-    """Share of units left out while training, below 1."""
+    dropout: float = setting(0.0, minimum=0, maximum=1)
+    """Share of units left out while training."""
     batch_norm: bool = setting(False)
     """Whether the CNN normalises over the batch."""
     max_shift: int = setting(0, minimum=0)

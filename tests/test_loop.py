@@ -102,7 +102,7 @@ def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
     run = make_run(100_000, **settings(logging=config.Logging(every_steps=1)))
 
     class Signalling(Progress):
-        def update(self, step, *args):
+        def update(self, step, loss, examples_per_second, seconds_left):
             if step == 12:
                 os.kill(os.getpid(), signum)
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore[missing-module-attribute] - made at import
 
 from trainer import config
 from trainer.checkpoint.store import Store

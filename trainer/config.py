@@ -9,21 +9,24 @@ import dataclasses
 import importlib
 import json
 import math
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
 
-from beartype import BeartypeConf
-from beartype.door import is_bearable
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from trainer.errors import UserError, nearest
 from trainer.experiment import Experiment
+
+_CLASS = "$class"  # the key under which JSON names a dataclass
 
 
 def setting(
     default: Any = dataclasses.MISSING,
     *,
     minimum: float | None = None,
+    maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
     may_change: bool = False,
 ) -> Any:
@@ -32,11 +35,13 @@ def setting(
     Args:
       default: the value when none is given.
       minimum: the smallest accepted number.
+      maximum: the largest accepted number.
       choices: the accepted names.
       may_change: whether a run may be resumed with another value; every other setting is what makes it that run.
     """
     return dataclasses.field(
-        default=default, metadata={"minimum": minimum, "choices": choices, "may_change": may_change}
+        default=default,
+        metadata={"minimum": minimum, "maximum": maximum, "choices": choices, "may_change": may_change},
     )
 
 
@@ -156,7 +161,7 @@ class Run:
     """Examples per update, over all devices and microbatches."""
     microbatches: int = setting(1, minimum=1)
     """Parts into which each batch is split to save memory; their sums are divided once."""
-    seed: int = setting(0, minimum=0)
+    seed: int = setting(0, minimum=0, maximum=2**32 - 1)
     """Everything random follows from it: initial parameters, order of the data, dropout, augmentation."""
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     loading: Loading = dataclasses.field(default_factory=Loading)
@@ -177,6 +182,11 @@ def resolve(run: Run) -> Run:
     schedule = run.optimizer.schedule
     if schedule.name != "constant":
         schedule.decay_steps = schedule.decay_steps or run.total_steps
+        if schedule.final > schedule.peak:
+            raise UserError(
+                f"optimizer.schedule.final is {schedule.final}; a {schedule.name} descent ends at or below its peak, "
+                f"{schedule.peak}"
+            )
         if schedule.warmup_steps >= schedule.decay_steps:
             raise UserError(
                 f"optimizer.schedule.warmup_steps is {schedule.warmup_steps}, but the whole schedule has only "
@@ -205,15 +215,19 @@ def check_types(run: Run) -> None:
         raise UserError(
             f"experiment is {type(run.experiment).__name__}, which is not a dataclass with init, loss and source"
         )
+    _encode(run, "")  # before the types: those of a class that cannot be imported may not be found
     for path, owner, field, hint in _fields(run):
         value = getattr(owner, field.name)
-        if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):
-            raise UserError(f"{path} is {value!r}; {_type_name(hint)} is expected")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path} is {value}; a finite number is expected")
-        minimum, choices = field.metadata.get("minimum"), field.metadata.get("choices")
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError as error:
+            raise UserError(f"{path} is {value!r}; {_type_name(hint)} is expected") from error
+        minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
         if minimum is not None and value < minimum:
             raise UserError(f"{path} is {value}; it must be at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise UserError(f"{path} is {value}; it must be at most {maximum}")
+        choices = field.metadata.get("choices")
         if choices is not None and value not in choices:
             raise UserError(f"{path} is {value!r}{nearest(value, choices)}")
 
@@ -223,8 +237,9 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses
     hints = typing.get_type_hints(type(node))
     for field in dataclasses.fields(node):
         path = prefix + field.name
-        yield path, node, field, hints[field.name]
         value = getattr(node, field.name)
+        if hints[field.name] is not Experiment:  # a protocol: what it asks for is checked by itself
+            yield path, node, field, hints[field.name]
         for name, child in value.items() if isinstance(value, dict) else [("", value)]:
             if dataclasses.is_dataclass(child):
                 yield from _fields(child, f"{path}.{name}." if name else f"{path}.")
@@ -256,7 +271,7 @@ def differences(kept: Run, asked: Run) -> list[str]:
     found: list[str] = []
 
     def compare(old: Any, new: Any, path: str) -> None:
-        if type(old) is not type(new):
+        if type(old) is not type(new) and not (_is_number(old) and _is_number(new)):
             found.append(f"{path} was {_short(old)}, is {_short(new)}")
         elif dataclasses.is_dataclass(old):
             for field in dataclasses.fields(old):
@@ -272,13 +287,17 @@ def differences(kept: Run, asked: Run) -> list[str]:
     return found
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _short(value: Any) -> str:
     text = type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def to_json(run: Run) -> str:
-    """The run as JSON: a dataclass is an object with its class under "class"; a tuple is a list."""
+    """The run as JSON: a dataclass is an object with its class under "$class"; a tuple is a list."""
     return json.dumps(_encode(run, ""), indent=2, allow_nan=False) + "\n"
 
 
@@ -292,8 +311,8 @@ def from_json(text: str) -> Run:
     """
     try:
         run = _decode(json.loads(text))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"the run's JSON cannot be read: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
     check_types(run)
     return run
 
@@ -301,17 +320,21 @@ def from_json(text: str) -> Run:
 def _encode(value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(value):
         kind = type(value)
-        if "." in kind.__qualname__ or getattr(_module(kind.__module__, path), kind.__name__, None) is not kind:
+        if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
             raise UserError(
-                f"{path} is a {kind.__name__} defined where it cannot be imported again ({kind.__module__}): "
-                "move the class to the top of a module of its own, beside the config file"
+                f"{path.lstrip('.')} is a {kind.__name__} defined where it cannot be imported again "
+                f"({kind.__module__}): move the class to the top of a module of its own, in the current folder"
             )
         fields = {f.name: _encode(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
-        return {"class": f"{kind.__module__}:{kind.__name__}", **fields}
+        return {_CLASS: f"{kind.__module__}:{kind.__name__}", **fields}
     if isinstance(value, dict):
+        if _CLASS in value:
+            raise UserError(f"{path.lstrip('.')} has the key {_CLASS!r}, which is taken")
         return {key: _encode(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_encode(item, path) for item in value]
+        return [_encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path.lstrip('.')} is {value}; a finite number is expected")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(
@@ -323,15 +346,15 @@ def _encode(value: Any, path: str) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_decode(item) for item in value)
-    if isinstance(value, dict) and "class" in value:
-        fields = {key: _decode(item) for key, item in value.items() if key != "class"}
-        module, _, name = value["class"].partition(":")
+    if isinstance(value, dict) and _CLASS in value:
+        fields = {key: _decode(item) for key, item in value.items() if key != _CLASS}
+        module, _, name = value[_CLASS].partition(":")
         kind = getattr(_module(module, name), name, None)
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            raise UserError(f"{value['class']} is not a dataclass any more")
+            raise UserError(f"{value[_CLASS]} is not a dataclass any more")
         known = {field.name for field in dataclasses.fields(kind)}
         for key in fields.keys() - known:
-            raise UserError(f"{value['class']} has no field {key!r} any more{nearest(key, known)}")
+            raise UserError(f"{value[_CLASS]} has no field {key!r} any more{nearest(key, known)}")
         return kind(**fields)
     if isinstance(value, dict):
         return {key: _decode(item) for key, item in value.items()}

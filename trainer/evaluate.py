@@ -1,6 +1,6 @@
 """Evaluation: every example once, whatever the batch and the devices."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import jax
 import numpy as np
@@ -21,11 +21,14 @@ def evaluate(parts: Parts, state: TrainState, source: RandomAccessSource) -> dic
       source: the evaluation split, usually loaded into memory.
     """
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
-    results = []
+    # Programs that do not wait for each other can starve each other of threads in XLA:CPU's collectives, and hang.
+    fake = len(parts.parallel.devices) > 1 and parts.parallel.devices[0].platform == "cpu"
+    ahead = 0 if fake else 2  # otherwise enough that the devices never wait, few enough to bound what is in flight
+    results: deque[Metrics] = deque()
     for batch in prefetch(once(source, parts.run.evaluation.batch_size), parts.parallel.put):
         results.append(parts.eval_step(state, batch))
-        if len(results) > 2:  # bounds how far the host runs ahead
-            _add(sums, results.pop(0))
+        if len(results) > ahead:
+            _add(sums, results.popleft())
     for result in results:
         _add(sums, result)
     seen = round(sums.pop("examples")[0])

@@ -25,12 +25,20 @@ class Workdir:
         Raises:
           UserError: the JSON cannot be read.
         """
-        return config.from_json(self.config.read_text()) if self.config.exists() else None
+        if not self.config.is_file():
+            return None
+        try:
+            return config.from_json(self.config.read_text())
+        except (OSError, UserError) as error:
+            raise UserError(f"{self.config} cannot be read: {error}") from error
 
     def check(self, run: config.Run) -> None:
-        """Raises `UserError` if another run is kept here, or files that are no run's."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"workdir {self.path} is not a folder")
+        """Raises `UserError` if another run is kept here, or files that are no run's, or nothing can be."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"workdir {self.path}: {there} is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"workdir {self.path}: nothing can be written in {there}")
         kept = self.run()
         if kept is None:
             # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
@@ -45,8 +53,7 @@ class Workdir:
             )
 
     def write(self, run: config.Run, labels: str) -> None:
-        """Makes the folder and keeps the resolved run and its label table there."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Keeps the resolved run and its label table."""
         for file, text in ((self.config, config.to_json(run)), (self.labels, labels)):
             temporary = file.with_name(f".{file.name}.tmp")
             temporary.write_text(text)
@@ -54,7 +61,11 @@ class Workdir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the system lets go of it however the process ends."""
+        """Makes the folder and holds it for this process; the system lets go of it however the process ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"workdir {self.path} cannot be made: {error.strerror}") from error
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

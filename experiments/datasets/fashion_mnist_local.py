@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path) as file:
             data = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gz file: {error}") from error
     if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise UserError(f"{path} is not an IDX file of unsigned bytes")

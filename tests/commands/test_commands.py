@@ -213,12 +213,10 @@ def test_model_that_does_not_fit_its_batch_is_one_line_with_the_place_and_the_ba
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="load_config hands an argument to any get_config")
 def test_argument_for_a_config_that_takes_none_is_one_line(capsys, tmp_path):
     assert "get_config" in mistake(capsys, "train", f"{DIGITS}:small", f"--workdir={tmp_path}/new")
 
 
-@pytest.mark.xfail(strict=True, reason="load_config leaves the file in sys.modules, so to_json can import it again")
 def test_experiment_defined_in_the_config_file_is_refused(capsys, tmp_path):
     file = config_file(tmp_path, "Inline()").removeprefix("--config=")
     text = Path(file).read_text()
@@ -282,7 +280,6 @@ def test_workdir_that_is_a_file_is_left_alone(capsys, tmp_path):
     assert contents(tmp_path) == {"notes": b"x"}
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="the folders above a workdir are not checked")
 def test_workdir_below_a_file_is_one_line(capsys, tmp_path):
     file = config_file(tmp_path, "Linear()")
     assert run(["train", file, f"--workdir={tmp_path}/config.py/run"]) == 2
@@ -305,7 +302,6 @@ def test_run_that_another_process_trains_is_left_alone(workdir, capsys):
     assert contents(workdir) == before
 
 
-@pytest.mark.xfail(strict=True, reason="train writes config.json before it takes the lock")
 def test_run_that_another_process_trains_keeps_its_settings(workdir):
     before = contents(workdir)
     with Workdir(workdir).locked():
@@ -313,7 +309,6 @@ def test_run_that_another_process_trains_keeps_its_settings(workdir):
     assert contents(workdir) == before
 
 
-@pytest.mark.xfail(strict=True, reason="train writes labels.txt before it compares the model with the checkpoint")
 def test_workdir_of_a_model_that_was_edited_since_is_left_alone(capsys, monkeypatch, tmp_path):
     file, workdir = config_file(tmp_path, "Linear()"), tmp_path / "run"
     output(capsys, "train", file, f"--workdir={workdir}")
@@ -467,7 +462,6 @@ def test_usage_is_shown_without_importing_jax(arguments, tmp_path):
     assert shell(f"python -c {shlex.quote(code)}", tfds=tmp_path).returncode == 0
 
 
-@pytest.mark.xfail(strict=True, reason="what is printed is written out after run() has returned")
 def test_output_closed_by_its_reader_is_no_error_message():
     reader, writer = os.pipe()
     os.close(reader)
@@ -497,7 +491,6 @@ def test_batch_that_does_not_divide_over_the_devices_is_one_line_in_a_shell(data
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="Orbax warns on stderr about every read-only store")
 def test_checkpoint_that_is_not_there_is_one_line_in_a_shell(trained, data_dir):
     result = shell(f"python -m trainer evaluate --workdir={trained} --step=7", tfds=data_dir)
     assert result.returncode == 2

@@ -1,5 +1,7 @@
 """AdaBelief against a float64 reference written from the paper's formulas."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def reference(params, grads, learning_rate, b1, b2, eps, eps_root):
 def run(optimizer, params, grads):
     """The parameters after each step of an Optax optimizer."""
     state = optimizer.init(params)
-    path = []
+    path: list[Any] = []
     for g in grads:
         updates, state = optimizer.update(g, state, params)
         params = optax.apply_updates(params, updates)

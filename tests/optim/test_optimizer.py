@@ -1,8 +1,11 @@
 """Labels, schedule and scaling as one transformation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from trainer import config
@@ -18,15 +21,19 @@ def settings(name: str, decay: float = 0.1) -> config.Optimizer:
     return config.Optimizer(name=name, schedule=config.Schedule(peak=0.5), groups=groups)
 
 
-def params():
+def params() -> dict[str, jax.Array]:
     return {"kernel": jnp.asarray([1.0, -2.0, 3.0]), "bias": jnp.asarray([1.0, -2.0, 3.0])}
+
+
+def first_update(optimizer: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:
+    """Updates and state after the first step."""
+    return optimizer.update(grads, optimizer.init(params()), params())
 
 
 @pytest.mark.parametrize("name", ["adabelief", "adam", "sgd"])
 def test_zero_gradients_shrink_decayed_leaves_and_leave_the_rest_to_the_bit(name):
     optimizer = build_optimizer(settings(name), LABELS)
-    zeros = jax.tree.map(jnp.zeros_like, params())
-    updates, _ = optimizer.update(zeros, optimizer.init(params()), params())
+    updates, _ = first_update(optimizer, jax.tree.map(jnp.zeros_like, params()))
     np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1 * params()["kernel"], rtol=1e-7)
     assert not np.any(updates["bias"])
 
@@ -36,7 +43,7 @@ def test_decay_is_decoupled_from_the_moments():
     moments = []
     for decay in (0.0, 0.1):
         optimizer = build_optimizer(settings("adabelief", decay), LABELS)
-        moments.append(optimizer.update(grads, optimizer.init(params()), params())[1]["scaling"])
+        moments.append(first_update(optimizer, grads)[1]["scaling"])
     jax.tree.map(np.testing.assert_array_equal, *moments)
 
 

@@ -1,12 +1,17 @@
-"""The commands, one file each: the only readers of flags and of the terminal."""
+"""The commands, one file each: the only readers of flags and of the terminal.
+
+A command's module has a `DESCRIPTION`, `add_options(parser)` and `main(arguments)`, and imports JAX in `main` alone.
+"""
 
 import importlib
+import logging
 import os
 import shlex
 import sys
 import traceback
 from pathlib import Path
 
+from trainer.commands.arguments import make_parser, parse
 from trainer.errors import NotPreparedError, UserError, nearest
 
 _COMMANDS = {
@@ -19,31 +24,44 @@ _COMMANDS = {
 
 def run(argv: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 for the user's mistakes, which are one line."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0 if argv else 2
-    command, arguments = argv[0], argv[1:]
-    show_traceback = "--traceback" in arguments
     try:
-        if command not in _COMMANDS:
-            raise UserError(f"no command {command!r}{nearest(command, _COMMANDS)}")
-        # The console script does not put the current folder on the path, as `python -m` does; configs import from it.
-        if str(Path.cwd()) not in sys.path and "" not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        module = importlib.import_module(f"trainer.commands.{command}")
-        return module.main([argument for argument in arguments if argument != "--traceback"])
-    except UserError as error:
-        if show_traceback:
-            traceback.print_exc()
-        hint = _preparing(arguments) if isinstance(error, NotPreparedError) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"\n{error or 'interrupted'}", file=sys.stderr)
-        return 128 + getattr(error, "signum", 2)
+        code = _run(argv)
+        sys.stdout.flush()  # here, where a closed pipe is expected
     except BrokenPipeError:  # `… | head` closed our output: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    try:
+        if command not in _COMMANDS:
+            raise UserError(f"no command {command!r}{nearest(command, _COMMANDS)}")
+        module = importlib.import_module(f"trainer.commands.{command}")
+        parser = make_parser(command, module.DESCRIPTION)
+        module.add_options(parser)
+        if {"-h", "--help"} & set(rest):
+            parser.print_help()
+            return 0
+        # The console script does not put the current folder on the path, as `python -m` does; configs import from it.
+        if str(Path.cwd()) not in sys.path and "" not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        # Orbax reports its own options as warnings.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        return module.main(parse(parser, rest))
+    except UserError as error:
+        if "--traceback" in rest:
+            traceback.print_exc()
+        hint = _preparing(rest) if isinstance(error, NotPreparedError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"\n{error}" if str(error) else "\ninterrupted", file=sys.stderr)
+        return 128 + getattr(error, "signum", 2)
 
 
 def _usage() -> str:

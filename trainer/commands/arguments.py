@@ -3,18 +3,17 @@
 import argparse
 import dataclasses
 import importlib.util
+import inspect
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from absl import flags
-from ml_collections import config_flags
-
-from trainer import config
 from trainer.errors import UserError, nearest
-from trainer.workdir import Workdir
+
+if TYPE_CHECKING:  # these import JAX, which takes a second that `--help` and mistyped flags need not wait for
+    from trainer.config import Run
+    from trainer.workdir import Workdir
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -29,9 +28,15 @@ class Arguments:
       options: the command's own options.
     """
 
-    run: config.Run
-    workdir: Workdir | None
+    run: "Run"
+    workdir: "Workdir | None"
     options: argparse.Namespace
+
+    def required_workdir(self) -> "Workdir":
+        """The workdir; raises `UserError` when none is given."""
+        if self.workdir is None:
+            raise UserError("give --workdir=DIR, the folder that the run is kept in")
+        return self.workdir
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +69,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z]+', parser.format_help())))}")
+    from trainer import config
+    from trainer.workdir import Workdir
+
     workdir = Workdir(options.workdir) if options.workdir else None
     if options.config:
         run = load_config(options.config)
@@ -94,7 +102,12 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def _override(run: config.Run, overrides: Sequence[str]) -> config.Run:
+def _override(run: "Run", overrides: Sequence[str]) -> "Run":
+    from absl import flags
+    from ml_collections import config_flags
+
+    from trainer import config
+
     config.check_types(run)
     for argument in overrides:
         if match := _OVERRIDE.match(argument):
@@ -124,8 +137,13 @@ def load_config(text: str) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"config file {name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {name!r} has no function get_config")
-    return module.get_config(*([argument] if colon else []))
+    arguments = [argument] if colon else []
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        takes = "no argument" if colon else "an argument, as in --config=FILE:argument"
+        raise UserError(f"get_config in {name!r} takes {takes}") from error
+    return module.get_config(*arguments)

@@ -1,22 +1,31 @@
 """`evaluate`: a checkpoint on every example of a split."""
 
-from trainer.build import build
-from trainer.checkpoint.manifest import check_manifest
-from trainer.checkpoint.store import Store
-from trainer.commands.arguments import make_parser, parse
-from trainer.data.source import load
+import argparse
+from typing import TYPE_CHECKING
+
+from trainer.commands.arguments import Arguments
 from trainer.errors import UserError
-from trainer.evaluate import evaluate
+
+if TYPE_CHECKING:  # imports JAX
+    from trainer.checkpoint.store import Store
+
+DESCRIPTION = "Evaluates a checkpoint of a run; --workdir alone is enough. Writes nothing."
 
 
-def main(argv: list[str]) -> int:
-    """Prints each metric on a line, then how many examples were seen and of which step."""
-    parser = make_parser("evaluate", "Evaluates a checkpoint of a run; --workdir alone is enough. Writes nothing.")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint."""
     parser.add_argument("--step", default="latest", help="which checkpoint: a step, best, or latest (the default)")
-    arguments = parse(parser, argv)
-    workdir, run = arguments.workdir, arguments.run
-    if workdir is None:
-        raise UserError("give --workdir=DIR, the folder that the run is kept in")
+
+
+def main(arguments: Arguments) -> int:
+    """Prints each metric on a line, how many examples were seen, and of which step."""
+    from trainer.build import build
+    from trainer.checkpoint.manifest import check_manifest
+    from trainer.checkpoint.store import Store
+    from trainer.data.source import load
+    from trainer.evaluate import evaluate
+
+    workdir, run = arguments.required_workdir(), arguments.run
     if not workdir.checkpoints.is_dir():
         raise UserError(f"workdir {workdir.path} holds no checkpoint")
     workdir.check(run)
@@ -26,18 +35,14 @@ def main(argv: list[str]) -> int:
     check_manifest(store.manifest(step), parts.rows)
     state = store.restore(parts.state, step)
     store.close()
-    results = evaluate(parts, state, load(parts.eval_source, run.loading.in_memory_bytes))
-    for name, value in results.items():
-        print(
-            f"{name.replace('/', ' ')}: {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('/', ' ')}: {value:.4f}"
-        )
+    for name, value in evaluate(parts, state, load(parts.eval_source, run.loading.in_memory_bytes)).items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        print(f"{name.replace('/', ' ')}: {shown}")
     print(f"step {step} of {workdir.path}; its curves: tensorboard --logdir {workdir.path}")
     return 0
 
 
-def choose(store: Store, which: str) -> int:
+def choose(store: "Store", which: str) -> int:
     """The step that `which` names: "latest", "best", or a number."""
     steps = store.steps()
     if not steps:
@@ -50,7 +55,6 @@ def choose(store: Store, which: str) -> int:
             raise UserError("no best checkpoint is kept: the run has no checkpoint.best_metric")
         return best
     if not which.isdecimal() or int(which) not in steps:
-        raise UserError(
-            f"there is no checkpoint of step {which!r}; there are {', '.join(map(str, steps))}, latest, best"
-        )
+        known = ", ".join(map(str, steps))
+        raise UserError(f"there is no checkpoint of step {which!r}; there are {known}, latest, best")
     return int(which)

@@ -1,18 +1,26 @@
 """`inspect`: what a run is, before it is launched or afterwards."""
 
-import jax
+import argparse
 
-from trainer import config
-from trainer.build import build
-from trainer.checkpoint.store import Store
-from trainer.commands.arguments import make_parser, parse
-from trainer.observe.tables import label_table_text
+from trainer.commands.arguments import Arguments
+
+DESCRIPTION = "Shows a run: settings, labels, devices, checkpoints. --workdir alone is enough. Writes nothing."
 
 
-def main(argv: list[str]) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+    del parser
+
+
+def main(arguments: Arguments) -> int:
     """Prints the resolved config, the label table, the devices, and the checkpoints."""
-    parser = make_parser("inspect", "Shows a run: settings, labels, devices, checkpoints. --workdir alone is enough.")
-    arguments = parse(parser, argv)
+    import jax
+
+    from trainer import config
+    from trainer.build import build
+    from trainer.checkpoint.store import Store
+    from trainer.observe.tables import label_table_text
+
     run, workdir = arguments.run, arguments.workdir
     if workdir is not None:
         workdir.check(run)

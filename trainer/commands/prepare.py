@@ -1,13 +1,22 @@
 """`prepare`: the data of a run, written to disk once."""
 
-from trainer.commands.arguments import make_parser, parse
-from trainer.experiment import Prepares
+import argparse
+
+from trainer.commands.arguments import Arguments
+
+DESCRIPTION = "Writes the data that a run reads. A second time is quick and changes nothing."
 
 
-def main(argv: list[str]) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+    del parser
+
+
+def main(arguments: Arguments) -> int:
     """Calls the experiment's `prepare`."""
-    parser = make_parser("prepare", "Writes the data that a run reads. A second time is quick and changes nothing.")
-    experiment = parse(parser, argv).run.experiment
+    from trainer.experiment import Prepares
+
+    experiment = arguments.run.experiment
     if not isinstance(experiment, Prepares):
         print(f"{type(experiment).__name__} has no data to prepare")
         return 0

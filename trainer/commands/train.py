@@ -1,26 +1,23 @@
 """`train`: a run from its config, or from where its workdir left off."""
 
+import argparse
 import sys
 
-from trainer.commands.arguments import make_parser, parse
-from trainer.errors import UserError
+from trainer.commands.arguments import Arguments
+
+DESCRIPTION = "Trains a run. The same command on the same workdir goes on from its last checkpoint."
 
 
-def main(argv: list[str]) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+    del parser
+
+
+def main(arguments: Arguments) -> int:
     """Trains; exit code 1 when the loss is no longer finite."""
-    parser = make_parser(
-        "train", "Trains a run. The same command on the same workdir goes on from its last checkpoint."
-    )
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return 0
-    arguments = parse(parser, argv)
-    if arguments.workdir is None:
-        raise UserError("give --workdir=DIR, the folder that the run is kept in")
-
     from trainer.loop import DivergedError, train
 
-    path = arguments.workdir.path
+    path = arguments.required_workdir().path
     try:
         train(arguments.run, path)
     except DivergedError as error:

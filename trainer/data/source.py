@@ -34,7 +34,7 @@ class ArraySource:
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` as one batch."""
-        return {name: array[indices] for name, array in self.arrays.items()}
+        return {name: array.take(indices, axis=0) for name, array in self.arrays.items()}
 
 
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -67,11 +67,9 @@ def batch_spec(source: RandomAccessSource, batch_size: int) -> dict[str, jax.Sha
     """
     example = _stack([source[0]])
     for name, array in example.items():
-        if not (
-            np.issubdtype(array.dtype, np.number)
-            or array.dtype == bool
-            or jax.dtypes.issubdtype(array.dtype, np.inexact)
-        ):
+        if name in ("mask", "row_key"):
+            raise UserError(f"entry {name!r} of the data has a name that the harness uses: give it another")
+        if not (array.dtype.kind in "iufcb" or jax.dtypes.issubdtype(array.dtype, np.inexact)):
             raise UserError(f"entry {name!r} of the data is {array.dtype}, which no device can hold: leave it out")
     example["mask"] = np.ones((1,), np.float32)
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in example.items()}

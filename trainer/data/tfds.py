@@ -42,8 +42,17 @@ class TfdsSource:
         skipped = {feature: tfds.decode.SkipDecoding() for feature in known if feature not in features}
         try:
             self._source = builder.as_data_source(split=split, decoders=skipped or None)
-        except (ValueError, NotImplementedError) as error:
+            length = len(self._source)
+        except NotImplementedError as error:
+            form = builder.info.file_format.name
+            raise UserError(
+                f"data set {name!r} lies in {builder.data_dir} as {form}, which has no random access: "
+                "delete it there and prepare it again"
+            ) from error
+        except ValueError as error:
             raise UserError(f"data set {name!r}, split {split!r}: {str(error).splitlines()[0]}") from error
+        if not length:
+            raise UserError(f"data set {name!r}, split {split!r}, has no example")
         self._features = tuple(features)
 
     def __len__(self) -> int:
@@ -67,7 +76,10 @@ def prepare(name: str, data_dir: str = "") -> None:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(f"TFDS knows no data set {name!r}{nearest(name, tfds.list_builders())}") from error
+        known = tfds.list_builders(with_community_datasets=False)
+        raise UserError(f"TFDS knows no data set {name!r}{nearest(name, known)}") from error
+    except (AssertionError, ValueError) as error:  # a config or a version that the builder does not have
+        raise UserError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
     builder.download_and_prepare()
 
 
@@ -77,6 +89,8 @@ def _prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
         builder = tfds.core.load.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except tfds.core.registered.DatasetNotFoundError:
         return None
+    except ValueError as error:  # no name at all, or the data set lies in several places
+        raise UserError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
     return builder if builder.info.splits else None
 
 

@@ -30,22 +30,24 @@ class MetricsLog:
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._events = SummaryWriter(str(events))
+        times = {row["step"]: row["time"] for row in read_rows(timings)}
         for file in (rows, timings):
             for row in read_rows(file):
-                self._add_events(row)
+                self._add_events(row, times.get(row["step"]))
 
     def write(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
         """Adds the one row of a step to each file; a value that is not finite is null there, since JSON has no NaN."""
-        for file, row in ((self._rows, values), (self._timings, {"time": time.time(), **timing})):
+        now = time.time()
+        for file, row in ((self._rows, values), (self._timings, {"time": now, **timing})):
             line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in row.items()}}
             file.write(json.dumps(line) + "\n")
             file.flush()  # a killed process loses nothing that was written
-            self._add_events(line)
+            self._add_events(line, now)
 
-    def _add_events(self, row: dict[str, Any]) -> None:
+    def _add_events(self, row: dict[str, Any], seconds: float | None) -> None:
         for name, value in row.items():
             if name not in ("step", "time") and value is not None:
-                self._events.add_scalar(name, value, row["step"], walltime=row.get("time"))
+                self._events.add_scalar(name, value, row["step"], walltime=seconds)
 
     def sync(self) -> None:
         """Puts all rows on disk, so that a checkpoint saved afterwards never outlives its metrics."""
@@ -77,10 +79,14 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     lines = file.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise UserError(f"{file}, line {number}, is no JSON: {error}") from error
+            return
+        if not isinstance(row, dict) or "step" not in row:
+            raise UserError(f"{file}, line {number}, is no row of metrics")
+        yield row
 
 
 def _truncate(file: Path, after_step: int) -> None:

@@ -35,11 +35,16 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line of its own, which stays."""
-        if self._width:
-            self._stream.write("\n")
-            self._width = 0
+        self.end_line()
         self._stream.write(text + "\n")
         self._stream.flush()
+
+    def end_line(self) -> None:
+        """Lets what comes next begin on a line of its own."""
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
 
 
 def clock(seconds: float) -> str:

@@ -42,7 +42,9 @@ class Pmapped:
 
     def put(self, batch: Batch) -> Batch:
         """The batch as [replicas, rows of one replica, …], one part on each device."""
-        return jax.device_put(jax.tree.map(lambda x: x.reshape(self._split(x.shape)), batch), self.rows)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.rows, x.reshape(self._split(x.shape))), batch
+        )
 
     def abstract_batch(self, batch: Batch) -> Batch:
         """Shapes and dtypes with the replica axis in front."""
