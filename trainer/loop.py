@@ -144,9 +144,9 @@ class _Recorder:
         self._since_step, self._since = step, time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was just dispatched; deals with older ones that are there."""
+        """Takes the metrics of a step that was just dispatched; deals with earlier ones that are there."""
         self._pending.append((step, metrics))
-        while self._pending and (len(self._pending) > self._ahead or _is_ready(self._pending[0][1])):
+        while len(self._pending) > 1 and (len(self._pending) > self._ahead or _is_ready(self._pending[0][1])):
             self.settle(leave=len(self._pending) - 1)
 
     def settle(self, *, leave: int = 0) -> None:
@@ -188,7 +188,8 @@ class _Recorder:
 
 
 def _is_ready(metrics: Metrics) -> bool:
-    return metrics["loss"].total.is_ready()  # all results of a step are ready at once
+    loss: Any = metrics["loss"].total
+    return loss.is_ready()  # and with it all results of the step
 
 
 def _floats(mean: Any) -> tuple[float, float]:

@@ -36,7 +36,8 @@ class Workdir:
         """Raises `UserError` if another run is kept here, or files that are no run's, or nothing can be."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not there.is_dir():
-            raise UserError(f"workdir {self.path}: {there} is not a folder")
+            what = "is" if there == self.path else f"lies below {there}, which is"
+            raise UserError(f"workdir {self.path} {what} not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"workdir {self.path}: nothing can be written in {there}")
         kept = self.run()

@@ -290,7 +290,7 @@ def test_workdir_below_a_file_is_one_line(capsys, tmp_path):
 def test_damaged_config_of_a_workdir_is_one_line(command, workdir, capsys):
     (workdir / "config.json").write_text('{"class": ')
     before = contents(workdir)
-    assert mistake(capsys, command, f"--workdir={workdir}").startswith("the run's JSON cannot be read: ")
+    assert mistake(capsys, command, f"--workdir={workdir}").startswith(f"{workdir}/config.json cannot be read: ")
     assert contents(workdir) == before
 
 

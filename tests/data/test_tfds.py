@@ -232,7 +232,7 @@ def test_a_data_set_prepared_as_tfrecord_is_refused_in_one_line_that_names_the_f
         writer.write(record)
     writer.close()
 
-    with pytest.raises(UserError, match=r"many_features.*TFRECORD is not supported") as refusal:
+    with pytest.raises(UserError, match=r"many_features.*as TFRECORD, which has no random access") as refusal:
         TfdsSource("many_features", "train", ("number",), str(tmp_path))
     assert "\n" not in str(refusal.value)
 
