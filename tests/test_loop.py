@@ -97,6 +97,16 @@ def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
     assert json.loads((tmp_path / "run" / "checkpoints" / "5" / "manifest" / "metadata").read_text())["step"] == 5
 
 
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    # Loss and gradient of the first step are finite; the step itself leaves float32.
+    groups = {"decayed": config.Group(weight_decay=1e3), "plain": config.Group()}
+    optimizer = dataclasses.replace(make_run().optimizer, groups=groups, schedule=config.Schedule(peak=3e38))
+    run = make_run(3, **settings(optimizer=optimizer, checkpoint=config.Checkpoint(every_steps=1)))
+    with pytest.raises(DivergedError, match="state after step 1 holds NaN or Inf"):
+        quietly(run, tmp_path / "run")
+    assert Store(tmp_path / "run" / "checkpoints", run.checkpoint, read_only=True).steps() == []
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
     run = make_run(100_000, **settings(logging=config.Logging(every_steps=1)))

@@ -9,6 +9,8 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trainer import config
@@ -98,6 +100,7 @@ def train(run: config.Run, workdir: str | PathLike[str], *, progress: Progress |
                 evaluated = recorder.settle_evaluated(partial(evaluate, parts, state, eval_source))
             recorder.settle()
             if saves:
+                _check_state(step, state)
                 log.sync()
                 store.save(state, make_manifest(run, parts.rows, step), evaluated)
             if signum is not None:
@@ -194,6 +197,20 @@ def _is_ready(metrics: Metrics) -> bool:
 
 def _floats(mean: Any) -> tuple[float, float]:
     return float(np.asarray(mean.total)), float(np.asarray(mean.weight))
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+
+
+def _check_state(step: int, state: TrainState) -> None:
+    # Loss and gradient of this step may be finite, and the parameters that it led to not.
+    if not _all_finite(state):
+        raise DivergedError(
+            f"the state after step {step} holds NaN or Inf; the run is stopped, and the last checkpoint is from before"
+        )
 
 
 def _check_finite(step: int, metrics: Metrics) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.datasets.images import image_info
+
 _DESCRIPTION = """
 Handwritten digits, 8×8 pixels with 17 levels of grey (0 … 16), as scikit-learn ships them: 1,797 scans from the test
 set of UCI's Optical Recognition of Handwritten Digits. Every fifth one is for testing: 1,438 to train on, 359 to test.
@@ -18,21 +20,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=_DESCRIPTION,
-            features=tfds.features.FeaturesDict(
-                {
-                    # Tensor and not Image: encoding PNG would need TensorFlow.
-                    "image": tfds.features.Tensor(
-                        shape=(8, 8, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-                    ),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-        )
+        labels = [str(digit) for digit in range(10)]
+        return image_info(self, _DESCRIPTION, (8, 8, 1), labels, "https://archive.ics.uci.edu/dataset/80")
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded

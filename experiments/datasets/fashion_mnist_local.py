@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.datasets.images import image_info
 from trainer.errors import UserError
 
 FOLDER_VARIABLE = "FASHION_MNIST_DIR"
@@ -34,20 +35,8 @@ class FashionMnistLocal(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=_DESCRIPTION,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Tensor(
-                        shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-                    ),
-                    "label": tfds.features.ClassLabel(names=_LABELS),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://github.com/zalandoresearch/fashion-mnist",
-        )
+        homepage = "https://github.com/zalandoresearch/fashion-mnist"
+        return image_info(self, _DESCRIPTION, (28, 28, 1), _LABELS, homepage)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded

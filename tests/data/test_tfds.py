@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboardX.record_writer import RecordWriter
 
@@ -356,3 +357,35 @@ def test_debians_files_are_the_ones_known_with_all_images_and_balanced_classes()
         labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
         assert (images.shape, labels.shape) == ((examples, 28, 28), (examples,))
         assert np.bincount(labels).tolist() == [examples // 10] * 10
+
+
+class EncodedImages(tfds.core.GeneratorBasedBuilder):
+    """A data set with an `Image` feature, as most of TFDS's have."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(5, 4, 3)), "label": np.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(3):
+            file = io.BytesIO()
+            Image.fromarray(pixels(i)).save(file, "PNG")
+            file.seek(0)
+            yield i, {"image": file, "label": i}
+
+
+def pixels(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+
+
+def test_encoded_images_are_decoded_without_tensorflow(tmp_path):
+    prepare("encoded_images", str(tmp_path))
+    source = TfdsSource("encoded_images", "train", ("image", "label"), str(tmp_path))
+    assert len(source) == 3
+    for example in (source[i] for i in range(3)):
+        np.testing.assert_array_equal(example["image"], pixels(int(example["label"])))

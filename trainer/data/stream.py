@@ -26,13 +26,9 @@ class Order:
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """The examples at positions start … stop − 1, int64."""
         first, last = start // self.examples, (stop - 1) // self.examples
-        order = [self._epoch(epoch) for epoch in range(first, last + 1)]
-        offset = first * self.examples
-        return (
-            np.concatenate(order)[start - offset : stop - offset]
-            if len(order) > 1
-            else order[0][start - offset : stop - offset]
-        )
+        epochs = [self._epoch(epoch) for epoch in range(first, last + 1)]
+        order = epochs[0] if first == last else np.concatenate(epochs)
+        return order[start - first * self.examples : stop - first * self.examples]
 
     def _epoch(self, epoch: int) -> np.ndarray:
         order = self._epochs.get(epoch)
@@ -97,16 +93,35 @@ def stream(
         many = min(max(_READ_BYTES // batch_bytes, 1), 64)
         firsts = range(start, stop, many)
         return chain.from_iterable(batches.run(first, min(first + many, stop)) for first in firsts)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(grain.MapDataset.source(batches)[start:stop].to_iter_dataset(options))
+    return _read_ahead(batches, range(start, stop), threads)
 
 
-def once(source: RandomAccessSource, batch_size: int) -> Iterator[Batch]:
+class _Once:
+    """The batches of `once` by index."""
+
+    def __init__(self, source: RandomAccessSource, batch_size: int) -> None:
+        self.source, self.batch_size = source, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        mask = (rows < len(self.source)).astype(np.float32)
+        return take(self.source, np.minimum(rows, len(self.source) - 1)) | {"mask": mask}
+
+
+def once(source: RandomAccessSource, batch_size: int, *, threads: int = 4) -> Iterator[Batch]:
     """Every example once, in order; the last batch is filled up with masked copies of the last example."""
-    for start in range(0, len(source), batch_size):
-        rows = np.arange(start, start + batch_size)
-        mask = (rows < len(source)).astype(np.float32)
-        yield take(source, np.minimum(rows, len(source) - 1)) | {"mask": mask}
+    batches = _Once(source, batch_size)
+    if isinstance(source, ArraySource):
+        return (batches[i] for i in range(len(batches)))
+    return _read_ahead(batches, range(len(batches)), threads)
+
+
+def _read_ahead(batches: Batches | _Once, wanted: range, threads: int) -> Iterator[Batch]:
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(grain.MapDataset.source(batches)[wanted.start : wanted.stop].to_iter_dataset(options))
 
 
 def prefetch(batches: Iterable[Batch], put: Callable[[Batch], Batch], depth: int = 2) -> Iterator[Batch]:

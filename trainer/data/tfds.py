@@ -1,5 +1,6 @@
 """Data sets of TFDS, read as random-access sources without TensorFlow."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,8 @@ def prepare(name: str, data_dir: str = "") -> None:
     """Writes a data set as ArrayRecord, if it is not there yet. Its builder must be imported, or TFDS's own."""
     if _prepared(name, data_dir) is not None:
         return
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()  # hundreds of lines in a log
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:

@@ -1,0 +1,47 @@
+"""The results that the configs promise, by the commands that the README gives."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parent.parent
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def accuracy_of(config: str, tmp_path: Path) -> float:
+    """Prepares, trains and evaluates in folders of its own; the accuracy that `evaluate` prints."""
+    environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "data"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    printed = ""
+    for arguments in (
+        ["prepare", f"--config={config}"],
+        ["train", f"--config={config}", f"--workdir={tmp_path}/run"],
+        ["evaluate", f"--workdir={tmp_path}/run"],
+    ):
+        command = [sys.executable, "-m", "trainer", *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    found = re.search(r"^test accuracy: ([\d.]+)$", printed, re.MULTILINE)
+    assert found is not None, printed
+    return float(found[1])
+
+
+def test_digits_reaches_97_percent_within_a_minute(tmp_path):
+    start = time.monotonic()
+    assert accuracy_of("configs/digits.py", tmp_path) >= 0.97
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.skipif(
+    not FASHION_MNIST.is_dir() and os.environ.get("CI") != "true",
+    reason="the Debian package dataset-fashion-mnist is not installed; CI installs it",
+)
+def test_fashion_mnist_reaches_90_5_percent_in_five_epochs(tmp_path):
+    assert accuracy_of("configs/fashion_mnist.py", tmp_path) >= 0.905
