@@ -56,7 +56,7 @@ class Task:
         hits = logits.argmax(-1) == batch["label"]
         return {"loss": Mean.of(losses, batch["mask"]), "accuracy": Mean.of(hits, batch["mask"])}, collections
 
-    def source(self, split):
+    def source(self, split: str) -> Any:
         rng = np.random.default_rng({"train": 0, "test": 1}[split])
         label = rng.integers(0, 3, self.examples if split == "train" else 21).astype(np.int32)
         x = (rng.normal(size=(len(label), 8)) + label[:, None]).astype(np.float32)

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +19,10 @@ from trainer.checkpoint.preemption import Interrupted
 from trainer.checkpoint.store import Store
 from trainer.data.stream import Order
 from trainer.errors import UserError
+from trainer.experiment import Mean
 from trainer.loop import DivergedError, train
 from trainer.observe.progress import Progress
+from trainer.workdir import Workdir
 
 TASK = Task(dropout=0.5, noise=0.3)
 
@@ -129,8 +133,6 @@ def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
 
 
 def test_only_one_process_trains_in_a_workdir(tmp_path):
-    from trainer.workdir import Workdir
-
     run = make_run(2, **settings())
     quietly(run, tmp_path / "run")
     with Workdir(tmp_path / "run").locked(), pytest.raises(UserError, match="another process is training"):
@@ -150,3 +152,88 @@ def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.build.label_table", lambda *a: [])
     with pytest.raises(UserError, match="the code has changed since the checkpoint at step 2"):
         quietly(make_run(4, **settings()), tmp_path / "run")
+
+
+@dataclasses.dataclass
+class Misbehaving(Task):
+    """A task whose loss or source is not what the protocol says."""
+
+    what: str = ""
+
+    def loss(self, variables, batch, *, key, train, axis_name):
+        metrics, collections = super().loss(variables, batch, key=key, train=train, axis_name=axis_name)
+        loss = metrics["loss"]
+        wrong: dict[str, Any] = {
+            "plain loss": ({"loss": loss.total / loss.weight}, collections),
+            "vector": ({"loss": Mean(batch["mask"], batch["mask"])}, collections),
+            "no loss": ({"nll": loss}, collections),
+            "metrics only": metrics,
+        }
+        return wrong.get(self.what, (metrics, collections))
+
+    def source(self, split) -> Any:
+        wrong: dict[str, Any] = {
+            "generator": (row for row in [{}]),
+            "empty": [],
+            "tuples": [(np.zeros(8, np.float32), 0)] * 20,
+            "ragged": [{"x": np.zeros(8 + (i > 4), np.float32), "label": 0} for i in range(20)],
+        }
+        if self.what == "no split":
+            return {"train": None}[split + "?"]
+        return wrong.get(self.what) if self.what in wrong else super().source(split)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("plain loss", r"metric 'loss' must be a Mean, such as Mean.of\(values, batch\['mask'\]\)"),
+        ("vector", r"metric 'loss' is not a pair of sums: \(16,\), \(16,\)"),
+        ("no loss", r"a metric named 'loss', not only \['nll'\]"),
+        ("metrics only", r"must return a pair of mappings, \(metrics, collections\)"),
+        ("generator", r"Misbehaving.source\('train'\) is a generator, which has no length"),
+        ("empty", r"Misbehaving.source\('train'\) has no example"),
+        ("tuples", "holds examples of type tuple; a mapping from names is expected"),
+        ("ragged", r"entry 'x' of the data has examples of different shapes: \(8,\), \(9,\)"),
+        ("no split", r"Misbehaving.source\('train'\): KeyError: 'train\?'; is there such a split\?"),
+    ],
+)
+def test_an_experiment_that_breaks_the_protocol_is_told_how(what, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        quietly(make_run(5, experiment=Misbehaving(what=what)), tmp_path / "run")
+
+
+def test_a_launch_that_died_before_its_first_checkpoint_can_be_launched_again_with_other_settings(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    with folder.locked():
+        folder.write(config.resolve(make_run(2, **settings())), "")
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "2.orbax-checkpoint-tmp").mkdir()
+    state, _ = quietly(make_run(2, **settings(batch_size=32)), tmp_path / "run")
+    assert int(state.step) == 2
+    kept = folder.run()
+    assert kept is not None
+    assert kept.batch_size == 32
+
+
+def test_more_steps_than_a_schedule_was_made_for_are_refused_with_the_way_out(tmp_path):
+    optimizer = make_run().optimizer  # a linear descent over the whole run
+    quietly(make_run(4, **settings(optimizer=optimizer)), tmp_path / "run")
+    with pytest.raises(UserError, match=r"decay_steps was 4, is 6 .*--config.optimizer.schedule.decay_steps=4 keeps"):
+        quietly(make_run(6, **settings(optimizer=optimizer)), tmp_path / "run")
+    schedule = dataclasses.replace(optimizer.schedule, decay_steps=4)
+    longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
+    assert int(quietly(longer, tmp_path / "run")[0].step) == 6
+
+
+@pytest.mark.parametrize("damaged", ["state/d/*", "manifest/metadata", "state/_METADATA"])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_remove(damaged, tmp_path):
+    run = make_run(10, **settings(checkpoint=config.Checkpoint(every_steps=5)))
+    whole, _ = quietly(run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "10"
+    for file in newest.glob(damaged):
+        file.write_bytes(b"not what it was")
+    with pytest.raises(UserError, match=rf"checkpoint 10 cannot be read .*remove {newest} to go on from step 5"):
+        quietly(run, tmp_path / "run")
+    shutil.rmtree(newest)
+    again, _ = quietly(run, tmp_path / "run")
+    assert_equal(again, whole)

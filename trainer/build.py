@@ -2,7 +2,7 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from trainer import config
 from trainer.data.source import batch_spec
 from trainer.errors import UserError, nearest
-from trainer.experiment import Batch, Metrics, RandomAccessSource
+from trainer.experiment import Batch, Experiment, Metrics, RandomAccessSource
 from trainer.optim.labels import Row, label_table, label_tree
 from trainer.optim.optimizer import build_optimizer
 from trainer.optim.schedules import build_schedule
@@ -59,7 +59,7 @@ def build(run: config.Run) -> Parts:
     experiment = run.experiment
     parallel = build_parallel(run.parallel)
     check_divides(run, len(parallel.devices))
-    train_source, eval_source = experiment.source(run.loading.split), experiment.source(run.evaluation.split)
+    train_source, eval_source = _source(experiment, run.loading.split), _source(experiment, run.evaluation.split)
     spec = batch_spec(train_source, run.batch_size)
     eval_spec = batch_spec(eval_source, run.evaluation.batch_size)
 
@@ -88,11 +88,11 @@ def build(run: config.Run) -> Parts:
     compiled_update = parallel.compile_train(update, state)
     compiled_eval = parallel.compile_eval(eval_step(experiment, axis_name=axis_name), state)
     with _blaming_the_model(spec):
-        after, metrics = jax.eval_shape(compiled_update, state, parallel.abstract_batch(spec))
+        after, _ = jax.eval_shape(compiled_update, state, parallel.abstract_batch(spec))
     _check_unchanged(state, after)
     with _blaming_the_model(eval_spec):
         evaluated = jax.eval_shape(compiled_eval, state, parallel.abstract_batch(eval_spec))
-    _check_metrics(run, metrics, evaluated)
+    _check_best_metric(run, evaluated)
 
     rows = label_table(variables["params"], labels, run.optimizer.groups)
     return Parts(run, rows, parallel, train_source, eval_source, make_state, state, compiled_update, compiled_eval)
@@ -142,14 +142,23 @@ def _names(collections: dict) -> str:
     return ", ".join(sorted(collections)) or "none"
 
 
-def _check_metrics(run: config.Run, metrics: Metrics, evaluated: Metrics) -> None:
-    if "loss" not in evaluated:
-        raise UserError(f"the experiment's metrics have no 'loss', only {sorted(evaluated)}")
-    for name, mean in metrics.items():
-        if mean.total.shape or mean.weight.shape:
-            raise UserError(
-                f"metric {name!r} is not a pair of sums: its shapes are {mean.total.shape}, {mean.weight.shape}"
-            )
+def _check_best_metric(run: config.Run, evaluated: Metrics) -> None:
     best, known = run.checkpoint.best_metric, [f"{run.evaluation.split}/{name}" for name in evaluated]
     if best and best not in known:
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{nearest(best, known)}")
+
+
+def _source(experiment: Experiment, split: str) -> RandomAccessSource:
+    """The examples of a split, if they are what the protocol says."""
+    name = f"{type(experiment).__name__}.source({split!r})"
+    try:
+        source = experiment.source(split)
+    except KeyError as error:
+        raise UserError(f"{name}: KeyError: {error}; is there such a split? (--traceback shows where)") from error
+    if not isinstance(source, RandomAccessSource):
+        raise UserError(f"{name} is a {type(source).__name__}, which has no length and indices")
+    if not len(source):
+        raise UserError(f"{name} has no example")
+    if not isinstance(source[0], Mapping):
+        raise UserError(f"{name} holds examples of type {type(source[0]).__name__}; a mapping from names is expected")
+    return source

@@ -156,11 +156,13 @@ class Run:
 
     experiment: Experiment
     total_steps: int = setting(minimum=1, may_change=True)
-    """Updates until the run is finished. A finished run goes on when it is launched again with more."""
+    """Updates until the run is finished. A finished run goes on when it is launched again with more, unless its
+    schedule was to end with it."""
     batch_size: int = setting(128, minimum=1)
     """Examples per update, over all devices and microbatches."""
     microbatches: int = setting(1, minimum=1)
-    """Parts into which each batch is split to save memory; their sums are divided once."""
+    """Parts into which each batch is split to save memory; their sums are divided once. BatchNorm sees one part
+    at a time, so with it the number of parts changes the result."""
     seed: int = setting(0, minimum=0, maximum=2**32 - 1)
     """Everything random follows from it: initial parameters, order of the data, dropout, augmentation."""
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -264,6 +266,9 @@ def check_path(run: Run, path: str) -> None:
             raise UserError(f"{walked} has no field {name!r}{nearest(name, known)}")
         node = node[name] if isinstance(node, dict) else getattr(node, name)
         walked += f".{name}"
+    if dataclasses.is_dataclass(node):
+        known = ", ".join(f"{walked}.{field.name}" for field in dataclasses.fields(node))
+        raise UserError(f"{walked} is a group of settings; set one of {known}")
 
 
 def differences(kept: Run, asked: Run) -> list[str]:
@@ -349,6 +354,8 @@ def _decode(value: Any) -> Any:
     if isinstance(value, dict) and _CLASS in value:
         fields = {key: _decode(item) for key, item in value.items() if key != _CLASS}
         module, _, name = value[_CLASS].partition(":")
+        if module == "__main__":
+            raise UserError(f"{name} was defined in a script or a notebook, from where it cannot be imported again")
         kind = getattr(_module(module, name), name, None)
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise UserError(f"{value[_CLASS]} is not a dataclass any more")
@@ -365,4 +372,7 @@ def _module(name: str, wanted: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{wanted.lstrip('.')}: module {name!r} cannot be imported: {error}") from error
+        raise UserError(
+            f"{wanted.lstrip('.')}: module {name!r} cannot be imported ({error}): run from the folder that holds it, "
+            "or set PYTHONPATH"
+        ) from error

@@ -3,8 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -64,14 +64,17 @@ def train(run: config.Run, workdir: str | PathLike[str], *, progress: Progress |
     progress.message(labels.rstrip())
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
+        if not folder.has_checkpoint():
+            folder.write(run, labels)  # first, so that a kill at any moment leaves a folder that can be launched again
         source, eval_source = (load(s, run.loading.in_memory_bytes) for s in (parts.train_source, parts.eval_source))
         store = Store(folder.checkpoints, run.checkpoint)
         stack.callback(store.close)
         state = _restore_or_create(parts, store, progress)
-        folder.write(run, labels)  # not before: a checkpoint that does not fit leaves everything as it is
+        folder.write(run, labels)  # not before: a checkpoint that does not fit must leave everything as it is
         start = int(state.step)
         log = stack.enter_context(MetricsLog(folder.path, start))
         stack.callback(progress.end_line)
+        stack.enter_context(_telling_what_is_kept(store))
         # Last: until here there is nothing to save, and Ctrl-C may act at once.
         preemption = stack.enter_context(Preemption())
         batches = stream(
@@ -121,6 +124,17 @@ def describe(evaluated: dict[str, float]) -> str:
     return ", ".join(parts) + examples
 
 
+@contextmanager
+def _telling_what_is_kept(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except DivergedError as error:
+        store.wait()
+        steps = store.steps()
+        kept = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        raise DivergedError(f"{error}; the run is stopped, {kept}") from None
+
+
 def _restore_or_create(parts: Parts, store: Store, progress: Progress) -> TrainState:
     steps = store.steps()
     if not steps:
@@ -142,6 +156,7 @@ class _Recorder:
         self._pending: deque[tuple[int, Metrics]] = deque()
         self._first = start + 1
         self._start_clock(start)
+        self._began_step, self._began = start, self._since
 
     def _start_clock(self, step: int) -> None:
         self._since_step, self._since = step, time.perf_counter()
@@ -175,12 +190,14 @@ class _Recorder:
         due = step % self._run.logging.every_steps == 0 or step == self._run.total_steps
         if step == self._first and not due:  # it was compiled, which says nothing about the speed of the others
             self._start_clock(step)
+            self._began_step, self._began = step, self._since
         if not due:
             return {}
         values = {f"train/{name}": divide(*_floats(mean)) for name, mean in metrics.items()}
         self._seconds_a_step = (time.perf_counter() - self._since) / max(step - self._since_step, 1)
         self._start_clock(step)
-        left = self._seconds_a_step * (self._run.total_steps - step)
+        average = (self._since - self._began) / max(step - self._began_step, 1)  # evaluations and saves included
+        left = average * (self._run.total_steps - step)
         self._progress.update(step, values["train/loss"], self._run.batch_size / self._seconds_a_step, left)
         return values
 
@@ -208,9 +225,7 @@ def _all_finite(tree: Any) -> jax.Array:
 def _check_state(step: int, state: TrainState) -> None:
     # Loss and gradient of this step may be finite, and the parameters that it led to not.
     if not _all_finite(state):
-        raise DivergedError(
-            f"the state after step {step} holds NaN or Inf; the run is stopped, and the last checkpoint is from before"
-        )
+        raise DivergedError(f"the state after step {step} holds NaN or Inf")
 
 
 def _check_finite(step: int, metrics: Metrics) -> None:
@@ -220,6 +235,4 @@ def _check_finite(step: int, metrics: Metrics) -> None:
     for name in ("loss", "grad_norm"):
         value = float(np.asarray(metrics[name].total))
         if not math.isfinite(value):
-            raise DivergedError(
-                f"the {name} of step {step} is {value}; the run is stopped, and the last checkpoint is from before it"
-            )
+            raise DivergedError(f"the {name} of step {step} is {value}")

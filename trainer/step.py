@@ -1,6 +1,6 @@
 """One update and one evaluation, as pure functions of (state, batch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from trainer.experiment import Batch, Experiment, Mean, Metrics
+from trainer.errors import UserError
+from trainer.experiment import Batch, Collections, Experiment, Mean, Metrics
 from trainer.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -40,8 +41,8 @@ def train_step(
     """
 
     def loss(params: Any, collections: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Any]:
-        metrics, collections = experiment.loss(
-            {"params": params, **collections}, batch, key=key, train=True, axis_name=axis_name
+        metrics, collections = _checked(
+            experiment.loss({"params": params, **collections}, batch, key=key, train=True, axis_name=axis_name)
         )
         return metrics["loss"].total, (metrics, collections)
 
@@ -85,17 +86,32 @@ def eval_step(experiment: Experiment, *, axis_name: str | None = None) -> EvalSt
     """The metrics of one batch as sums, with "examples", the number of rows that are not masked."""
 
     def evaluation(state: TrainState, batch: Batch) -> Metrics:
-        metrics, _ = experiment.loss(
-            {"params": state.params, **state.collections},
-            batch,
-            key=jax.random.key(0),
-            train=False,
-            axis_name=axis_name,
+        variables = {"params": state.params, **state.collections}
+        metrics, _ = _checked(
+            experiment.loss(variables, batch, key=jax.random.key(0), train=False, axis_name=axis_name)
         )
         examples = Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))
         return sum_over_replicas({**metrics, "examples": examples}, axis_name)
 
     return evaluation
+
+
+def _checked(result: Any) -> tuple[Metrics, Collections]:
+    """What a loss returned, if it is what the protocol says; runs while a step is traced, so it costs nothing."""
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Mapping) for part in result)):
+        raise UserError(
+            "loss must return a pair of mappings, (metrics, collections); without collections, (metrics, {})"
+        )
+    metrics, collections = result
+    if "loss" not in metrics:
+        raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
+    for name, mean in metrics.items():
+        if not isinstance(mean, Mean):
+            kind = type(mean).__name__
+            raise UserError(f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), not a {kind}")
+        if jnp.shape(mean.total) or jnp.shape(mean.weight):
+            raise UserError(f"metric {name!r} is not a pair of sums: {jnp.shape(mean.total)}, {jnp.shape(mean.weight)}")
+    return metrics, collections
 
 
 def sum_over_replicas(tree: Any, axis_name: str | None) -> Any:

@@ -47,11 +47,21 @@ class Workdir:
                 raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
             return
         found = config.differences(kept, run)
-        if found:
+        if found and self.has_checkpoint():
+            hint = ""
+            if any(text.startswith("optimizer.schedule.decay_steps ") for text in found):
+                hint = (
+                    " (it follows total_steps: --config.optimizer.schedule.decay_steps="
+                    f"{kept.optimizer.schedule.decay_steps} keeps the schedule, whose rate then stays at its end)"
+                )
             raise UserError(
                 f"workdir {self.path} holds a run with other settings: {'; '.join(found[:4])}"
-                f"{f' and {len(found) - 4} more' if len(found) > 4 else ''}; choose another --workdir"
+                f"{f' and {len(found) - 4} more' if len(found) > 4 else ''}{hint}; choose another --workdir"
             )
+
+    def has_checkpoint(self) -> bool:
+        """Whether any state was saved here; a run that has none may as well begin anew with other settings."""
+        return self.checkpoints.is_dir() and any(path.name.isdecimal() for path in self.checkpoints.iterdir())
 
     def write(self, run: config.Run, labels: str) -> None:
         """Keeps the resolved run and its label table."""

@@ -160,7 +160,10 @@ MISTAKES = {
     "field-without-value": (["train", DIGITS, "--config.seed"], "Missing value for flag --config.seed"),
     "type": (["train", DIGITS, "--config.total_steps=many"], "flag --config.total_steps=many: invalid literal for int"),
     "type-of-item": (["train", DIGITS, "--config.experiment.widths=a"], "experiment.widths is ('a',); tuple[int, ...]"),
-    "type-of-group": (["train", DIGITS, "--config.optimizer=adam"], "flag --config.optimizer=adam: Unable to parse"),
+    "type-of-group": (
+        ["train", DIGITS, "--config.optimizer=adam"],
+        "config.optimizer is a group of settings",
+    ),
     "range": (["train", DIGITS, "--config.batch_size=0"], "batch_size is 0; it must be at least 1"),
     "choice": (
         ["train", DIGITS, "--config.parallel.strategy=pmapp"],

@@ -1,6 +1,8 @@
 """Checkpoints on disk: Orbax, asynchronous, the last ones and the best."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ class Store:
     def __init__(self, directory: Path, settings: config.Checkpoint, *, read_only: bool = False) -> None:
         """Opens `directory`, and makes it unless `read_only`."""
         self._best = settings.best_metric
+        self._directory = directory
         kept: list[Any] = [policies.LatestN(settings.keep_last)]
         best: dict[str, Any] = {}
         if self._best:
@@ -79,7 +82,8 @@ class Store:
 
     def manifest(self, step: int) -> dict[str, Any]:
         """The manifest of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
 
     def restore(self, like: TrainState, step: int) -> TrainState:
         """The state at `step`, with the shardings of `like` (arrays or `jax.ShapeDtypeStruct`).
@@ -88,10 +92,25 @@ class Store:
           UserError: the checkpoint's leaves are not those of `like` in path, shape or dtype.
         """
         # Orbax would cast another dtype and accept a missing leaf without a word.
-        found = self._manager.item_metadata(step)["state"]
-        _check_like(step, _leaves(like), _leaves(found.tree))
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-        return restored["state"]
+        with self._readable(step):
+            found = _leaves(self._manager.item_metadata(step)["state"].tree)
+        _check_like(step, _leaves(like), found)
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+
+    @contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """One line in place of the many that Orbax and TensorStore write when files are damaged or missing."""
+        try:
+            yield
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            earlier = [s for s in self.steps() if s < step]
+            then = f"go on from step {earlier[-1]}" if earlier else "begin anew"
+            raise UserError(
+                f"checkpoint {step} cannot be read ({type(error).__name__}: {reason}); "
+                f"remove {self._directory / str(step)} to {then}"
+            ) from error
 
     def close(self) -> None:
         """Waits for every save and raises what went wrong; without it, a failed save could go unseen."""

@@ -137,7 +137,12 @@ def load_config(text: str) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"config file {name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"config file {name!r}: {error}: run from the folder that holds it, or set PYTHONPATH"
+        ) from error
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {name!r} has no function get_config")
     arguments = [argument] if colon else []

@@ -1,6 +1,7 @@
 """`evaluate`: a checkpoint on every example of a split."""
 
 import argparse
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import Arguments
@@ -30,11 +31,10 @@ def main(arguments: Arguments) -> int:
         raise UserError(f"workdir {workdir.path} holds no checkpoint")
     workdir.check(run)
     parts = build(run)
-    store = Store(workdir.checkpoints, run.checkpoint, read_only=True)
-    step = choose(store, arguments.options.step)
-    check_manifest(store.manifest(step), parts.rows)
-    state = store.restore(parts.state, step)
-    store.close()
+    with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
+        step = choose(store, arguments.options.step)
+        check_manifest(store.manifest(step), parts.rows)
+        state = store.restore(parts.state, step)
     for name, value in evaluate(parts, state, load(parts.eval_source, run.loading.in_memory_bytes)).items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         print(f"{name.replace('/', ' ')}: {shown}")

@@ -1,6 +1,7 @@
 """`inspect`: what a run is, before it is launched or afterwards."""
 
 import argparse
+from contextlib import closing
 
 from trainer.commands.arguments import Arguments
 
@@ -35,8 +36,7 @@ def main(arguments: Arguments) -> int:
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if workdir is not None and workdir.checkpoints.is_dir():
-        store = Store(workdir.checkpoints, run.checkpoint, read_only=True)
-        best = store.best_step()
-        print("checkpoints: " + ", ".join(f"{s} (best)" if s == best else str(s) for s in store.steps()))
-        store.close()
+        with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
+            best = store.best_step()
+            print("checkpoints: " + ", ".join(f"{s} (best)" if s == best else str(s) for s in store.steps()))
     return 0

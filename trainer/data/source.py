@@ -81,7 +81,14 @@ def _read(source: RandomAccessSource, indices: list[int]) -> Sequence[Mapping[st
 
 
 def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: _narrow(np.stack([np.asarray(example[name]) for example in examples])) for name in examples[0]}
+    def stack(name: str) -> np.ndarray:
+        arrays = [np.asarray(example[name]) for example in examples]
+        shapes = sorted({array.shape for array in arrays})
+        if len(shapes) > 1:
+            raise UserError(f"entry {name!r} of the data has examples of different shapes: {shapes[0]}, {shapes[1]}")
+        return _narrow(np.stack(arrays))
+
+    return {name: stack(name) for name in examples[0]}
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
