@@ -22,6 +22,10 @@ def test_the_example_is_short():
     assert len(lines) < 40
 
 
+def test_the_label_table_is_that_of_the_demo():
+    assert (Path(__file__).parent / "golden" / "digits.txt").read_text() in README
+
+
 @pytest.mark.slow
 def test_the_example_learns(tmp_path):
     for name, text in files().items():
