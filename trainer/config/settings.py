@@ -1,0 +1,157 @@
+"""Every setting of a run, declared once, with its range and unit."""
+
+import dataclasses
+from typing import Any
+
+from trainer.experiment import Experiment
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A dataclass field with its range.
+
+    Args:
+      default: the value when none is given.
+      minimum: the smallest accepted number.
+      maximum: the largest accepted number.
+      choices: the accepted names.
+      may_change: whether a run may be resumed with another value; every other setting is what makes it that run.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"minimum": minimum, "maximum": maximum, "choices": choices, "may_change": may_change},
+    )
+
+
+@dataclasses.dataclass
+class Schedule:
+    """The learning rate as a function of the updates already made."""
+
+    name: str = setting("constant", choices=("constant", "cosine", "linear"))
+    """Shape after the warm-up: `constant`, or a `cosine` or `linear` descent."""
+    peak: float = setting(1e-3, minimum=0)
+    """Learning rate at the end of the warm-up."""
+    warmup_steps: int = setting(0, minimum=0)
+    """Updates over which it rises linearly from 0 to `peak`."""
+    decay_steps: int = setting(0, minimum=0)
+    """Updates until `final` is reached, warm-up included; 0 means the run's `total_steps`. Unused when constant."""
+    final: float = setting(0.0, minimum=0)
+    """Learning rate at the end of the descent."""
+
+
+@dataclasses.dataclass
+class Group:
+    """What the parameters of one label share."""
+
+    weight_decay: float = setting(0.0, minimum=0)
+    """Decoupled decay: each update subtracts learning rate · weight_decay · parameter."""
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """The optimizer and the labels that steer it."""
+
+    name: str = setting("adabelief", choices=("adabelief", "adam", "sgd"))
+    """`adabelief` (this project's own), or Optax's `adam` or `sgd` with momentum b1, to compare with."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    b1: float = setting(0.9, minimum=0)
+    """Decay of the mean of the gradients per update, below 1."""
+    b2: float = setting(0.999, minimum=0)
+    """Decay of the mean of the squared prediction errors per update, below 1."""
+    eps: float = setting(1e-16, minimum=0)
+    """Added to the root in the denominator. The paper's settings: 1e-8 for vision, 1e-16 or 1e-12 for LSTMs."""
+    eps_root: float = setting(1e-16, minimum=0)
+    """Added to the second moment at every update, where it accumulates (AdaBelief), or inside the root (Adam)."""
+    labels: tuple[tuple[str, str], ...] = setting(((".*", "default"),))
+    """Ordered (regex, label) rules over whole parameter paths; the first match decides."""
+    groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"default": Group()})
+    """What each label means."""
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """When and on what the run is evaluated."""
+
+    split: str = setting("test", may_change=True)
+    """The split given to the experiment's `source`."""
+    every_steps: int = setting(0, minimum=0, may_change=True)
+    """Updates between evaluations; 0 means at the end only. The end is always evaluated."""
+    batch_size: int = setting(0, minimum=0, may_change=True)
+    """Examples per evaluation batch over all devices; 0 means the run's `batch_size`."""
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What is kept of the run."""
+
+    every_steps: int = setting(1000, minimum=1, may_change=True)
+    """Updates between checkpoints. The end is always saved."""
+    keep_last: int = setting(2, minimum=1, may_change=True)
+    """How many of the newest checkpoints to keep."""
+    best_metric: str = setting("", may_change=True)
+    """Also keep the checkpoint with the best value of this evaluation metric, such as "test/accuracy"; "" for none."""
+    best_mode: str = setting("max", choices=("max", "min"), may_change=True)
+    """Whether the best value is the largest or the smallest."""
+
+
+@dataclasses.dataclass
+class Logging:
+    """What is written while the run goes on."""
+
+    every_steps: int = setting(50, minimum=1, may_change=True)
+    """Updates between rows of metrics."""
+
+
+@dataclasses.dataclass
+class Loading:
+    """How examples reach the host's memory."""
+
+    split: str = setting("train")
+    """The split trained on, given to the experiment's `source`."""
+    in_memory_bytes: int = setting(2 << 30, minimum=0, may_change=True)
+    """A split of at most this size once decoded is decoded once and served from memory; a larger one is read again
+    every epoch."""
+    threads: int = setting(4, minimum=1, may_change=True)
+    """Threads that read and decode batches of a split that does not fit."""
+
+
+@dataclasses.dataclass
+class Parallel:
+    """How a step spreads over the devices."""
+
+    strategy: str = setting("data", choices=("data", "pmap"), may_change=True)
+    """`data`: `jax.jit` over a mesh with the batch sharded; `pmap`: the classical replicated step."""
+    devices: int = setting(0, minimum=0, may_change=True)
+    """How many of this machine's devices to use; 0 means all."""
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting(((".*", ()),), may_change=True)
+    """Ordered (regex, axes) rules over the paths of the state, such as `params/dense/kernel`: for each dimension the
+    mesh axis that splits it, or None. Only for strategies over a mesh."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A whole run."""
+
+    experiment: Experiment
+    total_steps: int = setting(minimum=1, may_change=True)
+    """Updates until the run is finished. A finished run goes on when it is launched again with more, unless its
+    schedule was to end with it."""
+    batch_size: int = setting(128, minimum=1)
+    """Examples per update, over all devices and microbatches."""
+    microbatches: int = setting(1, minimum=1)
+    """Parts into which each batch is split to save memory; their sums are divided once. BatchNorm sees one part
+    at a time, so with it the number of parts changes the result."""
+    seed: int = setting(0, minimum=0, maximum=2**32 - 1)
+    """Everything random follows from it: initial parameters, order of the data, dropout, augmentation."""
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    loading: Loading = dataclasses.field(default_factory=Loading)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    logging: Logging = dataclasses.field(default_factory=Logging)
+    parallel: Parallel = dataclasses.field(default_factory=Parallel)
