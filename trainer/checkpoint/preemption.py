@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,7 +25,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -35,7 +35,7 @@ class Preemption:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)  # pyrefly: ignore
+            signal.signal(signum, handler)
         self._previous.clear()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

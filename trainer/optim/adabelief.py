@@ -63,7 +63,7 @@ def scale_by_belief(
         scaled = jax.tree.map(lambda m, s: (m / debias1) / (jnp.sqrt(s / debias2) + eps), mu, nu)
         return scaled, ScaleByBeliefState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)  # pyrefly: ignore
+    return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type] - its state is ours
 
 
 def _one_minus_power(b: float, count: Int32[Array, ""]) -> Float[Array, ""]:
