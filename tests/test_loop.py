@@ -237,3 +237,9 @@ def test_a_damaged_checkpoint_is_one_line_that_says_what_to_remove(damaged, tmp_
     shutil.rmtree(newest)
     again, _ = quietly(run, tmp_path / "run")
     assert_equal(again, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # so that opening it fails for root as well
+    with pytest.raises(UserError, match=f"nothing can be written in workdir {tmp_path}/run: Is a directory"):
+        quietly(make_run(4, **settings()), tmp_path / "run")

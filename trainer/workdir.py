@@ -33,13 +33,11 @@ class Workdir:
             raise UserError(f"{self.config} cannot be read: {error}") from error
 
     def check(self, run: config.Run) -> None:
-        """Raises `UserError` if another run is kept here, or files that are no run's, or nothing can be."""
+        """Raises `UserError` if another run is kept here, or files that are no run's, or the path is no folder's."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not there.is_dir():
             what = "is" if there == self.path else f"lies below {there}, which is"
             raise UserError(f"workdir {self.path} {what} not a folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"workdir {self.path}: nothing can be written in {there}")
         kept = self.run()
         if kept is None:
             # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
@@ -75,9 +73,10 @@ class Workdir:
         """Makes the folder and holds it for this process; the system lets go of it however the process ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"workdir {self.path} cannot be made: {error.strerror}") from error
-        with (self.path / ".lock").open("w") as lock:
+            raise UserError(f"nothing can be written in workdir {self.path}: {error.strerror}") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
