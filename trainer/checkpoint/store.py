@@ -1,6 +1,7 @@
 """Checkpoints on disk: Orbax, asynchronous, the last ones and the best."""
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,7 @@ class Store:
         try:
             yield
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            _drop_late_reads()
             reason = " ".join(str(error).split())[:200]
             earlier = [s for s in self.steps() if s < step]
             then = f"go on from step {earlier[-1]}" if earlier else "begin anew"
@@ -115,6 +117,17 @@ class Store:
     def close(self) -> None:
         """Waits for every save and raises what went wrong; without it, a failed save could go unseen."""
         self._manager.close()
+
+
+def _drop_late_reads() -> None:
+    """Drops what TensorStore's other reads report after the first has failed and Orbax has closed its event loop."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
