@@ -45,7 +45,7 @@ def events(workdir: Path) -> dict[tuple[str, int], float]:
         data = file.read_bytes()
         while data:
             (length,) = struct.unpack_from("<Q", data)
-            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyrefly: ignore[missing-attribute]
+            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyrefly: ignore[missing-attribute] - made at import
             found += [((value.tag, event.step), value.simple_value) for value in event.summary.value]
             data = data[12 + length + 4 :]
     counts = Counter(key for key, _ in found)
