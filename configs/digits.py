@@ -19,7 +19,7 @@ def get_config() -> Run:
         total_steps=1000,
         batch_size=64,
         optimizer=Optimizer(
-            schedule=Schedule("cosine", peak=2e-3, warmup_steps=50),
+            schedule=Schedule("cosine", peak=2e-3, warmup=50),
             labels=((r".*/bias", "plain"), (r".*/kernel", "decayed")),
             groups={"decayed": Group(weight_decay=1e-2), "plain": Group()},
         ),

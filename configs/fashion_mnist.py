@@ -20,7 +20,7 @@ def get_config() -> Run:
         total_steps=EPOCHS * EXAMPLES // BATCH,
         batch_size=BATCH,
         optimizer=Optimizer(
-            schedule=Schedule("linear", peak=3e-3, warmup_steps=500),
+            schedule=Schedule("linear", peak=3e-3, warmup=500),
             labels=((r".*/bias", "plain"), (r".*/kernel", "decayed")),
             groups={"decayed": Group(weight_decay=1e-2), "plain": Group()},
         ),

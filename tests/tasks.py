@@ -71,7 +71,7 @@ def make_run(total_steps: int = 20, **settings: Any) -> config.Run:
         "experiment": Task(),
         "batch_size": 16,
         "optimizer": config.Optimizer(
-            schedule=config.Schedule("linear", peak=1e-2, warmup_steps=2),
+            schedule=config.Schedule("linear", peak=1e-2, warmup=2),
             labels=((r".*/kernel", "decayed"), (".*", "plain")),
             groups={"decayed": config.Group(weight_decay=0.1), "plain": config.Group()},
         ),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,8 @@ def another(value: Any) -> Any:
             return (*value, "x")
         case dict():
             return value | {"x": ()}
+        case None:
+            return config.Schedule()
     raise AssertionError(value)
 
 
@@ -168,20 +171,14 @@ def test_label_may_have_any_name():
 
 def test_resolve_fills_what_zero_stands_for():
     run = config.resolve(make_run(30, evaluation=config.Evaluation(batch_size=0), batch_size=24))
-    assert run.optimizer.schedule.decay_steps == 30
+    assert run.optimizer.schedule.run_steps == 30
     assert run.evaluation.batch_size == 24
 
 
 def test_resolve_keeps_what_is_given():
     run = make_run(30, evaluation=config.Evaluation(batch_size=8))
-    run.optimizer.schedule.decay_steps = 50
+    run.optimizer.schedule.run_steps = 50
     assert config.resolve(run) == run
-
-
-def test_resolve_leaves_decay_steps_of_a_constant_schedule_alone():
-    run = make_run(30)
-    run.optimizer.schedule = config.Schedule("constant")
-    assert config.resolve(run).optimizer.schedule.decay_steps == 0
 
 
 def test_resolve_does_not_modify_its_argument():
@@ -210,11 +207,14 @@ def test_resolving_twice_changes_nothing():
         ("optimizer.eps", float("nan"), "is nan; a finite number is expected"),
         ("optimizer.schedule.peak", float("inf"), "is inf; a finite number is expected"),
         ("optimizer.schedule.name", "cosin", "is 'cosin'; did you mean 'cosine'"),
-        ("optimizer.schedule.warmup_steps", 20, "is 20, but the whole schedule has only 20 steps"),
+        ("optimizer.schedule.unit", "epoch", "is 'epoch'; did you mean 'epochs'"),
+        ("optimizer.schedule.warmup", -1, "is -1; it must be at least 0"),
+        ("optimizer.schedule.factor", 10, "is 10; it must be at most 1"),
+        ("optimizer.schedule.boundaries", (1, "2"), r"is \(1, '2'\); tuple\[float, ...\] is expected"),
         ("optimizer.labels", [(".*", "plain")], "is a list; a setting is a number"),
         ("optimizer.labels", ((".*", 3),), r"is \(.*; tuple\[tuple\[str, str\], ...\] is expected"),
         ("optimizer.groups.decayed.weight_decay", -0.1, "is -0.1; it must be at least 0"),
-        ("optimizer.groups.plain.weight_decay", "0", "is '0'; float is expected"),
+        ("optimizer.groups.plain.weight_decay", "0", r"is '0'; float is expected"),
         ("loading.threads", 0, "is 0; it must be at least 1"),
         ("evaluation.every_steps", 2.0, "is 2.0; int is expected"),
         ("checkpoint.best_mode", "largest", "is 'largest'"),
@@ -325,18 +325,230 @@ def test_whole_number_is_the_same_float():
     assert config.differences(run, changed(run, "optimizer.schedule.peak", 1.0)) == []
 
 
+# Schedules for runs of 20 and of 40 steps, and whether they differ.
+LONGER = {
+    "constant": (config.Schedule("constant"), False),
+    "warm-up": (config.Schedule("constant", warmup=5), False),
+    "warm-up-in-percent": (config.Schedule("constant", warmup=5, unit="percent"), True),
+    "percent-of-nothing": (config.Schedule("constant", unit="percent"), False),
+    "inverse_sqrt": (config.Schedule("inverse_sqrt", warmup=5), False),
+    "inverse_sqrt-in-percent": (config.Schedule("inverse_sqrt", warmup=5, unit="percent"), True),
+    "step": (config.Schedule("step", boundaries=(10,)), False),
+    "step-in-epochs": (config.Schedule("step", boundaries=(1.5,), unit="epochs"), False),
+    "step-in-percent": (config.Schedule("step", boundaries=(50,), unit="percent"), True),
+    "linear-to-the-end": (config.Schedule("linear"), True),
+    "linear-to-an-end": (config.Schedule("linear", end=20), False),
+    "cosine-to-the-end": (config.Schedule("cosine", warmup=1, unit="epochs"), True),
+    "cosine-to-an-end": (config.Schedule("cosine", warmup=1, end=8, unit="epochs"), False),
+    "cosine-in-percent": (config.Schedule("cosine", end=90, unit="percent"), True),
+    "polynomial-to-the-end": (config.Schedule("polynomial", power=2), True),
+    "polynomial-to-an-end": (config.Schedule("polynomial", power=2, end=30), False),
+    "wsd-to-the-end": (config.Schedule("wsd", descent=5), True),
+    "wsd-to-an-end": (config.Schedule("wsd", descent=5, end=320, unit="examples"), False),
+    "made-for-30": (config.Schedule("cosine", warmup=10, unit="percent", run_steps=30), False),
+}
+
+
+@pytest.mark.parametrize(("schedule", "differs"), LONGER.values(), ids=LONGER)
+def test_more_steps_are_another_run_only_when_the_schedule_follows_them(schedule, differs):
+    kept, asked = (config.resolve(make_run(steps, optimizer=config.Optimizer(schedule=schedule))) for steps in (20, 40))
+    assert config.differences(kept, asked) == ["optimizer.schedule.run_steps was 20, is 40"] * differs
+
+
+@pytest.mark.parametrize(("schedule", "differs"), LONGER.values(), ids=LONGER)
+def test_length_of_the_run_is_written_down_when_the_schedule_follows_it(schedule, differs):
+    resolved = config.resolve(make_run(20, optimizer=config.Optimizer(schedule=schedule))).optimizer.schedule
+    assert resolved == dataclasses.replace(schedule, run_steps=20 if differs else schedule.run_steps)
+
+
+CUT_SHORT = "; for a run cut short, set optimizer.schedule.run_steps to its full length"
+
+
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("settings", "message"),
     [
-        (config.Schedule("constant"), []),
-        (config.Schedule("cosine"), ["optimizer.schedule.decay_steps was 20, is 40"]),
-        (config.Schedule("cosine", decay_steps=20), []),
+        (
+            {"name": "cosine", "boundaries": (10,)},
+            "boundaries is (10,), which a schedule named 'cosine' does not use (used by step)",
+        ),
+        (
+            {"name": "linear", "factor": 0.5},
+            "factor is 0.5, which a schedule named 'linear' does not use (used by step)",
+        ),
+        (
+            {"name": "polynomial", "descent": 5},
+            "descent is 5, which a schedule named 'polynomial' does not use (used by wsd)",
+        ),
+        (
+            {"name": "cosine", "power": 2.0},
+            "power is 2.0, which a schedule named 'cosine' does not use (used by polynomial)",
+        ),
+        (
+            {"name": "constant", "final": 0.1},
+            "final is 0.1, which a schedule named 'constant' does not use (used by linear, cosine, polynomial, wsd)",
+        ),
+        (
+            {"name": "inverse_sqrt", "end": 10},
+            "end is 10, which a schedule named 'inverse_sqrt' does not use (used by linear, cosine, polynomial, wsd)",
+        ),
+        ({"name": "step"}, "boundaries is empty; a step schedule needs the steps after which it steps down"),
+        ({"name": "wsd", "unit": "epochs"}, "descent is 0; a wsd schedule needs the epochs of its descent"),
+        ({"name": "polynomial", "power": 0}, "power is 0; it must be above 0"),
+        ({"name": "cosine", "final": 0.5}, "final is 0.5; a cosine descent ends at or below its peak, 0.3"),
+        ({"name": "wsd", "final": 0.5, "descent": 1}, "final is 0.5; a wsd descent ends at or below its peak, 0.3"),
+        ({"name": "linear", "warmup": 2.5}, "warmup has 2.5 steps; a whole number is expected"),
+        ({"name": "linear", "end": 99.5, "unit": "examples"}, "end has 99.5 examples; a whole number is expected"),
+        ({"name": "step", "boundaries": (5, 7.5)}, "boundaries has 7.5 steps; a whole number is expected"),
+        ({"name": "linear", "end": 101, "unit": "percent"}, "end has 101 percent; of a run there are at most 100"),
+        (
+            {"name": "step", "boundaries": (50, 150), "unit": "percent"},
+            "boundaries has 150 percent; of a run there are at most 100",
+        ),
+        ({"name": "linear", "warmup": 20}, f"warmup is 20, but the whole schedule has only 20 steps{CUT_SHORT}"),
+        ({"name": "constant", "warmup": 20}, f"warmup is 20, but the whole schedule has only 20 steps{CUT_SHORT}"),
+        (
+            {"name": "cosine", "warmup": 320, "unit": "examples"},
+            f"warmup is 320, but the whole schedule has only 320 examples{CUT_SHORT}",
+        ),
+        (
+            {"name": "cosine", "warmup": 100, "unit": "percent"},
+            f"warmup is 100, but the whole schedule has only 100 percent{CUT_SHORT}",
+        ),
+        (
+            {"name": "cosine", "warmup": 2, "end": 1.5, "unit": "epochs"},
+            "warmup is 2, but the whole schedule has only 1.5 epochs",
+        ),
+        (
+            {"name": "wsd", "warmup": 6, "descent": 15},
+            f"descent is 15, but the warm-up leaves only 14 of 20 steps{CUT_SHORT}",
+        ),
+        (
+            {"name": "wsd", "warmup": 1, "descent": 2, "end": 2.5, "unit": "epochs"},
+            "descent is 2, but the warm-up leaves only 1.5 of 2.5 epochs",
+        ),
+        (
+            {"name": "step", "boundaries": (10, 10)},
+            "boundaries is (10, 10); they must ascend, the first above the warm-up (0 steps)",
+        ),
+        (
+            {"name": "step", "boundaries": (2, 1), "unit": "epochs"},
+            "boundaries is (2, 1); they must ascend, the first above the warm-up (0 epochs)",
+        ),
+        (
+            {"name": "step", "boundaries": (0, 10)},
+            "boundaries is (0, 10); they must ascend, the first above the warm-up (0 steps)",
+        ),
+        (
+            {"name": "step", "boundaries": (-1,)},
+            "boundaries is (-1,); they must ascend, the first above the warm-up (0 steps)",
+        ),
+        (
+            {"name": "step", "boundaries": (5,), "warmup": 5},
+            "boundaries is (5,); they must ascend, the first above the warm-up (5 steps)",
+        ),
+        ({"name": "step", "boundaries": (5, 20)}, f"boundaries is (5, 20), but the run has only 20 steps{CUT_SHORT}"),
+        (
+            {"name": "step", "boundaries": (50, 100), "unit": "percent"},
+            f"boundaries is (50, 100), but the run has only 100 percent{CUT_SHORT}",
+        ),
     ],
-    ids=["constant", "cosine-to-the-end", "cosine-of-its-own-length"],
 )
-def test_more_steps_are_another_run_only_when_the_schedule_ends_with_it(schedule, expected):
-    kept, asked = (
-        config.resolve(make_run(steps, optimizer=config.Optimizer(schedule=copy.deepcopy(schedule))))
-        for steps in (20, 40)
-    )
-    assert config.differences(kept, asked) == expected
+def test_schedule_that_contradicts_itself_is_refused_in_one_line(settings, message):
+    run = make_run(20, optimizer=config.Optimizer(schedule=config.Schedule(**{"peak": 0.3} | settings)))
+    with pytest.raises(UserError) as error:
+        config.resolve(run)
+    assert str(error.value) == f"optimizer.schedule.{message}"
+
+
+@pytest.mark.parametrize("name", ["schedule", "decay_schedule"])
+def test_schedule_of_a_group_is_resolved(name):
+    path = f"optimizer.groups.plain.{name}"
+    resolved = config.resolve(changed(make_run(20), path, config.Schedule("cosine")))
+    assert resolved == changed(config.resolve(make_run(20)), path, config.Schedule("cosine", run_steps=20))
+
+
+@pytest.mark.parametrize("name", ["schedule", "decay_schedule"])
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (config.Schedule("cosine", warmup=30), "warmup is 30, but the whole schedule has only 20 steps"),
+        (config.Schedule("constant", end=30), "end is 30, which a schedule named 'constant' does not use"),
+        (config.Schedule("constant", peak=-1.0), "peak is -1.0; it must be at least 0"),
+        (config.Schedule("cosin"), "name is 'cosin'; did you mean 'cosine'"),
+    ],
+)
+def test_wrong_schedule_of_a_group_is_refused_with_its_path(name, schedule, message):
+    path = f"optimizer.groups.plain.{name}"
+    with pytest.raises(UserError, match=f"^{path}.{message}"):
+        config.resolve(changed(make_run(20), path, schedule))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "wsd", "warmup": 5, "descent": 15},
+        {"name": "wsd", "warmup": 0.1, "descent": 0.2, "end": 0.3, "unit": "epochs"},  # 0.1 + 0.2 > 0.3 in floats
+        {"name": "wsd", "warmup": 33.3, "descent": 66.7, "unit": "percent"},
+        {"name": "linear", "final": 0.3},
+        {"name": "cosine", "end": 100, "unit": "percent"},
+        {"name": "cosine", "end": 50, "warmup": 30},
+        {"name": "constant", "warmup": 30, "run_steps": 40},
+        {"name": "step", "boundaries": (10, 30), "run_steps": 40},
+        {"name": "step", "boundaries": (5, 300), "unit": "epochs"},  # how many the run has is not known yet
+    ],
+    ids=str,
+)
+def test_schedule_at_the_edge_of_what_fits_is_accepted(settings):
+    config.resolve(make_run(20, optimizer=config.Optimizer(schedule=config.Schedule(**{"peak": 0.3} | settings))))
+
+
+def optimizer_with(**fields: Any) -> config.Run:
+    return make_run(optimizer=dataclasses.replace(make_run().optimizer, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eps": 1e-40}, "optimizer.eps is 1e-40, which is 0 in float32"),
+        ({"eps_root": 1e-40}, "optimizer.eps_root is 1e-40, which is 0 in float32"),
+        ({"eps": 0.0, "eps_root": 0.0}, "optimizer.eps and optimizer.eps_root are both 0: "),
+        ({"rectify": True, "amsgrad": True}, "optimizer.rectify and optimizer.amsgrad cannot be combined"),
+        ({"sgd_fallback": False}, "optimizer.sgd_fallback is False, which says something about optimizer.rectify only"),
+        ({"rectify": True, "name": "adam"}, "optimizer.rectify is for adabelief; there is adam, too"),
+        ({"mu_dtype": "float16"}, "optimizer.mu_dtype is 'float16'"),
+    ],
+)
+def test_optimizer_settings_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        config.resolve(optimizer_with(**fields))
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (
+            config.Group(frozen=True, clip_norm=1.0),
+            "optimizer.groups.plain is frozen, so its clip_norm, 1.0, does nothing",
+        ),
+        (
+            config.Group(weight_decay=0.1, decay_schedule=config.Schedule()),
+            "optimizer.groups.plain has a weight_decay and a decay_schedule; give one of them",
+        ),
+        (config.Group(every_steps=0), "optimizer.groups.plain.every_steps is 0; it must be at least 1"),
+    ],
+)
+def test_group_settings_that_contradict_each_other_are_refused(group, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        config.resolve(optimizer_with(groups={"decayed": config.Group(), "plain": group}))
+
+
+def test_amsgrad_of_a_group_with_another_optimizer_is_refused():
+    groups = {"decayed": config.Group(), "plain": config.Group(optimizer="sgd")}
+    with pytest.raises(UserError, match=r"^optimizer\.amsgrad is for adabelief; there is sgd, too"):
+        config.resolve(optimizer_with(amsgrad=True, groups=groups))
+
+
+def test_a_run_in_which_nothing_is_trained_is_refused():
+    groups = {"decayed": config.Group(frozen=True), "plain": config.Group(frozen=True)}
+    with pytest.raises(UserError, match=r"^every group of optimizer\.groups is frozen"):
+        config.resolve(optimizer_with(groups=groups))

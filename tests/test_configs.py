@@ -15,6 +15,7 @@ from trainer.commands.arguments import load_config
 from trainer.data import tfds
 from trainer.observe.metrics import read_rows
 from trainer.observe.tables import label_table_text
+from trainer.probe import probe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -62,7 +63,7 @@ def test_config_states_command_cost_and_expected_result(path):
 
 @each_config
 def test_label_table_is_the_reviewed_one(path, run, request):
-    golden, found = GOLDEN / f"{path.stem}.txt", label_table_text(build(run).rows)
+    golden, found = GOLDEN / f"{path.stem}.txt", label_table_text(build(run).rows, run.optimizer)
     if request.config.getoption("--update-goldens"):
         golden.write_text(found)
     assert found == golden.read_text(), "if this is meant: pytest tests/test_configs.py --update-goldens"
@@ -70,6 +71,11 @@ def test_label_table_is_the_reviewed_one(path, run, request):
 
 def test_every_golden_belongs_to_a_config():
     assert [file.stem for file in sorted(GOLDEN.glob("*.txt"))] == [path.stem for path in CONFIGS]
+
+
+@each_config
+def test_parameters_decay_as_the_labels_say(run):
+    assert [verdict for verdict in probe(build(run)) if verdict.wrong] == []
 
 
 @each_config

@@ -17,7 +17,7 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"loop"},
-    {"evaluate"},
+    {"evaluate", "probe"},
     {"build"},
     {"checkpoint", "data", "observe", "parallel"},
     {"workdir"},
@@ -105,7 +105,7 @@ from configs.digits import get_config
 from trainer import train
 
 run = get_config()
-run.total_steps, run.optimizer.schedule.decay_steps = 2, 1000
+run.total_steps, run.optimizer.schedule.run_steps = 2, 1000
 run.experiment.data_dir, run.experiment.model = {str(data_dir)!r}, "mlp"
 assert int(train(run, {str(tmp_path / "run")!r}).step) == 2
 assert "tensorflow_datasets" in sys.modules

@@ -218,11 +218,23 @@ def test_a_launch_that_died_before_its_first_checkpoint_can_be_launched_again_wi
 def test_more_steps_than_a_schedule_was_made_for_are_refused_with_the_way_out(tmp_path):
     optimizer = make_run().optimizer  # a linear descent over the whole run
     quietly(make_run(4, **settings(optimizer=optimizer)), tmp_path / "run")
-    with pytest.raises(UserError, match=r"decay_steps was 4, is 6 .*--config.optimizer.schedule.decay_steps=4 keeps"):
+    with pytest.raises(UserError, match=r"run_steps was 4, is 6 .*--config.optimizer.schedule.run_steps=4 keeps"):
         quietly(make_run(6, **settings(optimizer=optimizer)), tmp_path / "run")
-    schedule = dataclasses.replace(optimizer.schedule, decay_steps=4)
+    schedule = dataclasses.replace(optimizer.schedule, run_steps=4)
     longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
     assert int(quietly(longer, tmp_path / "run")[0].step) == 6
+
+
+def test_way_out_names_every_schedule_that_follows_the_length(tmp_path):
+    short, long = (make_run(steps) for steps in (4, 6))
+    for run in (short, long):
+        run.optimizer.groups["decayed"].weight_decay = config.Schedule("wsd", descent=2)
+    folder = Workdir(tmp_path / "run")
+    (folder.checkpoints / "4").mkdir(parents=True)
+    folder.write(config.resolve(short), "")
+    flags = [f"--config.optimizer.{path}.run_steps=4" for path in ("schedule", "groups.decayed.weight_decay")]
+    with pytest.raises(UserError, match=rf"\(it follows total_steps: {' '.join(flags)} keeps the schedule as it was\)"):
+        folder.check(config.resolve(long))
 
 
 @pytest.mark.parametrize("damaged", ["state/d/*", "manifest/metadata", "state/_METADATA"])

@@ -95,3 +95,41 @@ def test_state_holds_arrays_only():
     _, state, _ = compiled()
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
+
+
+def grouped(**groups: config.Group) -> config.Optimizer:
+    """Kernels are `decayed`, all others `plain`."""
+    optimizer = make_run().optimizer
+    return dataclasses.replace(optimizer, groups=optimizer.groups | groups)
+
+
+def test_frozen_parameters_keep_their_bits_and_do_not_count_in_the_norm_of_the_gradient():
+    norms = {}
+    for frozen in (False, True):
+        optimizer = grouped(decayed=config.Group(frozen=frozen))
+        parts, state, batch = compiled(experiment=Task(batch_norm=False), optimizer=optimizer)
+        before = jax.device_get(state.params)
+        for _ in range(3):  # the first learning rate of the warm-up is 0
+            state, metrics = parts.train_step(state, parts.parallel.put(batch))
+            norms.setdefault(frozen, metrics)
+        same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == b.tobytes(), state.params, before)
+        assert [same[name]["kernel"] for name in ("dense", "head")] == [frozen, frozen]
+        assert not same["head"]["bias"]
+    assert float(norms[True]["grad_norm"].total) < 0.9 * float(norms[False]["grad_norm"].total)
+    np.testing.assert_allclose(norms[True]["grad_norm"].total, norms[False]["grad_norm/plain"].total, rtol=1e-6)
+
+
+def test_norms_of_the_labels_add_up_to_that_of_the_gradient():
+    parts, state, batch = compiled()
+    _, metrics = parts.train_step(state, parts.parallel.put(batch))
+    squares = [float(metrics[f"grad_norm/{label}"].total) ** 2 for label in ("decayed", "plain")]
+    np.testing.assert_allclose(np.sqrt(sum(squares)), float(metrics["grad_norm"].total), rtol=1e-6)
+
+
+def test_statistics_are_measured_in_the_steps_that_are_logged():
+    parts, state, batch = compiled(logging=config.Logging(every_steps=3), total_steps=5)
+    weights = []
+    for _ in range(5):
+        state, metrics = parts.train_step(state, parts.parallel.put(batch))
+        weights.append(float(metrics["belief/decayed"].weight))
+    assert weights == [0, 0, 1, 0, 1]

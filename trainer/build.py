@@ -5,18 +5,21 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import flax.errors
 import jax
 import jax.numpy as jnp
+import optax
 
 from trainer import config
 from trainer.data.source import batch_spec
 from trainer.errors import UserError, nearest
 from trainer.experiment import Batch, Experiment, Metrics, RandomAccessSource
 from trainer.optim.labels import Row, label_table, label_tree
-from trainer.optim.optimizer import build_optimizer
-from trainer.optim.schedules import build_schedule
+from trainer.optim.optimizer import build_optimizer, build_treatments
+from trainer.optim.schedules import Length, build_schedule
+from trainer.optim.statistics import build_statistics
 from trainer.parallel import Parallel, build_parallel, check_divides
 from trainer.state import TrainState, init_state
 from trainer.step import eval_step, train_step
@@ -32,6 +35,9 @@ class Parts:
       parallel: the strategy.
       train_source: the examples to train on, not loaded yet.
       eval_source: the examples to evaluate on.
+      labels: a tree like the parameters, with a label for each leaf.
+      length: what schedules are measured by.
+      optimizer: makes updates of gradients.
       make_state: makes the first state; pure.
       state: the state in shapes, dtypes and shardings.
       train_step: the compiled update, (state, device batch) → (state, metrics); consumes the state.
@@ -43,6 +49,9 @@ class Parts:
     parallel: Parallel
     train_source: RandomAccessSource
     eval_source: RandomAccessSource
+    labels: Any
+    length: Length
+    optimizer: optax.GradientTransformation
     make_state: Callable[[], TrainState]
     state: TrainState
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -70,7 +79,9 @@ def build(run: config.Run) -> Parts:
     if "params" not in variables or not jax.tree.leaves(variables["params"]):
         raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
     labels = label_tree(variables["params"], run.optimizer.labels, run.optimizer.groups)
-    optimizer = build_optimizer(run.optimizer, labels)
+    length = Length(run.total_steps, run.batch_size, len(train_source))
+    treatments = build_treatments(run.optimizer, labels, length)
+    optimizer = build_optimizer(run.optimizer, treatments, run.seed)
 
     def make_state() -> TrainState:
         return init_state(experiment, optimizer, init_key, _zeros(spec))
@@ -80,10 +91,13 @@ def build(run: config.Run) -> Parts:
     update = train_step(
         experiment,
         optimizer,
-        build_schedule(run.optimizer.schedule),
+        build_schedule(run.optimizer.schedule, length),
         step_key,
         microbatches=run.microbatches,
         axis_name=axis_name,
+        frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
+        statistics=build_statistics(treatments, labels, run.optimizer.clip_norm or None),
+        measured=lambda step: (step % run.logging.every_steps == 0) | (step == run.total_steps),  # as it is logged
     )
     compiled_update = parallel.compile_train(update, state)
     compiled_eval = parallel.compile_eval(eval_step(experiment, axis_name=axis_name), state)
@@ -95,7 +109,20 @@ def build(run: config.Run) -> Parts:
     _check_best_metric(run, evaluated)
 
     rows = label_table(variables["params"], labels, run.optimizer.groups)
-    return Parts(run, rows, parallel, train_source, eval_source, make_state, state, compiled_update, compiled_eval)
+    return Parts(
+        run,
+        rows,
+        parallel,
+        train_source,
+        eval_source,
+        labels,
+        length,
+        optimizer,
+        make_state,
+        state,
+        compiled_update,
+        compiled_eval,
+    )
 
 
 def _zeros(spec: Batch) -> Batch:

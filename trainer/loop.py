@@ -59,7 +59,7 @@ def train(run: config.Run, workdir: str | PathLike[str], *, progress: Progress |
     folder = Workdir(workdir)
     folder.check(run)
     parts = build(run)
-    labels = label_table_text(parts.rows)
+    labels = label_table_text(parts.rows, run.optimizer)
     progress = progress or Progress(run.total_steps)
     progress.message(labels.rstrip())
     with ExitStack() as stack:

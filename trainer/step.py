@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, Experiment, Mean, Metrics
+from trainer.optim.statistics import Statistics
 from trainer.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -24,11 +25,15 @@ def train_step(
     *,
     microbatches: int = 1,
     axis_name: str | None = None,
+    frozen: Any = False,
+    statistics: Statistics | None = None,
+    measured: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True),
 ) -> TrainStep:
     """One update.
 
     The gradient is that of Σ total / Σ weight of the metric "loss", summed over microbatches and replicas and divided
-    once. Beside the experiment's own metrics there are "grad_norm", of that gradient, and "learning_rate".
+    once. Beside the experiment's own metrics there are "grad_norm", of that gradient, "learning_rate", and the
+    statistics.
 
     Args:
       experiment: gives the loss.
@@ -38,9 +43,13 @@ def train_step(
       microbatches: parts to process one after the other; part j has the rows j, j + microbatches, …, so that every
         device keeps its own rows.
       axis_name: the replica axis when the step runs under `jax.pmap`; the batch is then the replica's share.
+      frozen: a tree of bools like the parameters, or a prefix of one: those whose gradient is 0, at no cost.
+      statistics: numbers to log of gradients, new parameters and new optimizer state.
+      measured: whether the statistics of a step, given its number from 1, are computed; otherwise their weight is 0.
     """
 
     def loss(params: Any, collections: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Any]:
+        params = jax.tree.map(lambda still, p: jax.lax.stop_gradient(p) if still else p, frozen, params)
         metrics, collections = _checked(
             experiment.loss({"params": params, **collections}, batch, key=key, train=True, axis_name=axis_name)
         )
@@ -72,12 +81,17 @@ def train_step(
         weight = jnp.maximum(metrics["loss"].weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, collections, opt_state), {
+        moved = optax.apply_updates(state.params, updates)
+        # What is frozen is not even added to: XLA:CPU would flush a subnormal number to 0.
+        params = jax.tree.map(lambda still, old, new: old if still else new, frozen, state.params, moved)
+        metrics = {
             **metrics,
             "grad_norm": _single(optax.tree.norm(grads)),
             "learning_rate": _single(schedule(state.step)),
         }
+        if statistics is not None:
+            metrics |= _when(measured(state.step + 1), statistics, grads, params, opt_state)
+        return TrainState(state.step + 1, params, collections, opt_state), metrics
 
     return update
 
@@ -112,6 +126,16 @@ def _checked(result: Any) -> tuple[Metrics, Collections]:
         if jnp.shape(mean.total) or jnp.shape(mean.weight):
             raise UserError(f"metric {name!r} is not a pair of sums: {jnp.shape(mean.total)}, {jnp.shape(mean.weight)}")
     return metrics, collections
+
+
+def _when(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
+    """The statistics if the condition holds; otherwise, at no cost, means without a weight."""
+
+    def measure(*arguments: Any) -> Metrics:
+        return {name: _single(value) for name, value in statistics(*arguments).items()}
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, *arguments))
+    return jax.lax.cond(condition, measure, lambda *_: nothing, *arguments)
 
 
 def sum_over_replicas(tree: Any, axis_name: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +47,9 @@ class Workdir:
             return
         found = config.differences(kept, run)
         if found and self.has_checkpoint():
-            hint = ""
-            if any(text.startswith("optimizer.schedule.decay_steps ") for text in found):
-                hint = (
-                    " (it follows total_steps: --config.optimizer.schedule.decay_steps="
-                    f"{kept.optimizer.schedule.decay_steps} keeps the schedule, whose rate then stays at its end)"
-                )
+            lengths = [re.match(r"(optimizer\..*\.run_steps) was ([1-9]\d*),", text) for text in found]
+            flags = " ".join(f"--config.{length[1]}={length[2]}" for length in lengths if length)
+            hint = f" (it follows total_steps: {flags} keeps the schedule as it was)" if flags else ""
             raise UserError(
                 f"workdir {self.path} holds a run with other settings: {'; '.join(found[:4])}"
                 f"{f' and {len(found) - 4} more' if len(found) > 4 else ''}{hint}; choose another --workdir"

@@ -82,7 +82,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = load_config(str(ROOT / "configs/digits.py"))
     run.experiment = dataclasses.replace(run.experiment, data_dir=str(data_dir), model="mlp", widths=(16,))
     run.total_steps = 3
-    run.optimizer.schedule.warmup_steps = 1
+    run.optimizer.schedule.warmup = 1
     run.evaluation, run.checkpoint = config.Evaluation(), config.Checkpoint(every_steps=2)
     workdir = tmp_path_factory.mktemp("trained") / "run"
     train(run, workdir)
@@ -391,8 +391,8 @@ def test_inspect_shows_settings_labels_devices_and_checkpoints_and_writes_nothin
     assert rest[0].startswith("devices: 4 × cpu, strategy data, jax ")
     assert rest[1:] == [
         "examples: 1,438 to train on, 359 to evaluate on",
-        # Parameters and two moments of 4 bytes; the step and the counts of scaling and learning rate.
-        f"state: {3 * 4 * parameters + 3 * 4:,} bytes with the optimizer's moments",
+        # Parameters and two moments of 4 bytes; the step and the count of the optimizer.
+        f"state: {3 * 4 * parameters + 2 * 4:,} bytes with the optimizer's moments",
         "checkpoints: 2, 3",
     ]
     assert contents(workdir) == before
@@ -402,7 +402,7 @@ def test_inspect_shows_a_run_before_it_is_launched(capsys, data_dir, tmp_path):
     where = [f"--config.experiment.data_dir={data_dir}", f"--workdir={tmp_path}/new"]
     printed = output(capsys, "inspect", DIGITS, *where, "--config.total_steps=300")
     kept = config.from_json(printed[: printed.index("\n}\n") + 2])
-    assert kept.total_steps == kept.optimizer.schedule.decay_steps == 300
+    assert kept.total_steps == kept.optimizer.schedule.run_steps == 300
     assert "checkpoints" not in printed.splitlines()[-1]
     assert contents(tmp_path) == {}
 
@@ -431,7 +431,7 @@ def test_no_command_at_all_prints_the_usage_and_is_a_mistake(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "own"), [("train", set()), ("evaluate", {"--step"}), ("inspect", set()), ("prepare", set())]
+    ("command", "own"), [("train", set()), ("evaluate", {"--step"}), ("inspect", {"--probe"}), ("prepare", set())]
 )
 def test_help_of_a_command_explains_its_flags(command, own, capsys):
     try:
@@ -502,7 +502,7 @@ def test_checkpoint_that_is_not_there_is_one_line_in_a_shell(trained, data_dir):
 
 @pytest.mark.slow
 def test_command_that_the_error_suggests_prepares_the_data_and_training_starts(tmp_path):
-    small = "--config.experiment.widths=4,4 --config.experiment.hidden=8 --config.optimizer.schedule.warmup_steps=0"
+    small = "--config.experiment.widths=4,4 --config.experiment.hidden=8 --config.optimizer.schedule.warmup=0"
     data, workdir = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     launch = f"python -m trainer train {DIGITS} {small} --config.total_steps=2 --workdir={workdir}"

@@ -53,9 +53,9 @@ def test_group_without_a_parameter_is_named():
 
 def test_table_has_a_row_for_each_parameter():
     assert table_of() == [
-        Row("dense/bias", (3,), "float32", "plain", 0.0, 3, 12),
-        Row("dense/kernel", (2, 3), "float32", "decayed", 0.1, 6, 24),
-        Row("scale", (), "bfloat16", "plain", 0.0, 1, 2),
+        Row("dense/bias", (3,), "float32", "plain", "0", 3, 12),
+        Row("dense/kernel", (2, 3), "float32", "decayed", "0.1", 6, 24),
+        Row("scale", (), "bfloat16", "plain", "0", 1, 2),
     ]
 
 

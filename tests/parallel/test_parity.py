@@ -101,7 +101,7 @@ def test_rules_shard_the_state_and_its_moments_alike():
             state, _ = parts.train_step(state, parts.parallel.put(batch))
         numbers.append((state, jax.device_get(state.params)))
     sharded = numbers[0][0]
-    for leaf in (sharded.params["dense"]["kernel"], sharded.opt_state["scaling"].nu["dense"]["kernel"]):
+    for leaf in (sharded.params["dense"]["kernel"], sharded.opt_state.nu["dense"]["kernel"]):
         assert leaf.sharding.spec == PartitionSpec(None, "data")
         assert leaf.addressable_shards[0].data.shape == (8, 4)
     assert sharded.params["head"]["kernel"].sharding.is_fully_replicated

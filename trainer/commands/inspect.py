@@ -9,25 +9,34 @@ DESCRIPTION = "Shows a run: settings, labels, devices, checkpoints. --workdir al
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
-    del parser
+    """`--probe`."""
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="only make a step with zero gradients, and tell whether each label decays as stated; exit code 1 if not",
+    )
 
 
 def main(arguments: Arguments) -> int:
-    """Prints the resolved config, the label table, the devices, and the checkpoints."""
+    """Prints the resolved config, the label table, the devices, and the checkpoints; or what the probe finds."""
     import jax
 
     from trainer import config
     from trainer.build import build
     from trainer.checkpoint.store import Store
     from trainer.observe.tables import label_table_text
+    from trainer.probe import probe, probe_text
 
     run, workdir = arguments.run, arguments.workdir
     if workdir is not None:
         workdir.check(run)
     parts = build(run)
+    if arguments.options.probe:
+        verdicts = probe(parts)
+        print(probe_text(verdicts), end="")
+        return 1 if any(verdict.wrong for verdict in verdicts) else 0
     print(config.to_json(run))
-    print(label_table_text(parts.rows))
+    print(label_table_text(parts.rows, run.optimizer))
     devices = parts.parallel.devices
     print(
         f"devices: {len(devices)} × {devices[0].device_kind}, strategy {run.parallel.strategy}, jax {jax.__version__}"

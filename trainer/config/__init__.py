@@ -6,6 +6,7 @@ A config file's `get_config()` returns a `Run`. Fields are overridden on the com
 
 from trainer.config.checks import check_path, check_types, differences, from_json, resolve
 from trainer.config.encoding import to_json
+from trainer.config.schedules import DESCENTS, check_schedule
 from trainer.config.settings import (
     Checkpoint,
     Evaluation,
@@ -20,6 +21,7 @@ from trainer.config.settings import (
 )
 
 __all__ = [
+    "DESCENTS",
     "Checkpoint",
     "Evaluation",
     "Group",
@@ -30,6 +32,7 @@ __all__ = [
     "Run",
     "Schedule",
     "check_path",
+    "check_schedule",
     "check_types",
     "differences",
     "from_json",

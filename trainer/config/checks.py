@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from trainer.config.encoding import decode, to_json
-from trainer.config.settings import Run
+from trainer.config.schedules import resolve_schedule
+from trainer.config.settings import Optimizer, Run, Schedule
 from trainer.errors import UserError, nearest
 from trainer.experiment import Experiment
+
+_SMALLEST = 2.0**-126  # of float32, in which at least all arithmetic of an update is
 
 
 def resolve(run: Run) -> Run:
@@ -22,22 +26,11 @@ def resolve(run: Run) -> Run:
     """
     run = copy.deepcopy(run)
     check_types(run)
-    schedule = run.optimizer.schedule
-    if schedule.name != "constant":
-        schedule.decay_steps = schedule.decay_steps or run.total_steps
-        if schedule.final > schedule.peak:
-            raise UserError(
-                f"optimizer.schedule.final is {schedule.final}; a {schedule.name} descent ends at or below its peak, "
-                f"{schedule.peak}"
-            )
-        if schedule.warmup_steps >= schedule.decay_steps:
-            raise UserError(
-                f"optimizer.schedule.warmup_steps is {schedule.warmup_steps}, but the whole schedule has only "
-                f"{schedule.decay_steps} steps"
-            )
-    for name in ("b1", "b2"):
-        if getattr(run.optimizer, name) >= 1:
-            raise UserError(f"optimizer.{name} is {getattr(run.optimizer, name)}; it must be below 1")
+    for path, owner, field, _ in list(_fields(run.optimizer, "optimizer.")):
+        value = getattr(owner, field.name)
+        if isinstance(value, Schedule):
+            resolve_schedule(value, path, run)
+    _check_optimizer(run.optimizer)
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
     run.evaluation.batch_size = run.evaluation.batch_size or run.batch_size
@@ -48,6 +41,36 @@ def resolve(run: Run) -> Run:
             f"({run.checkpoint.every_steps}) must be a multiple of evaluation.every_steps ({evaluated})"
         )
     return run
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Raises `UserError` for settings that contradict each other or that would do nothing."""
+    for name in ("b1", "b2"):
+        if getattr(optimizer, name) >= 1:
+            raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}; it must be below 1")
+    for name in ("eps", "eps_root"):
+        if 0 < getattr(optimizer, name) < _SMALLEST:
+            raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
+    if optimizer.eps == optimizer.eps_root == 0:
+        raise UserError("optimizer.eps and optimizer.eps_root are both 0: a gradient of zero would be divided by zero")
+    if optimizer.rectify and optimizer.amsgrad:
+        raise UserError("optimizer.rectify and optimizer.amsgrad cannot be combined")
+    if not optimizer.sgd_fallback and not optimizer.rectify:
+        raise UserError("optimizer.sgd_fallback is False, which says something about optimizer.rectify only")
+    names = {optimizer.name} | {group.optimizer for group in optimizer.groups.values()} - {""}
+    for name in ("rectify", "amsgrad"):
+        if getattr(optimizer, name) and names != {"adabelief"}:
+            other = ", ".join(sorted(names - {"adabelief"}))
+            raise UserError(f"optimizer.{name} is for adabelief; there is {other}, too")
+    for label, group in optimizer.groups.items():
+        if group.decay_schedule is not None and group.weight_decay:
+            raise UserError(f"optimizer.groups.{label} has a weight_decay and a decay_schedule; give one of them")
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if group.frozen and field.name != "frozen" and value != field.default:
+                raise UserError(f"optimizer.groups.{label} is frozen, so its {field.name}, {value}, does nothing")
+    if optimizer.groups and all(group.frozen for group in optimizer.groups.values()):
+        raise UserError("every group of optimizer.groups is frozen: there is nothing to train")
 
 
 def check_types(run: Run) -> None:
@@ -66,9 +89,10 @@ def check_types(run: Run) -> None:
         except TypeCheckError as error:
             raise UserError(f"{path} is {value!r}; {_type_name(hint)} is expected") from error
         minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
-        if minimum is not None and value < minimum:
+        number = isinstance(value, int | float)  # else it is what the setting may be instead of a number
+        if number and minimum is not None and value < minimum:
             raise UserError(f"{path} is {value}; it must be at least {minimum}")
-        if maximum is not None and value > maximum:
+        if number and maximum is not None and value > maximum:
             raise UserError(f"{path} is {value}; it must be at most {maximum}")
         choices = field.metadata.get("choices")
         if choices is not None and value not in choices:
@@ -89,7 +113,7 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(hint))
 
 
 def check_path(run: Run, path: str) -> None:

@@ -31,26 +31,62 @@ def setting(
 
 @dataclasses.dataclass
 class Schedule:
-    """The learning rate as a function of the updates already made."""
+    """A number, such as the learning rate, as a function of the updates already made."""
 
-    name: str = setting("constant", choices=("constant", "cosine", "linear"))
-    """Shape after the warm-up: `constant`, or a `cosine` or `linear` descent."""
+    name: str = setting(
+        "constant", choices=("constant", "linear", "cosine", "polynomial", "wsd", "step", "inverse_sqrt")
+    )
+    """What follows the warm-up: `constant`, a `linear`, `cosine` or `polynomial` descent, `wsd` (constant, then a
+    linear descent), `step` (multiplied by `factor` at every boundary), or `inverse_sqrt`: peak · √(w / max(t, w)) after
+    t updates, where w is the warm-up in updates, at least 1."""
     peak: float = setting(1e-3, minimum=0)
-    """Learning rate at the end of the warm-up."""
-    warmup_steps: int = setting(0, minimum=0)
-    """Updates over which it rises linearly from 0 to `peak`."""
-    decay_steps: int = setting(0, minimum=0)
-    """Updates until `final` is reached, warm-up included; 0 means the run's `total_steps`. Unused when constant."""
+    """Value at the end of the warm-up."""
     final: float = setting(0.0, minimum=0)
-    """Learning rate at the end of the descent."""
+    """Value at the end of a descent, and from then on."""
+    unit: str = setting("steps", choices=("steps", "epochs", "examples", "percent"))
+    """What `warmup`, `end`, `descent` and `boundaries` count: updates, passes over the training split, training
+    examples, or percent of the run. Each is rounded to the nearest update."""
+    warmup: float = setting(0.0, minimum=0)
+    """How long the value rises linearly from 0 to `peak`."""
+    end: float = setting(0.0, minimum=0)
+    """When a descent reaches `final`, counted from the first update, warm-up included; 0 means the end of the run."""
+    descent: float = setting(0.0, minimum=0)
+    """How long the descent of `wsd` takes, up to `end`."""
+    boundaries: tuple[float, ...] = setting(())
+    """When `step` multiplies by `factor`, counted from the first update."""
+    factor: float = setting(0.1, minimum=0, maximum=1)
+    """What `step` multiplies by."""
+    power: float = setting(1.0, minimum=0)
+    """Exponent of `polynomial`, above 0: peak − final is multiplied by (share of the descent that is left) ** power."""
+    run_steps: int = setting(0, minimum=0)
+    """Length in updates of the run that the schedule is made for; 0 means `total_steps`. Resolving fills it in when the
+    schedule depends on it, so that a run which goes on with more steps does not change what it has already done."""
 
 
 @dataclasses.dataclass
 class Group:
-    """What the parameters of one label share."""
+    """What the parameters of one label share. All groups are updated together, in one pass."""
 
     weight_decay: float = setting(0.0, minimum=0)
-    """Decoupled decay: each update subtracts learning rate · weight_decay · parameter."""
+    """How strongly parameters decay; see `Optimizer.decay`."""
+    decay_schedule: Schedule | None = setting(None)
+    """The same as a schedule, instead of a number."""
+    optimizer: str = setting("", choices=("", "adabelief", "adam", "sgd"))
+    """Another optimizer for this group, with the same b1, b2, eps and eps_root; "" for that of the run."""
+    schedule: Schedule | None = setting(None)
+    """Another learning rate for this group; None for that of the run."""
+    lr_multiplier: float = setting(1.0, minimum=0)
+    """What the group's learning rate is multiplied by."""
+    frozen: bool = setting(False)
+    """Whether nothing happens to the parameters; no gradients are computed for them, and no moments kept."""
+    clip_norm: float = setting(0.0, minimum=0)
+    """Largest norm of the gradient of the whole group, which is scaled down to it; 0 for none."""
+    every_steps: int = setting(1, minimum=1)
+    """The group is updated at the first step and then once in so many; the gradients between are not used."""
+    mu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
+    """How the first moment is stored; "" as `Optimizer.mu_dtype` says."""
+    nu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
+    """How the second moment is stored; "" as `Optimizer.nu_dtype` says."""
 
 
 @dataclasses.dataclass
@@ -58,8 +94,9 @@ class Optimizer:
     """The optimizer and the labels that steer it."""
 
     name: str = setting("adabelief", choices=("adabelief", "adam", "sgd"))
-    """`adabelief` (this project's own), or Optax's `adam` or `sgd` with momentum b1, to compare with."""
+    """`adabelief`, or, to compare with, `adam` or `sgd` with momentum b1."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    """The learning rate."""
     b1: float = setting(0.9, minimum=0)
     """Decay of the mean of the gradients per update, below 1."""
     b2: float = setting(0.999, minimum=0)
@@ -68,6 +105,24 @@ class Optimizer:
     """Added to the root in the denominator. The paper's settings: 1e-8 for vision, 1e-16 or 1e-12 for LSTMs."""
     eps_root: float = setting(1e-16, minimum=0)
     """Added to the second moment at every update, where it accumulates (AdaBelief), or inside the root (Adam)."""
+    nesterov: bool = setting(False)
+    """Whether the mean looks one update ahead."""
+    rectify: bool = setting(False)
+    """Whether the variance of AdaBelief's first steps is rectified, as in RAdam."""
+    sgd_fallback: bool = setting(True)
+    """What rectification does while the variance is intractable: steps of SGD, or none."""
+    amsgrad: bool = setting(False)
+    """Whether AdaBelief divides by the largest second moment so far."""
+    decay: str = setting("decoupled", choices=("decoupled", "fixed", "coupled"))
+    """`decoupled` subtracts learning rate · weight_decay · parameter at each update; `fixed` leaves out the learning
+    rate; `coupled` adds weight_decay · parameter to the gradient."""
+    clip_norm: float = setting(0.0, minimum=0)
+    """Largest norm of the whole gradient, which is scaled down to it, before groups clip theirs; 0 for none."""
+    mu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
+    """How first moments are stored; "" as the parameters are, but at least float32. Bfloat16 is rounded stochastically,
+    so that nothing gets lost on average."""
+    nu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
+    """How second moments are stored, likewise."""
     labels: tuple[tuple[str, str], ...] = setting(((".*", "default"),))
     """Ordered (regex, label) rules over whole parameter paths; the first match decides."""
     groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"default": Group()})

@@ -23,7 +23,7 @@ class Row:
       shape: its shape.
       dtype: its dtype.
       label: the label that the first matching rule gave it.
-      weight_decay: its group's decay.
+      weight_decay: its group's decay, as text.
       parameters: how many numbers it holds.
       bytes: how much memory they take.
     """
@@ -32,7 +32,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     label: str
-    weight_decay: float
+    weight_decay: str
     parameters: int
     bytes: int
 
@@ -62,12 +62,21 @@ def label_table(params: Any, labels: Any, groups: Mapping[str, config.Group]) ->
             tuple(leaf.shape),
             np.dtype(leaf.dtype).name,
             label,
-            groups[label].weight_decay,
+            number_text(groups[label].decay_schedule or groups[label].weight_decay),
             leaf.size,
             leaf.size * leaf.dtype.itemsize,
         )
         for path, leaf, label in zip(paths(params), jax.tree.leaves(params), jax.tree.leaves(labels), strict=True)
     ]
+
+
+def number_text(number: float | config.Schedule) -> str:
+    """A number or a schedule of one in a few characters, such as `0.1`, `cosine 0.1` or `cosine 0.1 → 0.01`."""
+    if not isinstance(number, config.Schedule):
+        return f"{number:g}"
+    if number.name == "constant" and not number.warmup:
+        return f"{number.peak:g}"
+    return f"{number.name} {number.peak:g}" + (f" → {number.final:g}" if number.final else "")
 
 
 def digest(rows: Sequence[Row]) -> str:

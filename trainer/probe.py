@@ -1,0 +1,111 @@
+"""The decay probe: what one step does to every parameter when gradients are zero, against what the labels say."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from trainer.build import Parts
+from trainer.observe.tables import table
+from trainer.optim.optimizer import group_schedule
+from trainer.optim.schedules import build_schedule
+from trainer.rules import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the probe found of one label.
+
+    Attributes:
+      label: the label.
+      step: the step that was made, the first being 1.
+      factor: by which its parameters must be multiplied in that step; None for coupled decay, which goes through the
+        moments and has none.
+      parameters: how many arrays were looked at.
+      wrong: the paths of those that came out otherwise.
+    """
+
+    label: str
+    step: int
+    factor: float | None
+    parameters: int
+    wrong: tuple[str, ...]
+
+
+def probe(parts: Parts) -> list[Verdict]:
+    """Makes a step with zero gradients and fresh moments for every label, and compares its parameters before and after.
+
+    They must have been multiplied by 1 − learning rate · decay, to the last place of their dtype; parameters without
+    decay, and those that are frozen, must be the same bit for bit. The step is the one in which the label decays most,
+    since under a warm-up it does not in the first. The parameters are those of the run at its start, with 1 in place of
+    0, which no decay would change.
+    """
+    start = parts.parallel.create(parts.make_state)
+    params = jax.tree.map(lambda p: jnp.where(p == 0, jnp.ones_like(p), p), start.params)
+    fresh: Any = jax.jit(parts.optimizer.init)(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def after(count: jax.Array) -> Any:
+        updates, _ = parts.optimizer.update(zeros, fresh._replace(count=count), params)
+        return optax.apply_updates(params, updates)
+
+    names, labels = paths(params), jax.tree.leaves(parts.labels)
+    verdicts = []
+    for label in parts.run.optimizer.groups:
+        count, shrink = _steepest(parts, label)
+        found = jax.tree.leaves(after(jnp.asarray(count, jnp.int32)))
+        rows = zip(names, labels, jax.tree.leaves(params), found, strict=True)
+        mine = [(name, np.asarray(old), np.asarray(new)) for name, of, old, new in rows if of == label]
+        wrong = tuple(name for name, old, new in mine if not _as_stated(old, new, shrink))
+        if shrink and parts.run.optimizer.decay == "coupled":
+            verdicts.append(Verdict(label, count + 1, None, len(mine), ()))
+        else:
+            verdicts.append(Verdict(label, count + 1, 1 - shrink, len(mine), wrong))
+    return verdicts
+
+
+def probe_text(verdicts: Sequence[Verdict]) -> str:
+    """What the decay probe found, a line for each label."""
+    cells = []
+    for verdict in verdicts:
+        if verdict.factor is None:
+            factor, text = "-", "not probed: coupled decay goes through the moments"
+        else:
+            factor = f"{verdict.factor:.9g}"
+            text = "as stated" if verdict.factor != 1 else "untouched, as stated"
+        if verdict.wrong:
+            text = f"WRONG: {', '.join(verdict.wrong)}"
+        cells.append((verdict.label, f"{verdict.parameters:,}", f"{verdict.step:,}", factor, text))
+    return table(("label", "arrays", "step", "factor", "verdict"), cells, right=("arrays", "step"))
+
+
+def _steepest(parts: Parts, label: str) -> tuple[int, float]:
+    """The count of updates before the step in which the parameters of a label shrink most, and the share they lose."""
+    optimizer, length = parts.run.optimizer, parts.length
+    group = optimizer.groups[label]
+    if group.frozen:
+        return 0, 0.0
+    rate = group_schedule(optimizer, label, build_schedule(optimizer.schedule, length), length)
+    decay = optax.constant_schedule(group.weight_decay)
+    if group.decay_schedule is not None:
+        decay = build_schedule(group.decay_schedule, length)
+    updates = -(-parts.run.total_steps // group.every_steps)
+    counts = np.unique(np.linspace(0, updates - 1, min(updates, 10_000)).astype(int)) * group.every_steps
+    decays = np.broadcast_to(jax.vmap(lambda count: jnp.asarray(decay(count), float))(counts), counts.shape)
+    if optimizer.decay == "decoupled":
+        decays = decays * np.asarray(jax.vmap(rate)(counts), np.float64)
+    steepest = int(np.argmax(decays))
+    return int(counts[steepest]), float(decays[steepest])
+
+
+def _as_stated(old: np.ndarray, new: np.ndarray, shrink: float) -> bool:
+    if shrink == 0:
+        return old.tobytes() == new.tobytes()
+    expected = old.astype(np.float64) * (1 - shrink)
+    # Half a place from rounding, and as much again from the arithmetic of the share that is subtracted.
+    return bool(np.all(np.abs(new.astype(np.float64) - expected) <= np.abs(np.spacing(np.abs(old)).astype(np.float64))))
