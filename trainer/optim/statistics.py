@@ -76,4 +76,6 @@ def _belief(leaf: Leaf, scalars: Scalars, count: Array) -> Array:
     m = square(leaf.m / one_minus_power(scaling.b1, updates).astype(leaf.s.dtype))
     second = leaf.s / one_minus_power(scaling.b2, updates).astype(leaf.s.dtype)
     about_mean, about_zero = (second, second + m) if scaling.centred else (jnp.maximum(second - m, 0), second)
-    return jnp.sqrt(about_mean / jnp.where(about_zero == 0, 1.0, about_zero))
+    # What never had a gradient counts as noise. (A `where` instead would keep XLA:CPU from fusing this into the sum.)
+    tiny = jnp.finfo(leaf.s.dtype).tiny
+    return jnp.sqrt((about_mean + tiny) / (about_zero + tiny))
