@@ -117,7 +117,8 @@ def labelled(shapes: dict[str, tuple[int, ...]], *, clip: bool, measured: bool) 
     numbers = build_statistics(treatments, labels)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, inner = transform.update(grads, state[0], params)
+        updates, after = transform.update(grads, state[0], params)
+        inner: Any = after
         params = optax.apply_updates(params, updates)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(numbers, grads, params, inner))
         due = inner.count % LOGGED_EVERY == 0
@@ -214,7 +215,7 @@ def compile_for_tpu(shapes: dict[str, tuple[int, ...]], topology: str) -> None:
         case = cases(shapes)[name]
         state = jax.eval_shape(case.init, params)
         step = jax.jit(case.step, donate_argnums=(0, 1))
-        compiled = step.lower(abstract(params), abstract(state), abstract(params)).compile()
+        compiled: Any = step.lower(abstract(params), abstract(state), abstract(params)).compile()
         cycles = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))
         first = first or cycles
         kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / size

@@ -228,11 +228,11 @@ def test_more_steps_than_a_schedule_was_made_for_are_refused_with_the_way_out(tm
 def test_way_out_names_every_schedule_that_follows_the_length(tmp_path):
     short, long = (make_run(steps) for steps in (4, 6))
     for run in (short, long):
-        run.optimizer.groups["decayed"].weight_decay = config.Schedule("wsd", descent=2)
+        run.optimizer.groups["decayed"] = config.Group(decay_schedule=config.Schedule("wsd", descent=2))
     folder = Workdir(tmp_path / "run")
     (folder.checkpoints / "4").mkdir(parents=True)
     folder.write(config.resolve(short), "")
-    flags = [f"--config.optimizer.{path}.run_steps=4" for path in ("schedule", "groups.decayed.weight_decay")]
+    flags = [f"--config.optimizer.{path}.run_steps=4" for path in ("schedule", "groups.decayed.decay_schedule")]
     with pytest.raises(UserError, match=rf"\(it follows total_steps: {' '.join(flags)} keeps the schedule as it was\)"):
         folder.check(config.resolve(long))
 

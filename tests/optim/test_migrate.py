@@ -13,10 +13,11 @@ from trainer.optim.migrate import from_optax
 
 
 def walk(optimizer: Any, params: Any, state: Any, grads: np.ndarray) -> tuple[Any, Any]:
+    tree: Any = params
     for g in grads:
-        updates, state = optimizer.update({"w": jnp.asarray(g, params["w"].dtype)}, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+        updates, state = optimizer.update({"w": jnp.asarray(g)}, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    return tree, state
 
 
 def schedule(count: Any) -> Any:
@@ -39,7 +40,7 @@ def test_run_goes_on_as_in_optax(theirs, rate):
         other = theirs(rate)
         expected, _ = walk(other, start, other.init(start), GRADS)
         middle, state = walk(other, start, other.init(start), GRADS[:20])
-        ours = adabelief(rate)
+        ours: Any = adabelief(rate)
         found, after = walk(ours, middle, from_optax(state, ours.init(middle)), GRADS[20:])
         forgetful, _ = walk(ours, middle, ours.init(middle), GRADS[20:])
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-12)
@@ -51,7 +52,8 @@ def test_moments_get_the_dtypes_that_are_asked_for():
     params = {"w": jnp.ones(5, jnp.bfloat16)}
     other = optax.scale_by_belief()
     _, state = other.update(params, other.init(params), params)
-    kept, cast = from_optax(state), from_optax(state, scale_by_belief().init(params))
+    like: Any = scale_by_belief().init(params)
+    kept, cast = from_optax(state), from_optax(state, like)
     assert (kept.mu["w"].dtype, cast.mu["w"].dtype, cast.nu["w"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
     np.testing.assert_array_equal(cast.mu["w"], kept.mu["w"])
 

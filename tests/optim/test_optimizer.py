@@ -27,7 +27,7 @@ def params() -> dict[str, jax.Array]:
     return {"kernel": jnp.asarray([1.0, -2.0, 3.0]), "bias": jnp.asarray([1.0, -2.0, 3.0])}
 
 
-def built(optimizer: config.Optimizer, labels: Any = None) -> optax.GradientTransformationExtraArgs:
+def built(optimizer: config.Optimizer, labels: Any = None) -> Any:
     return build_optimizer(optimizer, build_treatments(optimizer, LABELS if labels is None else labels, LENGTH))
 
 
@@ -70,8 +70,8 @@ def test_paths_of_the_state_are_readable():
 def optimizer_of(kernel: config.Group, bias: config.Group | None = None, **fields: Any) -> config.Optimizer:
     """Adam unless told otherwise: its first steps are easy to say, ± learning rate."""
     groups = {"decayed": kernel, "plain": bias or config.Group()}
-    fields = {"name": "adam", "eps": 0.0, "eps_root": 1e-30, "schedule": config.Schedule(peak=0.5)} | fields
-    return config.Optimizer(groups=groups, **fields)
+    defaults: dict[str, Any] = {"name": "adam", "eps": 0.0, "eps_root": 1e-30, "schedule": config.Schedule(peak=0.5)}
+    return config.Optimizer(groups=groups, **defaults | fields)
 
 
 def walk(optimizer: config.Optimizer, grads: Any, steps: int) -> tuple[list[Any], Any]:
@@ -119,7 +119,7 @@ def test_frozen_group_keeps_its_bits_and_has_no_moments(name):
     state = transform.init(negative_zero)
     assert jax.tree.leaves(state.mu["kernel"]) == jax.tree.leaves(state.nu["kernel"]) == []
     updates, after = transform.update(ONES, state, negative_zero)
-    moved = optax.apply_updates(negative_zero, updates)
+    moved: Any = optax.apply_updates(negative_zero, updates)
     assert np.asarray(moved["kernel"]).tobytes() == np.asarray(negative_zero["kernel"]).tobytes()
     assert not np.array_equal(moved["bias"], negative_zero["bias"])
     assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -152,11 +152,13 @@ def test_group_updated_every_third_step_does_what_it_would_in_a_run_of_its_own()
 
     def run(group: config.Group, given: list[Any]) -> list[Any]:
         transform = built(optimizer_of(group, name="adabelief"))
-        state, tree, seen = transform.init(params()), params(), []
+        state = transform.init(params())
+        tree: Any = params()
+        seen: list[Any] = []
         for g in given:
             updates, state = transform.update(g, state, tree)
             tree = optax.apply_updates(tree, updates)
-            seen.append(np.asarray(tree["kernel"]))
+            seen.append(jax.device_get(tree)["kernel"])
         return seen
 
     every = run(config.Group(weight_decay=0.1, every_steps=3), grads)
@@ -194,7 +196,7 @@ def test_moment_dtypes_of_a_group_win_over_those_of_the_optimizer():
 
 
 def test_options_of_the_config_reach_the_transformation():
-    options = {"nesterov": True, "rectify": True, "sgd_fallback": False, "decay": "fixed"}
+    options: dict[str, Any] = {"nesterov": True, "rectify": True, "sgd_fallback": False, "decay": "fixed"}
     optimizer = optimizer_of(config.Group(weight_decay=0.1), name="adabelief", eps=1e-8, eps_root=1e-8, **options)
     mask = {"kernel": True, "bias": False}
     direct = adabelief(0.5, eps=1e-8, eps_root=1e-8, weight_decay=0.1, weight_decay_mask=mask, **options)

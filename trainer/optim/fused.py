@@ -1,7 +1,8 @@
 """One update for every leaf of a tree, whatever its group: moments, direction, decay and learning rate in one pass."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -141,8 +142,7 @@ def fused(
             if scalars is None:
                 results.append((None if leaf.g is None else jnp.full_like(leaf.g, -0.0, _dtype(leaf)), *leaf[1:4]))
             else:
-                keys = key_of(seed, state.count, 2 * i), key_of(seed, state.count, 2 * i + 1)
-                results.append(_update_leaf(leaf, scalars, *keys))
+                results.append(_update_leaf(leaf, scalars, partial(_save, seed, state.count, i)))
         updates, mu, nu, nu_max = (structure.unflatten([result[i] for result in results]) for i in range(4))
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ScaleByBeliefState(count, mu, nu, None if state.nu_max is None else nu_max)
@@ -244,16 +244,23 @@ def rates(treatment: Treatment, scalars: Scalars) -> tuple[Array, Array | None]:
     return rate, decay if treatment.decay == "fixed" else rate * decay
 
 
-def _update_leaf(stored: Leaf, scalars: Scalars, mu_key: Any, nu_key: Any) -> tuple[Any, Any, Any, Any]:
+def _save(seed: Any, count: Int32[Array, ""], index: int, x: Array, old: Array, *, second: bool) -> Array:
+    """A new moment of leaf number `index` as it is stored, in the dtype of the old one."""
+    if old.dtype != jnp.bfloat16:  # no key is needed, and tracing one for every leaf takes its time
+        return x.astype(old.dtype)
+    return store(x, old.dtype, key_of(seed, count, 2 * index + second))
+
+
+def _update_leaf(stored: Leaf, scalars: Scalars, save: Callable[..., Array]) -> tuple[Any, Any, Any, Any]:
     """The update, and the new moments."""
     leaf, scalars = working(stored, scalars)
     scaling, due = leaf.treatment.scaling, scalars.due
-    m = _if_due(due, store(scaling.first(leaf.g, leaf.m), stored.m.dtype, mu_key), stored.m)
+    m = _if_due(due, save(scaling.first(leaf.g, leaf.m), stored.m, second=False), stored.m)
     # From here on the moments are those that are stored: the next update will know no others.
     leaf = leaf._replace(m=m.astype(leaf.m.dtype))
     s, s_max = stored.s, stored.s_max
     if not isinstance(scaling, Momentum):
-        s = _if_due(due, store(scaling.second(leaf.g, leaf.m, leaf.s), stored.s.dtype, nu_key), stored.s)
+        s = _if_due(due, save(scaling.second(leaf.g, leaf.m, leaf.s), stored.s, second=True), stored.s)
         leaf = leaf._replace(s=s.astype(leaf.s.dtype))
         if s_max is not None:
             s_max = jnp.maximum(s_max, s)
