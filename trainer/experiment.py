@@ -1,6 +1,7 @@
 """What a task must offer to be trained: the `Experiment` protocol, its batches, and metrics as sums."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -92,4 +93,20 @@ class Prepares(Protocol):
 
     def prepare(self) -> None:
         """Writes what `source` reads. A second call is quick and changes nothing."""
+        ...
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An experiment that shows what a run came to, in pictures for example."""
+
+    def report(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Sequence[Path]:
+        """Writes files and returns them; those of an earlier call are replaced.
+
+        The command `train` calls this when the run is finished; from Python, `train` does not.
+
+        Args:
+          folder: the workdir.
+          rows: those of `metrics.jsonl`, each with "step" and the metrics of that step by names such as "train/loss".
+        """
         ...

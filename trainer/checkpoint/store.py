@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,10 @@ class Store:
     @contextmanager
     def _readable(self, step: int) -> Iterator[None]:
         """One line in place of the many that Orbax and TensorStore write when files are damaged or missing."""
+        _drop_late_reads()  # before the first of them can fail
         try:
             yield
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            _drop_late_reads()
             reason = " ".join(str(error).split())[:200]
             earlier = [s for s in self.steps() if s < step]
             then = f"go on from step {earlier[-1]}" if earlier else "begin anew"
@@ -121,13 +121,17 @@ class Store:
 
 def _drop_late_reads() -> None:
     """Drops what TensorStore's other reads report after the first has failed and Orbax has closed its event loop."""
-    report = sys.unraisablehook
+    if not isinstance(sys.unraisablehook, _LateReadsDropped):
+        sys.unraisablehook = _LateReadsDropped(sys.unraisablehook)
 
-    def hook(unraisable: Any) -> None:
+
+class _LateReadsDropped:
+    def __init__(self, report: Callable[[Any], Any]) -> None:
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    sys.unraisablehook = hook
+            self._report(unraisable)
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

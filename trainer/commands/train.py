@@ -14,8 +14,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Trains; exit code 1 when the loss is no longer finite."""
+    """Trains and lets the experiment report; exit code 1 when the loss is no longer finite."""
+    from trainer.experiment import Reports
     from trainer.loop import DivergedError, train
+    from trainer.observe.metrics import read_rows
 
     path = arguments.required_workdir().path
     try:
@@ -23,5 +25,9 @@ def main(arguments: Arguments) -> int:
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    experiment = arguments.run.experiment
+    if isinstance(experiment, Reports):
+        for file in experiment.report(path, list(read_rows(path / "metrics.jsonl"))):
+            print(f"wrote {file}")
     print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and labels.txt")
     return 0
