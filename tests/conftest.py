@@ -11,7 +11,7 @@ os.environ.pop("TFDS_DATA_DIR", None)
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["trainer.step", "trainer.optim", "trainer.experiment", "experiments.image_classification"],
+    ["trainer.step", "trainer.optim", "trainer.experiment", "experiments.image_classification", "experiments.toy"],
     "beartype.beartype",
 )
 

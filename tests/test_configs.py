@@ -20,6 +20,7 @@ from trainer.probe import probe
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 GOLDEN = ROOT / "tests" / "golden"
+LARGEST_LOSS = {"toy": 150}  # of the first step; by default that of a classifier which is not far off
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
@@ -45,10 +46,11 @@ def fashion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(path: Path, data_dir: Path, fashion_dir: Path) -> config.Run:
-    """The config's run at its full length, reading the tests' data."""
+    """The config's run at its full length, reading the tests' data if it reads any."""
     run = config.resolve(load_config(str(path)))
     experiment: Any = run.experiment
-    experiment.data_dir = str({"digits": data_dir, "fashion_mnist_local": fashion_dir}[experiment.dataset])
+    if hasattr(experiment, "data_dir"):
+        experiment.data_dir = str({"digits": data_dir, "fashion_mnist_local": fashion_dir}[experiment.dataset])
     return run
 
 
@@ -89,5 +91,5 @@ def test_config_trains_one_shrunk_step(path, run, tmp_path):
     assert (tmp_path / "checkpoints" / "1").is_dir()
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert row["step"] == 1
-    assert 0 < row["train/loss"] < 10
+    assert 0 < row["train/loss"] < LARGEST_LOSS.get(path.stem, 10)
     assert row[f"{run.evaluation.split}/examples"] == len(run.experiment.source(run.evaluation.split))
