@@ -133,6 +133,17 @@ def labelled(shapes: dict[str, tuple[int, ...]], *, clip: bool, measured: bool) 
     return Case(step, init)
 
 
+def normed(transform: optax.GradientTransformation) -> Case:
+    """Update and application, and the norm of the gradient, which every training step needs to notice divergence."""
+    plain = of(transform)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        params, inner = plain.step(params, state[0], grads)
+        return params, (inner, optax.tree.norm(grads))
+
+    return Case(step, lambda params: (plain.init(params), jnp.zeros(())))
+
+
 def memory(*, lean: bool) -> Case:
     """Reads four arrays and writes three."""
 
@@ -153,6 +164,7 @@ def cases(shapes: dict[str, tuple[int, ...]]) -> dict[str, Case]:
         "optax.adam": of(optax.adam(1e-3)),
         "memory pass": memory(lean=False),
         "lean memory pass": memory(lean=True),
+        "with grad norm": normed(adabelief(1e-3)),
         "with decay": of(adabelief(1e-3, weight_decay=0.1)),
         "with labels": labelled(shapes, clip=False, measured=False),
         "… and statistics": labelled(shapes, clip=False, measured=True),
@@ -192,6 +204,10 @@ def measure(shapes: dict[str, tuple[int, ...]], rounds: int) -> None:
         kept = sum(x.nbytes for x in jax.tree.leaves(state)) / size
         ms = 1e3 * statistics.median(times[name][1:])
         print(f"{name:18} {ms:7.2f} {ratio:13.3f} {traffic:12.1f} {temporary:10,} {kept:12.2f}")
+    all_on = "… and clipping"
+    for base in (OURS, "with grad norm"):
+        ratio = statistics.median(t / b for t, b in zip(times[all_on][1:], times[base][1:], strict=True))
+        print(f"all features of labels take {ratio:.3f} of {base} (bar: 1.05)")
     for name, bar in (("optax.adabelief", 0.33), ("optax.adam", 1.05), ("memory pass", 1.20), ("lean memory pass", 0)):
         ratio = statistics.median(o / t for t, o in zip(times[name][1:], times[OURS][1:], strict=True))
         print(f"adabelief takes {ratio:.3f} of {name}" + (f" (bar: {bar})" if bar else ""))
