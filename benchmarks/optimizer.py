@@ -227,7 +227,7 @@ def compile_for_tpu(shapes: dict[str, tuple[int, ...]], topology: str) -> None:
     size = sum(map(math.prod, shapes.values()))
     print(f"{len(shapes)} leaves, {size / 1e6:.1f} M parameters, compiled for {device.device_kind}")
     first = None
-    for name in ("optax.adabelief", "optax.adam", "adabelief", "bfloat16 moments"):
+    for name in ("optax.adabelief", "optax.adam", "adabelief", "with labels", "bfloat16 moments"):
         case = cases(shapes)[name]
         state = jax.eval_shape(case.init, params)
         step = jax.jit(case.step, donate_argnums=(0, 1))
