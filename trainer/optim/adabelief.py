@@ -1,5 +1,6 @@
 """AdaBelief: steps sized by how far each gradient falls from its prediction (Zhuang et al., 2020, arXiv:2010.07468)."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -155,17 +156,18 @@ def scale_by_belief(
 def _belief(
     b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, rectify: bool, sgd_fallback: bool, amsgrad: bool
 ) -> Belief:
+    b1, b2, eps, eps_root = (x.item() if isinstance(x, np.generic) else x for x in (b1, b2, eps, eps_root))
     for name, value in {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}.items():
-        if isinstance(value, jax.Array | np.ndarray | np.generic):
-            if jnp.finfo(value.dtype).bits < 32:
+        if isinstance(value, jax.Array | np.ndarray):
+            if not jnp.issubdtype(value.dtype, jnp.floating) or jnp.finfo(value.dtype).bits < 32:
                 raise ValueError(
                     f"{name} is a {value.dtype} array, which has too few bits (0.999 is 1 in bfloat16): give a Python "
                     "number or a float32 array, and to optax.inject_hyperparams hyperparam_dtype=jnp.float32"
                 )
         elif name.startswith("b") and not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be in [0, 1)")
-        elif value < 0:
-            raise ValueError(f"{name} is {value}; it must not be negative")
+        elif not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be a finite number and not negative")
     if isinstance(eps, float | int) and isinstance(eps_root, float | int) and eps == eps_root == 0:
         raise ValueError("eps and eps_root are both 0: a gradient of zero would be divided by zero")
     if rectify and amsgrad:

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int32
 
 from trainer.optim.rounding import STORED, compute_dtype, key_of, storage_dtype, store
-from trainer.optim.scalings import Corrections, Momentum, Scaling, square
+from trainer.optim.scalings import Corrections, Momentum, Scaling, squarable, square
 
 
 class ScaleByBeliefState(NamedTuple):
@@ -97,7 +97,7 @@ class Leaf(NamedTuple):
     s: Any
     s_max: Any
     p: Any
-    treatment: Treatment
+    treatment: Any
 
     @property
     def treated(self) -> bool:
@@ -122,11 +122,12 @@ def fused(
     """
 
     def init(params: optax.Params) -> ScaleByBeliefState:
-        leaves, structure = jax.tree.flatten(params)
+        leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
         # `optax.tree_map_params` calls with a node that has no leaf, to find where in the state parameters are.
         given = per_leaf(treatments, params) if leaves else []
         for leaf, treatment in zip(leaves, given, strict=True):
-            check_precision(treatment, leaf.dtype)
+            if leaf is not None:
+                check_precision(treatment, jnp.result_type(leaf))
         moments = [_zeros(leaf, treatment) for leaf, treatment in zip(leaves, given, strict=True)]
         mu, nu = structure.unflatten(m for m, _ in moments), structure.unflatten(s for _, s in moments)
         nu_max = jax.tree.map(jnp.zeros_like, nu) if amsgrad else None
@@ -150,12 +151,12 @@ def fused(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type] - its state is ours
 
 
-def per_leaf(treatments: Treatments, tree: Any) -> list[Treatment]:
-    """The treatment of each leaf of `tree`, of which None is one."""
+def per_leaf(treatments: Treatments, tree: Any) -> list[Any]:
+    """The treatment of each leaf of `tree`, of which None is one; it may have None for its treatment."""
     prefix = treatments(tree) if callable(treatments) else treatments
-    found: list[Treatment] = []
+    found: list[Any] = []
 
-    def extend(treatment: Treatment, below: Any) -> None:
+    def extend(treatment: Treatment | None, below: Any) -> None:
         found.extend([treatment] * len(jax.tree.leaves(below, is_leaf=_is_none)))
 
     jax.tree.map(extend, prefix, tree, is_leaf=_is_none)
@@ -233,6 +234,8 @@ def working(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
             raise ValueError("weight decay needs the parameters: call update(gradients, state, params)")
         if leaf.treatment.decay == "coupled":
             g = g + scalars.weight_decay * p
+    if not isinstance(leaf.treatment.scaling, Momentum):
+        g = squarable(g)
     return Leaf(g, m, s, s_max, p, leaf.treatment), scalars
 
 
@@ -282,30 +285,32 @@ def _dtype(leaf: Leaf) -> Any:
     return (leaf.g if leaf.p is None else leaf.p).dtype
 
 
-def _zeros(leaf: Any, treatment: Treatment) -> tuple[Any, Any]:
-    """The first moments of a parameter."""
-    masked = optax.MaskedNode()
+def _zeros(leaf: Any, treatment: Any) -> tuple[Any, Any]:
+    """The first moments of a parameter, which may be None."""
+    if leaf is None:
+        return None, None
+    dtype, masked = jnp.result_type(leaf), optax.MaskedNode()
     if treatment.frozen:
         return masked, masked
-    m = jnp.zeros_like(leaf, storage_dtype(leaf.dtype, treatment.mu_dtype))
+    m = jnp.zeros_like(leaf, storage_dtype(dtype, treatment.mu_dtype))
     if isinstance(treatment.scaling, Momentum):
         return m, masked
-    return m, jnp.zeros_like(leaf, storage_dtype(leaf.dtype, treatment.nu_dtype, real=True))
+    return m, jnp.zeros_like(leaf, storage_dtype(dtype, treatment.nu_dtype, real=True))
 
 
 def check_precision(treatment: Treatment, dtype: Any) -> None:
     """Raises `ValueError` for a number that is lost in the dtype in which a leaf of `dtype` is computed or stored."""
-    computed = jnp.finfo(compute_dtype(dtype)).dtype
-    for name in ("eps", "eps_root"):
-        value = getattr(treatment.scaling, name, 0.0)
-        if isinstance(value, float | int) and 0 < value < jnp.finfo(computed).tiny:
-            raise ValueError(
-                f"{name} is {value}, which is 0 in {computed}; its smallest number is {jnp.finfo(computed).tiny:.3g}"
-            )
     for name in ("mu_dtype", "nu_dtype"):
         asked = getattr(treatment, name)
         if asked is not None and jnp.dtype(asked).name not in STORED:
             raise ValueError(f"{name} is {jnp.dtype(asked).name}; moments are stored as {', '.join(STORED)}")
+    computed = jnp.finfo(compute_dtype(dtype)).dtype
+    stored = storage_dtype(dtype, treatment.nu_dtype, real=True)
+    # eps_root is added to the second moment and must not be lost in that either.
+    for name, used in (("eps", computed), ("eps_root", computed), ("eps_root", stored)):
+        value, smallest = getattr(treatment.scaling, name, 0.0), float(jnp.finfo(used).tiny)
+        if isinstance(value, float | int) and 0 < value < smallest:
+            raise ValueError(f"{name} is {value}, which is 0 in {used}; its smallest number is {smallest:.3g}")
 
 
 def _is_none(x: Any) -> bool:

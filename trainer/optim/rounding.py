@@ -58,7 +58,8 @@ def _round(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Float[Array, "*
     # are of a whole, it carries into the last place that stays. Zero and the infinities stay what they are.
     noise = _hash(x.shape, key) >> 16
     bits = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
-    return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+    rounded = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)  # the carry would make a number of some NaNs
 
 
 @_round.defjvp
@@ -69,14 +70,15 @@ def _round_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any
 def _hash(shape: tuple[int, ...], key: UInt32[Array, ""]) -> UInt32[Array, "*shape"]:
     """A number for each element, of which the upper 16 bits are used.
 
-    One multiplication: for a given element the numbers of different updates are as independent as their keys, which is
-    what rounding without bias over time needs. A flat iota costs XLA nothing, on a mesh either, where one per dimension
-    becomes a small kernel each on TPU.
+    A multiplication alone would spread the numbers of each element over time, which is what rounding without bias
+    needs, but leave those of neighbours correlated by up to 0.7; the square takes that to 0.01. A flat iota costs XLA
+    nothing, on a mesh either, where one per dimension becomes a small kernel each on TPU.
     """
     size = 1
     for n in shape:
         size *= n
-    return (lax.iota(jnp.uint32, size).reshape(shape) ^ key) * jnp.uint32(0x9E3779B1)
+    x = (lax.iota(jnp.uint32, size).reshape(shape) ^ key) * jnp.uint32(0x9E3779B1)
+    return x * x + x
 
 
 def _avalanche(x: UInt32[Array, ""]) -> UInt32[Array, ""]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Inexact, Int32
 
 Scalar = Any
@@ -133,6 +134,14 @@ class Momentum:
 Scaling = Belief | Adam | Momentum
 
 
+def squarable(g: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """`g`, but no finite number so large that its square would be infinite, and with it the second moment for ever."""
+    if jnp.iscomplexobj(g):
+        return jax.lax.complex(squarable(g.real), squarable(g.imag))
+    limit = 0.25 * jnp.sqrt(jnp.finfo(g.dtype).max)
+    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
+
+
 def average(b: Scalar, m: Inexact[Array, "*s"], g: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
     """b·m + (1 − b)·g, so that the two weights sum to 1 in the dtype of `g`, and b = 0 gives g itself."""
     if isinstance(b, jax.Array):
@@ -179,7 +188,8 @@ def _one_minus_langevin(y: Array) -> Array:
 def _mean_corrections(b1: Scalar, t: Int32[Array, ""], nesterov: bool) -> tuple[Array, Array | None]:
     if not nesterov:
         return 1 / one_minus_power(b1, t), None
-    return b1 / one_minus_power(b1, t + 1), (1 - b1) / one_minus_power(b1, t)
+    following = jnp.asarray(optax.safe_increment(t))  # t + 1, but never beyond the largest int32
+    return b1 / one_minus_power(b1, following), (1 - b1) / one_minus_power(b1, t)
 
 
 def _mean(g: Any, m: Any, c: Corrections, scale: Any) -> Any:
