@@ -124,7 +124,7 @@ class Toy:
     What happens to a parameter such as `rosenbrock/adam` is up to the labels and groups of the config.
     """
 
-    tolerance: float = setting(0.01, minimum=0, may_change=True)
+    tolerance: float = setting(0.01, minimum=1e-6, may_change=True)
     """How near the minimum an optimizer has arrived; for the picture only."""
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:

@@ -534,6 +534,10 @@ def test_optimizer_settings_that_contradict_each_other_are_refused(fields, messa
             config.Group(weight_decay=0.1, decay_schedule=config.Schedule()),
             "optimizer.groups.plain has a weight_decay and a decay_schedule; give one of them",
         ),
+        (
+            config.Group(optimizer="sgd", nu_dtype="bfloat16"),
+            "optimizer.groups.plain has a nu_dtype, but sgd has no second moment",
+        ),
         (config.Group(every_steps=0), "optimizer.groups.plain.every_steps is 0; it must be at least 1"),
     ],
 )

@@ -77,7 +77,7 @@ def test_every_golden_belongs_to_a_config():
 
 @each_config
 def test_parameters_decay_as_the_labels_say(run):
-    assert [verdict for verdict in probe(build(run)) if verdict.wrong] == []
+    assert [verdict for verdict in probe(build(run)) if not verdict.holds] == []
 
 
 @each_config

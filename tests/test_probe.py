@@ -10,7 +10,7 @@ from tests.tasks import make_run
 from trainer import config
 from trainer.build import build
 from trainer.commands import run as command
-from trainer.probe import probe
+from trainer.probe import probe, probe_text
 
 RULES = ((r".*/kernel", "decayed"), (".*", "plain"))
 
@@ -82,6 +82,18 @@ def test_probe_names_what_is_not_as_stated(extra, wrong):
     parts = build(run)
     object.__setattr__(parts, "optimizer", Sabotaged(parts.optimizer, extra))
     assert tuple(path for verdict in probe(parts) for path in verdict.wrong) == wrong
+
+
+def test_decay_that_the_dtype_of_the_parameters_loses_does_not_hold():
+    groups = {"decayed": config.Group(weight_decay=1e-9), "plain": config.Group()}
+    found = verdicts(groups=groups)["decayed"]
+    assert (found.wrong, found.lost, found.holds) == ((), True, False)
+    assert "LOST" in probe_text([found])
+
+
+def test_factor_that_is_not_positive_does_not_hold():
+    groups = {"decayed": config.Group(weight_decay=2.0), "plain": config.Group()}
+    assert not verdicts(decay="fixed", groups=groups)["decayed"].holds
 
 
 def test_command_prints_a_verdict_for_each_label(data_dir, capsys):

@@ -173,3 +173,22 @@ def test_a_signal_ends_the_command_in_good_order(signum, code, tmp_path, data_di
     step = Store(Workdir(workdir).checkpoints, config.Checkpoint(), read_only=True).steps()[-1]
     assert f"stopped by {signum.name} at step {step}, which is saved" in stderr
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_before_the_first_step_ends_the_command_at_once(tmp_path, data_dir):
+    processes = {}
+    for delay in (0.3, 0.8, 1.3, 1.8):  # in the imports of NumPy, of JAX, and of what makes the model and the data
+        process = subprocess.Popen(
+            [*command(tmp_path / str(delay), "data"), "--config.total_steps=1000000"],
+            cwd=REPOSITORY,
+            env=environment(data_dir),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        processes[delay] = (*process.communicate(timeout=60), process.returncode)
+    assert {delay: result[1:] for delay, result in processes.items()} == dict.fromkeys(
+        processes, ("\ninterrupted\n", 130)
+    )

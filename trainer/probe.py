@@ -27,6 +27,7 @@ class Verdict:
         moments and has none.
       parameters: how many arrays were looked at.
       wrong: the paths of those that came out otherwise.
+      lost: whether nothing moved at all, because the decay of a step is too small for the dtype of the parameters.
     """
 
     label: str
@@ -34,6 +35,12 @@ class Verdict:
     factor: float | None
     parameters: int
     wrong: tuple[str, ...]
+    lost: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the parameters do what the label says, and that is a decay."""
+        return not self.wrong and not self.lost and (self.factor is None or self.factor > 0)
 
 
 def probe(parts: Parts) -> list[Verdict]:
@@ -65,7 +72,8 @@ def probe(parts: Parts) -> list[Verdict]:
         if shrink and parts.run.optimizer.decay == "coupled":
             verdicts.append(Verdict(label, count + 1, None, len(mine), ()))
         else:
-            verdicts.append(Verdict(label, count + 1, 1 - shrink, len(mine), wrong))
+            lost = shrink > 0 and all(old.tobytes() == new.tobytes() for _, old, new in mine)
+            verdicts.append(Verdict(label, count + 1, 1 - shrink, len(mine), wrong, lost))
     return verdicts
 
 
@@ -78,6 +86,10 @@ def probe_text(verdicts: Sequence[Verdict]) -> str:
         else:
             factor = f"{verdict.factor:.9g}"
             text = "as stated" if verdict.factor != 1 else "untouched, as stated"
+        if verdict.factor is not None and verdict.factor <= 0:
+            text = "WRONG: this is no decay"
+        if verdict.lost:
+            text = "LOST: too small a step for the dtype of the parameters, nothing moves"
         if verdict.wrong:
             text = f"WRONG: {', '.join(verdict.wrong)}"
         cells.append((verdict.label, f"{verdict.parameters:,}", f"{verdict.step:,}", factor, text))

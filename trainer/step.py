@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, Experiment, Mean, Metrics
+from trainer.optim.fused import norm
 from trainer.optim.statistics import Statistics
 from trainer.state import TrainState
 
@@ -86,7 +87,7 @@ def train_step(
         params = jax.tree.map(lambda still, old, new: old if still else new, frozen, state.params, moved)
         metrics = {
             **metrics,
-            "grad_norm": _single(optax.tree.norm(grads)),
+            "grad_norm": _single(norm(jax.tree.leaves(grads))),
             "learning_rate": _single(schedule(state.step)),
         }
         if statistics is not None:

@@ -240,3 +240,36 @@ def test_count_at_its_end_rounds_at_random_all_the_same(count):
     ones = jnp.ones(100)
     _, state = one(OPTIMIZERS["bfloat16"], ones, ones, count=jnp.int32(count))
     assert len(np.unique(state.mu)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"b1": np.float64(2.0)}, r"^b1 is 2.0; it must be in \[0, 1\)"),
+        ({"b2": "x"}, "^b2 is 'x'; a number is expected"),
+        ({"eps": None}, "^eps is None; a number is expected"),
+        ({"eps": math.nan}, "^eps is nan; it must be a finite number"),
+        ({"eps_root": math.inf}, "^eps_root is inf; it must be a finite number"),
+        ({"b1": jnp.array(0)}, "^b1 is a int32 array"),
+        ({"weight_decay_mask": jnp.array(True)}, "^weight_decay_mask is an array, .* static_args"),
+    ],
+)
+def test_arguments_that_are_none_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        adabelief(RATE, **arguments)
+
+
+def test_dtype_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"^nu_dtype is 'bf16'; moments are stored as float32"):
+        adabelief(RATE, nu_dtype="bf16").init(jnp.ones(3))
+
+
+def test_state_of_another_optimizer_is_refused_with_the_way_over():
+    with pytest.raises(ValueError, match=r"^the state is a tuple, .* trainer\.optim\.migrate\.from_optax"):
+        adabelief(RATE).update(jnp.ones(3), optax.adabelief(RATE).init(jnp.ones(3)))
+
+
+def test_python_numbers_are_parameters():
+    optimizer = adabelief(RATE)
+    found: Any = optimizer.update(1.0, optimizer.init(1.0), 1.0)[0]
+    np.testing.assert_allclose(found, -RATE / 0.9, rtol=1e-5)

@@ -104,8 +104,17 @@ def test_frozen_labels_and_the_belief_of_momentum_are_left_out():
     assert set(found) == {"grad_norm/second", "update_ratio/second"}
 
 
-def test_a_step_in_which_a_group_is_not_updated_has_ratio_zero():
+def test_between_its_updates_a_group_has_the_ratio_of_its_last_one():
     groups = {"first": config.Group(every_steps=2), "second": config.Group()}
     ratios = [run(config.Optimizer(groups=groups), steps)[0]["update_ratio/first"] for steps in (3, 4)]
-    assert ratios[0] > 0
-    assert ratios[1] == 0
+    assert ratios[0] == ratios[1] > 0
+
+
+def test_schedules_of_a_label_are_logged_as_they_are_used():
+    own = config.Schedule("linear", peak=0.2, end=10)
+    groups = {"first": config.Group(lr_multiplier=0.1, decay_schedule=own), "second": config.Group()}
+    found, *_ = run(config.Optimizer(schedule=config.Schedule("linear", peak=1.0, end=10), groups=groups))
+    assert found["learning_rate/first"] == pytest.approx(0.07)  # the fourth update, after three others
+    assert found["learning_rate/second"] == pytest.approx(0.7)
+    assert found["weight_decay/first"] == pytest.approx(0.2 * 0.7)
+    assert "weight_decay/second" not in found

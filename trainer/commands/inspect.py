@@ -34,7 +34,7 @@ def main(arguments: Arguments) -> int:
     if arguments.options.probe:
         verdicts = probe(parts)
         print(probe_text(verdicts), end="")
-        return 1 if any(verdict.wrong for verdict in verdicts) else 0
+        return 0 if all(verdict.holds for verdict in verdicts) else 1
     print(config.to_json(run))
     print(label_table_text(parts.rows, run.optimizer))
     devices = parts.parallel.devices

@@ -51,13 +51,13 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     for name in ("eps", "eps_root"):
         if 0 < getattr(optimizer, name) < _SMALLEST:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
-    if optimizer.eps == optimizer.eps_root == 0:
+    names = {optimizer.name} | {group.optimizer for group in optimizer.groups.values()} - {""}
+    if optimizer.eps == optimizer.eps_root == 0 and names != {"sgd"}:
         raise UserError("optimizer.eps and optimizer.eps_root are both 0: a gradient of zero would be divided by zero")
     if optimizer.rectify and optimizer.amsgrad:
         raise UserError("optimizer.rectify and optimizer.amsgrad cannot be combined")
     if not optimizer.sgd_fallback and not optimizer.rectify:
         raise UserError("optimizer.sgd_fallback is False, which says something about optimizer.rectify only")
-    names = {optimizer.name} | {group.optimizer for group in optimizer.groups.values()} - {""}
     for name in ("rectify", "amsgrad"):
         if getattr(optimizer, name) and names != {"adabelief"}:
             other = ", ".join(sorted(names - {"adabelief"}))
@@ -65,6 +65,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     for label, group in optimizer.groups.items():
         if group.decay_schedule is not None and group.weight_decay:
             raise UserError(f"optimizer.groups.{label} has a weight_decay and a decay_schedule; give one of them")
+        if group.nu_dtype and (group.optimizer or optimizer.name) == "sgd":
+            raise UserError(f"optimizer.groups.{label} has a nu_dtype, but sgd has no second moment")
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
             if group.frozen and field.name != "frozen" and value != field.default:
@@ -126,7 +128,8 @@ def check_path(run: Run, path: str) -> None:
         elif isinstance(node, dict):
             known = list(node)
         else:
-            raise UserError(f"{walked} is {node!r} and has no field {name!r}")
+            hint = "; give it in the config file first" if node is None else ""
+            raise UserError(f"{walked} is {node!r} and has no field {name!r}{hint}")
         if name not in known:
             raise UserError(f"{walked} has no field {name!r}{nearest(name, known)}")
         node = node[name] if isinstance(node, dict) else getattr(node, name)

@@ -103,6 +103,11 @@ def adabelief(
     scaling = _belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback, amsgrad)
     if decay not in ("decoupled", "fixed", "coupled"):
         raise ValueError(f"decay is {decay!r}; it must be 'decoupled', 'fixed' or 'coupled'")
+    if isinstance(weight_decay_mask, jax.Array):
+        raise ValueError(
+            "weight_decay_mask is an array, as optax.inject_hyperparams makes of a function: give it "
+            "static_args='weight_decay_mask'"
+        )
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
     plain = Treatment(scaling, learning_rate, **dtypes)
     decayed = Treatment(scaling, learning_rate, weight_decay, decay, **dtypes)
@@ -149,6 +154,7 @@ def scale_by_belief(
       ValueError: as for `adabelief`.
     """
     scaling = _belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback, amsgrad)
+    # The update of a learning rate of −1 is the direction itself.
     treatment = Treatment(scaling, -1.0, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     return fused(treatment, amsgrad=amsgrad, seed=seed)
 
@@ -164,6 +170,8 @@ def _belief(
                     f"{name} is a {value.dtype} array, which has too few bits (0.999 is 1 in bfloat16): give a Python "
                     "number or a float32 array, and to optax.inject_hyperparams hyperparam_dtype=jnp.float32"
                 )
+        elif isinstance(value, bool) or not isinstance(value, float | int):
+            raise ValueError(f"{name} is {value!r}; a number is expected")
         elif name.startswith("b") and not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be in [0, 1)")
         elif not 0 <= value < math.inf:

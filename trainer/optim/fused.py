@@ -134,10 +134,12 @@ def fused(
         return ScaleByBeliefState(jnp.zeros((), jnp.int32), mu, nu, nu_max)
 
     def update(
-        updates: optax.Updates, state: ScaleByBeliefState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, ScaleByBeliefState]:
         del extra
         leaves, structure = take_apart(treatments, updates, state, params)
+        if amsgrad and state.nu_max is None and jax.tree.leaves(state.nu):
+            raise ValueError("amsgrad needs a state with the largest second moments, made by its own init")
         results = []
         for i, (leaf, scalars) in enumerate(with_scalars(leaves, state.count, clip_norm)):
             if scalars is None:
@@ -164,14 +166,21 @@ def per_leaf(treatments: Treatments, tree: Any) -> list[Any]:
 
 
 def take_apart(
-    treatments: Treatments, updates: optax.Updates, state: ScaleByBeliefState, params: optax.Params | None
+    treatments: Treatments, updates: optax.Updates, state: Any, params: optax.Params | None
 ) -> tuple[list[Leaf], Any]:
     """The leaves of an update, and the structure of its tree, in which None is a leaf."""
+    if not isinstance(state, ScaleByBeliefState):
+        raise ValueError(
+            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.migrate.from_optax makes "
+            "one of a state of optax.adabelief"
+        )
     gradients, structure = jax.tree.flatten(updates, is_leaf=_is_none)
     none = [None] * len(gradients)
     trees = (state.mu, state.nu, state.nu_max, params)
     columns = [none if tree is None else structure.flatten_up_to(tree) for tree in trees]
     given = per_leaf(treatments, updates)
+    # Python numbers are parameters, too.
+    gradients, columns[3] = ([None if x is None else jnp.asarray(x) for x in xs] for xs in (gradients, columns[3]))
     return [Leaf(*values) for values in zip(gradients, *columns, given, strict=True)], structure
 
 
@@ -218,7 +227,7 @@ def norm(leaves: Sequence[Any]) -> Float[Array, ""]:
     return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
-def working(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
+def prepare(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
     """Leaf and scalars in the dtype of the computation; the gradient clipped, and with the coupled decay in it."""
     arrays: list[Any] = [None if x is None or isinstance(x, optax.MaskedNode) else x for x in leaf[:5]]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
@@ -256,7 +265,7 @@ def _save(seed: Any, count: Int32[Array, ""], index: int, x: Array, old: Array, 
 
 def _update_leaf(stored: Leaf, scalars: Scalars, save: Callable[..., Array]) -> tuple[Any, Any, Any, Any]:
     """The update, and the new moments."""
-    leaf, scalars = working(stored, scalars)
+    leaf, scalars = prepare(stored, scalars)
     scaling, due = leaf.treatment.scaling, scalars.due
     m = _if_due(due, save(scaling.first(leaf.g, leaf.m), stored.m, second=False), stored.m)
     # From here on the moments are those that are stored: the next update will know no others.
@@ -302,8 +311,8 @@ def check_precision(treatment: Treatment, dtype: Any) -> None:
     """Raises `ValueError` for a number that is lost in the dtype in which a leaf of `dtype` is computed or stored."""
     for name in ("mu_dtype", "nu_dtype"):
         asked = getattr(treatment, name)
-        if asked is not None and jnp.dtype(asked).name not in STORED:
-            raise ValueError(f"{name} is {jnp.dtype(asked).name}; moments are stored as {', '.join(STORED)}")
+        if asked is not None and _name(asked) not in STORED:
+            raise ValueError(f"{name} is {_name(asked)}; moments are stored as {', '.join(STORED)}")
     computed = jnp.finfo(compute_dtype(dtype)).dtype
     stored = storage_dtype(dtype, treatment.nu_dtype, real=True)
     # eps_root is added to the second moment and must not be lost in that either.
@@ -311,6 +320,13 @@ def check_precision(treatment: Treatment, dtype: Any) -> None:
         value, smallest = getattr(treatment.scaling, name, 0.0), float(jnp.finfo(used).tiny)
         if isinstance(value, float | int) and 0 < value < smallest:
             raise ValueError(f"{name} is {value}, which is 0 in {used}; its smallest number is {smallest:.3g}")
+
+
+def _name(dtype: Any) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
 
 
 def _is_none(x: Any) -> bool:

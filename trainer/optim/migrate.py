@@ -30,6 +30,8 @@ def from_optax(state: optax.OptState, like: ScaleByBeliefState | None = None) ->
     ours = ScaleByBeliefState(found[0].count, found[0].mu, found[0].nu)
     if like is None:
         return ours
+    if not isinstance(like, ScaleByBeliefState):
+        raise ValueError(f"`like` is a {type(like).__name__}; what the init of `adabelief` returns is expected")
     if like.nu_max is not None:
         raise ValueError("amsgrad needs the largest second moment, which an Optax state does not have")
     if jax.tree.structure(ours) != jax.tree.structure(like):

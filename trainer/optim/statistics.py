@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from trainer.optim.fused import Leaf, Scalars, ScaleByBeliefState, norm, rates, take_apart, with_scalars, working
+from trainer.optim.fused import Leaf, Scalars, ScaleByBeliefState, norm, prepare, rates, take_apart, with_scalars
 from trainer.optim.scalings import Momentum, one_minus_power, square
 
 Statistics = Callable[[optax.Updates, optax.Params, ScaleByBeliefState], dict[str, Float[Array, ""]]]
@@ -20,10 +20,12 @@ def build_statistics(treatments: Any, labels: Any, clip_norm: float | None = Non
     For each label that is not frozen it gives
 
     - `grad_norm/LABEL`: the norm of the gradient, not clipped;
-    - `update_ratio/LABEL`: the norm of the update over that of the parameters;
+    - `update_ratio/LABEL`: the norm of the update over that of the new parameters; the update as it was computed,
+      before the parameters' dtype rounds it, and of a label that is not updated at every step its last one;
     - `belief/LABEL`: the mean of √(s/v̂) over all elements, where v̂ = ŝ + m̂² is the second moment of the gradient about
       zero, s being that about the mean. Near 1 gradients are noise, and AdaBelief does what Adam would do; near 0 they
-      are as predicted, and its steps are larger by 1/belief. None for momentum.
+      are as predicted, and its steps are larger by 1/belief. None for momentum;
+    - `learning_rate/LABEL` and `weight_decay/LABEL`, where the label has a schedule of its own.
 
     Nothing is kept for it: what is asked for is what the update left behind, and the update itself is computed again
     from its moments, p − p' = (d + λp')/(1 − λ) where p' = (1 − λ)p − d.
@@ -44,14 +46,20 @@ def build_statistics(treatments: Any, labels: Any, clip_norm: float | None = Non
             if scalars is not None:
                 groups.setdefault(label, []).append((leaf, scalars))
         found: dict[str, Float[Array, ""]] = {}
+        rates_of = {id(leaf.treatment.learning_rate) for leaf in leaves if leaf.treated}
         for label, group in groups.items():
             found[f"grad_norm/{label}"] = norm([leaf.g for leaf, _ in group])
             weights = norm([leaf.p for leaf, _ in group])
             found[f"update_ratio/{label}"] = norm([_displacement(*pair) for pair in group]) / jnp.where(
                 weights == 0, 1.0, weights
             )
-            if not isinstance(group[0][0].treatment.scaling, Momentum):
-                total = sum((jnp.sum(_belief(*pair, state.count)) for pair in group), jnp.zeros(()))
+            first, scalars = group[0]
+            if len(rates_of) > 1:
+                found[f"learning_rate/{label}"] = scalars.learning_rate
+            if callable(first.treatment.weight_decay):
+                found[f"weight_decay/{label}"] = jnp.asarray(scalars.weight_decay)
+            if not isinstance(first.treatment.scaling, Momentum):
+                total = sum((jnp.sum(_belief_of(*pair, state.count)) for pair in group), jnp.zeros(()))
                 found[f"belief/{label}"] = total / sum(leaf.p.size for leaf, _ in group)
         return {name: value.astype(jnp.float32) for name, value in found.items()}
 
@@ -60,17 +68,17 @@ def build_statistics(treatments: Any, labels: Any, clip_norm: float | None = Non
 
 def _displacement(leaf: Leaf, scalars: Scalars) -> Array:
     """The new parameter minus the old one, from what the update left."""
-    leaf, scalars = working(leaf, scalars)
+    leaf, scalars = prepare(leaf, scalars)
     rate, shrink = rates(leaf.treatment, scalars)
     root = leaf.s if leaf.s_max is None else leaf.s_max
     moved = -leaf.treatment.scaling.direction(leaf.g, leaf.m, root, scalars.corrections, rate)
     if shrink is not None:
         moved = (moved - shrink * leaf.p) / (1 - shrink)
-    return moved if scalars.due is None else moved * scalars.due
+    return moved
 
 
-def _belief(leaf: Leaf, scalars: Scalars, count: Array) -> Array:
-    leaf, _ = working(leaf, scalars)
+def _belief_of(leaf: Leaf, scalars: Scalars, count: Array) -> Array:
+    leaf, _ = prepare(leaf, scalars)
     scaling: Any = leaf.treatment.scaling
     updates = (count - 1) // leaf.treatment.every + 1
     m = square(leaf.m / one_minus_power(scaling.b1, updates).astype(leaf.s.dtype))
