@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int32
 
 from trainer.optim.rounding import STORED, compute_dtype, key_of, storage_dtype, store
-from trainer.optim.scalings import Corrections, Momentum, Scaling, squarable, square
+from trainer.optim.scalings import Corrections, Momentum, Scaling, square
 
 
 class ScaleByBeliefState(NamedTuple):
@@ -243,8 +243,6 @@ def prepare(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
             raise ValueError("weight decay needs the parameters: call update(gradients, state, params)")
         if leaf.treatment.decay == "coupled":
             g = g + scalars.weight_decay * p
-    if not isinstance(leaf.treatment.scaling, Momentum):
-        g = squarable(g)
     return Leaf(g, m, s, s_max, p, leaf.treatment), scalars
 
 

@@ -57,7 +57,7 @@ class Belief:
         # itself, but 0.999 leaves 1e-5 of it out. And it ends on a sum of two arrays: XLA:CPU recomputes what ends
         # on one array and a scalar (`nu + eps_root`, as in Optax) in every fusion that reads it, from copies of the
         # old moments.
-        return (1 - self.b2) * (square(g - m) - s) + (s + self.eps_root)
+        return (1 - self.b2) * (square(squarable(g - m)) - s) + (s + self.eps_root)
 
     def corrections(self, t: Int32[Array, ""]) -> Corrections:
         """The scalars of update t, counted from 1, in the widest float that is enabled."""
@@ -96,7 +96,7 @@ class Adam:
     def second(self, g: Any, m: Any, s: Any) -> Any:
         """The mean squared gradient."""
         del m
-        return s + (1 - self.b2) * (square(g) - s)
+        return s + (1 - self.b2) * (square(squarable(g)) - s)
 
     def corrections(self, t: Int32[Array, ""]) -> Corrections:
         """The scalars of update t."""
@@ -134,19 +134,23 @@ class Momentum:
 Scaling = Belief | Adam | Momentum
 
 
-def squarable(g: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
-    """`g`, but no finite number so large that its square would be infinite, and with it the second moment for ever."""
-    if jnp.iscomplexobj(g):
-        return jax.lax.complex(squarable(g.real), squarable(g.imag))
-    limit = 0.25 * jnp.sqrt(jnp.finfo(g.dtype).max)
-    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
-
-
 def average(b: Scalar, m: Inexact[Array, "*s"], g: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
-    """b·m + (1 − b)·g, so that the two weights sum to 1 in the dtype of `g`, and b = 0 gives g itself."""
+    """b·m + (1 − b)·g, as a step towards g, so that the two weights sum to 1 in float32; b = 0 gives g itself."""
     if isinstance(b, jax.Array):
         return b * m + (1 - b) * g
-    return g + b * (m - g) if b < 0.5 else m + (1 - b) * (g - m)
+    if b == 0:
+        return g
+    error = g - m
+    # 0 · error is NaN where the gradient is infinite, which must not pass for a large number.
+    return m + (1 - b) * (squarable(error) + 0 * error)
+
+
+def squarable(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """`x` within ±√max/4 of its dtype, 4.6e18 in float32: a square that overflows would be a second moment for ever."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(squarable(x.real), squarable(x.imag))
+    limit = 0.25 * jnp.sqrt(jnp.finfo(x.dtype).max)
+    return jnp.clip(x, -limit, limit)
 
 
 def one_minus_power(b: Scalar, t: Int32[Array, ""]) -> Array:
