@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, Experiment, Mean, Metrics
-from trainer.optim.fused import norm
 from trainer.optim.statistics import Statistics
+from trainer.optim.treatment import norm
 from trainer.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainer.optim.fused import ScaleByBeliefState, Treatment, fused
+from trainer.optim.fused import ScaleByBeliefState, fused
 from trainer.optim.scalings import Belief
+from trainer.optim.treatment import Treatment
 
 __all__ = ["ScaleByBeliefState", "adabelief", "scale_by_belief"]
 

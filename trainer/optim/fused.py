@@ -1,17 +1,17 @@
 """One update for every leaf of a tree, whatever its group: moments, direction, decay and learning rate in one pass."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
-from trainer.optim.rounding import STORED, compute_dtype, key_of, storage_dtype, store
-from trainer.optim.scalings import Corrections, Momentum, Scaling, square
+from trainer.optim.rounding import key_of, storage_dtype, store
+from trainer.optim.scalings import Momentum
+from trainer.optim.treatment import Leaf, Scalars, Treatments, check_precision, is_none, per_leaf, rates, with_scalars
 
 
 class ScaleByBeliefState(NamedTuple):
@@ -28,81 +28,6 @@ class ScaleByBeliefState(NamedTuple):
     mu: Any
     nu: Any
     nu_max: Any = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Treatment:
-    """What happens to the leaves of a group. Two leaves are of one group if their treatment is the same object.
-
-    Attributes:
-      scaling: how gradients become directions.
-      learning_rate: a number, an array, or a schedule of the updates already made.
-      weight_decay: likewise; None for none.
-      decay: "decoupled" adds decay · p to the direction; "fixed" does not multiply that by the learning rate;
-        "coupled" adds it to the gradient.
-      frozen: nothing happens, and no moments are kept.
-      clip_norm: the largest norm of the gradient of the whole group; None for any.
-      every: the group is updated at counts 0, every, 2·every, …; the gradients between are not looked at.
-      mu_dtype: of the first moment; None for the parameter's, but at least float32.
-      nu_dtype: of the second moment, likewise.
-    """
-
-    scaling: Scaling
-    learning_rate: Any
-    weight_decay: Any = None
-    decay: str = "decoupled"
-    frozen: bool = False
-    clip_norm: float | None = None
-    every: int = 1
-    mu_dtype: Any = None
-    nu_dtype: Any = None
-
-
-Treatments = Any
-"""A tree of `Treatment` like the parameters, or a prefix of it, or a function of the parameters that gives one."""
-
-
-class Scalars(NamedTuple):
-    """What a treatment comes to in one update.
-
-    Attributes:
-      corrections: of the scaling.
-      learning_rate: its value.
-      weight_decay: its value; None for none.
-      clip: factor of the gradient; None for none.
-      due: whether the group is updated at all; None for always.
-    """
-
-    corrections: Corrections
-    learning_rate: Array
-    weight_decay: Array | None
-    clip: Array | None
-    due: Array | None
-
-
-class Leaf(NamedTuple):
-    """One leaf of an update.
-
-    Attributes:
-      g: its gradient, or None.
-      m: its first moment, or `MaskedNode`.
-      s: its second moment, or `MaskedNode`.
-      s_max: its largest second moment; None without `amsgrad`.
-      p: its parameter; None if no parameters were given.
-      treatment: that of its group.
-    """
-
-    g: Any
-    m: Any
-    s: Any
-    s_max: Any
-    p: Any
-    treatment: Any
-
-    @property
-    def treated(self) -> bool:
-        """Whether there is something to do: it is not frozen, and there is a gradient."""
-        return self.g is not None and not self.treatment.frozen
 
 
 def fused(
@@ -122,7 +47,7 @@ def fused(
     """
 
     def init(params: optax.Params) -> ScaleByBeliefState:
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
+        leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
         # `optax.tree_map_params` calls with a node that has no leaf, to find where in the state parameters are.
         given = per_leaf(treatments, params) if leaves else []
         for leaf, treatment in zip(leaves, given, strict=True):
@@ -143,7 +68,8 @@ def fused(
         results = []
         for i, (leaf, scalars) in enumerate(with_scalars(leaves, state.count, clip_norm)):
             if scalars is None:
-                results.append((None if leaf.g is None else jnp.full_like(leaf.g, -0.0, _dtype(leaf)), *leaf[1:4]))
+                u = None if leaf.g is None else jnp.full_like(leaf.g, -0.0, _dtype(leaf))
+                results.append((u, leaf.m, leaf.s, leaf.s_max))
             else:
                 results.append(_update_leaf(leaf, scalars, partial(_save, seed, state.count, i)))
         updates, mu, nu, nu_max = (structure.unflatten([result[i] for result in results]) for i in range(4))
@@ -151,18 +77,6 @@ def fused(
         return updates, ScaleByBeliefState(count, mu, nu, None if state.nu_max is None else nu_max)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type] - its state is ours
-
-
-def per_leaf(treatments: Treatments, tree: Any) -> list[Any]:
-    """The treatment of each leaf of `tree`, of which None is one; it may have None for its treatment."""
-    prefix = treatments(tree) if callable(treatments) else treatments
-    found: list[Any] = []
-
-    def extend(treatment: Treatment | None, below: Any) -> None:
-        found.extend([treatment] * len(jax.tree.leaves(below, is_leaf=_is_none)))
-
-    jax.tree.map(extend, prefix, tree, is_leaf=_is_none)
-    return found
 
 
 def take_apart(
@@ -174,7 +88,7 @@ def take_apart(
             f"the state is a {type(state).__name__}, not what init returned; trainer.optim.migrate.from_optax makes "
             "one of a state of optax.adabelief"
         )
-    gradients, structure = jax.tree.flatten(updates, is_leaf=_is_none)
+    gradients, structure = jax.tree.flatten(updates, is_leaf=is_none)
     none = [None] * len(gradients)
     trees = (state.mu, state.nu, state.nu_max, params)
     columns = [none if tree is None else structure.flatten_up_to(tree) for tree in trees]
@@ -182,49 +96,6 @@ def take_apart(
     # Python numbers are parameters, too.
     gradients, columns[3] = ([None if x is None else jnp.asarray(x) for x in xs] for xs in (gradients, columns[3]))
     return [Leaf(*values) for values in zip(gradients, *columns, given, strict=True)], structure
-
-
-def with_scalars(
-    leaves: Sequence[Leaf], count: Int32[Array, ""], clip_norm: float | None
-) -> list[tuple[Leaf, Scalars | None]]:
-    """Each leaf with the scalars of its treatment in the update after `count` others; None if it is not treated."""
-    treated = [leaf for leaf in leaves if leaf.treated]
-    clip = None if clip_norm is None else _clip(treated, clip_norm, None)
-    groups: dict[Treatment, list[Leaf]] = {}
-    for leaf in treated:
-        groups.setdefault(leaf.treatment, []).append(leaf)
-    found = {treatment: _scalars(treatment, count, group, clip) for treatment, group in groups.items()}
-    return [(leaf, found[leaf.treatment] if leaf.treated else None) for leaf in leaves]
-
-
-def _scalars(treatment: Treatment, count: Int32[Array, ""], group: Sequence[Leaf], clip: Array | None) -> Scalars:
-    def value(number: Any) -> Array:
-        return jnp.asarray(number(count) if callable(number) else number)
-
-    every, decay = treatment.every, treatment.weight_decay
-    # Corrections follow the updates of the group, schedules those of the run.
-    t = optax.safe_increment(count if every == 1 else count // every)
-    return Scalars(
-        treatment.scaling.corrections(jnp.asarray(t)),
-        value(treatment.learning_rate),
-        None if decay is None else value(decay),
-        clip if treatment.clip_norm is None else _clip(group, treatment.clip_norm, clip),
-        None if every == 1 else count % every == 0,
-    )
-
-
-def _clip(leaves: Sequence[Leaf], limit: float, before: Array | None) -> Array:
-    """The factor that brings the norm of the gradients, already multiplied by `before`, down to `limit`."""
-    length = norm([leaf.g for leaf in leaves])
-    if before is None:
-        return limit / jnp.maximum(length, limit)
-    return before * (limit / jnp.maximum(length * before, limit))
-
-
-def norm(leaves: Sequence[Any]) -> Float[Array, ""]:
-    """The Euclidean norm of arrays taken as one vector, in float32 or wider."""
-    squares = [jnp.sum(square(x.astype(compute_dtype(x.dtype)))) for x in leaves]
-    return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
 def prepare(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
@@ -244,14 +115,6 @@ def prepare(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
         if leaf.treatment.decay == "coupled":
             g = g + scalars.weight_decay * p
     return Leaf(g, m, s, s_max, p, leaf.treatment), scalars
-
-
-def rates(treatment: Treatment, scalars: Scalars) -> tuple[Array, Array | None]:
-    """By what an update multiplies the direction and the parameter before it subtracts them; None for no decay."""
-    rate, decay = scalars.learning_rate, scalars.weight_decay
-    if decay is None or treatment.decay == "coupled":
-        return rate, None
-    return rate, decay if treatment.decay == "fixed" else rate * decay
 
 
 def _save(seed: Any, count: Int32[Array, ""], index: int, x: Array, old: Array, *, second: bool) -> Array:
@@ -303,29 +166,3 @@ def _zeros(leaf: Any, treatment: Any) -> tuple[Any, Any]:
     if isinstance(treatment.scaling, Momentum):
         return m, masked
     return m, jnp.zeros_like(leaf, storage_dtype(dtype, treatment.nu_dtype, real=True))
-
-
-def check_precision(treatment: Treatment, dtype: Any) -> None:
-    """Raises `ValueError` for a number that is lost in the dtype in which a leaf of `dtype` is computed or stored."""
-    for name in ("mu_dtype", "nu_dtype"):
-        asked = getattr(treatment, name)
-        if asked is not None and _name(asked) not in STORED:
-            raise ValueError(f"{name} is {_name(asked)}; moments are stored as {', '.join(STORED)}")
-    computed = jnp.finfo(compute_dtype(dtype)).dtype
-    stored = storage_dtype(dtype, treatment.nu_dtype, real=True)
-    # eps_root is added to the second moment and must not be lost in that either.
-    for name, used in (("eps", computed), ("eps_root", computed), ("eps_root", stored)):
-        value, smallest = getattr(treatment.scaling, name, 0.0), float(jnp.finfo(used).tiny)
-        if isinstance(value, float | int) and 0 < value < smallest:
-            raise ValueError(f"{name} is {value}, which is 0 in {used}; its smallest number is {smallest:.3g}")
-
-
-def _name(dtype: Any) -> str:
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return repr(dtype)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

@@ -6,9 +6,10 @@ import jax
 import optax
 
 from trainer import config
-from trainer.optim.fused import Treatment, fused
+from trainer.optim.fused import fused
 from trainer.optim.scalings import Adam, Belief, Momentum, Scaling
 from trainer.optim.schedules import Length, build_schedule
+from trainer.optim.treatment import Treatment
 
 
 def build_optimizer(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from trainer.optim.fused import Leaf, Scalars, ScaleByBeliefState, norm, prepare, rates, take_apart, with_scalars
+from trainer.optim.fused import ScaleByBeliefState, prepare, take_apart
 from trainer.optim.scalings import Momentum, one_minus_power, square
+from trainer.optim.treatment import Leaf, Scalars, norm, rates, with_scalars
 
 Statistics = Callable[[optax.Updates, optax.Params, ScaleByBeliefState], dict[str, Float[Array, ""]]]
 
