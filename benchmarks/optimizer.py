@@ -167,8 +167,8 @@ def cases(shapes: dict[str, tuple[int, ...]]) -> dict[str, Case]:
         "with grad norm": normed(adabelief(1e-3)),
         "with decay": of(adabelief(1e-3, weight_decay=0.1)),
         "with labels": labelled(shapes, clip=False, measured=False),
+        "… and clipping": labelled(shapes, clip=True, measured=False),
         "… and statistics": labelled(shapes, clip=False, measured=True),
-        "… and clipping": labelled(shapes, clip=True, measured=True),
         "bfloat16 moments": of(adabelief(1e-3, **bf16)),
     }
 
