@@ -148,9 +148,8 @@ def memory(*, lean: bool) -> Case:
     """Reads four arrays and writes three."""
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        mu, nu = state
-        add = lambda x, g: x * 0.5 if lean else x + g  # noqa: E731 - two words
-        return jax.tree.map(jnp.add, params, grads), (jax.tree.map(add, mu, grads), jax.tree.map(add, nu, grads))
+        mu, nu = (jax.tree.map(lambda x, g: x * 0.5 if lean else x + g, moment, grads) for moment in state)
+        return jax.tree.map(jnp.add, params, grads), (mu, nu)
 
     return Case(step, lambda params: (jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)))
 
