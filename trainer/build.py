@@ -2,12 +2,13 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import flax.errors
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,6 +36,8 @@ class Parts:
       parallel: the strategy.
       train_source: the examples to train on, not loaded yet.
       eval_source: the examples to evaluate on.
+      spec: a global batch of training, in shapes and dtypes.
+      eval_spec: one of evaluation.
       labels: a tree like the parameters, with a label for each leaf.
       length: what schedules are measured by.
       optimizer: makes updates of gradients.
@@ -49,6 +52,8 @@ class Parts:
     parallel: Parallel
     train_source: RandomAccessSource
     eval_source: RandomAccessSource
+    spec: Mapping[str, jax.ShapeDtypeStruct]
+    eval_spec: Mapping[str, jax.ShapeDtypeStruct]
     labels: Any
     length: Length
     optimizer: optax.GradientTransformation
@@ -58,16 +63,18 @@ class Parts:
     eval_step: Callable[[TrainState, Batch], Metrics]
 
 
-def build(run: config.Run) -> Parts:
+def build(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Parts:
     """The parts of a resolved run.
+
+    Args:
+      run: the description.
+      devices: those to compile for, which need not be there; by default what `run.parallel` says of this machine's.
 
     Raises:
       UserError: data that is not there, batches that do not divide over the devices, labels that do not cover the
         parameters, a model and a batch that do not fit each other.
     """
     experiment = run.experiment
-    parallel = build_parallel(run.parallel)
-    check_divides(run, len(parallel.devices))
     train_source, eval_source = _source(experiment, run.loading.split), _source(experiment, run.evaluation.split)
     spec = batch_spec(train_source, run.batch_size)
     eval_spec = batch_spec(eval_source, run.evaluation.batch_size)
@@ -75,16 +82,19 @@ def build(run: config.Run) -> Parts:
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = jax.random.split(jax.random.key(run.seed))
     with _blaming_the_model(spec):
-        variables = jax.eval_shape(lambda: dict(experiment.init(init_key, _zeros(spec))))
+        boxed = jax.eval_shape(lambda: dict(experiment.init(init_key, _zeros(spec))))
+    variables = nn.unbox(boxed)
     if "params" not in variables or not jax.tree.leaves(variables["params"]):
         raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
+    parallel = build_parallel(run.parallel, boxed["params"], devices)
+    check_divides(run, parallel.row_shards)
     labels = label_tree(variables["params"], run.optimizer.labels, run.optimizer.groups)
     length = Length(run.total_steps, run.batch_size, len(train_source))
     treatments = build_treatments(run.optimizer, labels, length)
     optimizer = build_optimizer(run.optimizer, treatments, run.seed)
 
     def make_state() -> TrainState:
-        return init_state(experiment, optimizer, init_key, _zeros(spec))
+        return init_state(experiment, optimizer, init_key, _zeros(spec), ema=run.optimizer.ema_decay > 0)
 
     state = parallel.abstract(make_state)
     axis_name = parallel.axis_name
@@ -95,6 +105,9 @@ def build(run: config.Run) -> Parts:
         step_key,
         microbatches=run.microbatches,
         axis_name=axis_name,
+        reduce_dtype=run.parallel.reduce_dtype,
+        place_gradients=parallel.place_gradients,
+        ema_decay=run.optimizer.ema_decay,
         frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
         statistics=build_statistics(treatments, labels, run.optimizer.clip_norm or None),
         measured=lambda step: (step % run.logging.every_steps == 0) | (step == run.total_steps),  # as it is logged
@@ -115,6 +128,8 @@ def build(run: config.Run) -> Parts:
         parallel,
         train_source,
         eval_source,
+        spec,
+        eval_spec,
         labels,
         length,
         optimizer,

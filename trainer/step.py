@@ -12,7 +12,8 @@ from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, Experiment, Mean, Metrics
 from trainer.optim.statistics import Statistics
 from trainer.optim.treatment import norm
-from trainer.state import TrainState
+from trainer.reduction import sum_in_float32
+from trainer.state import TrainState, update_ema
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], Metrics]
@@ -26,6 +27,9 @@ def train_step(
     *,
     microbatches: int = 1,
     axis_name: str | None = None,
+    reduce_dtype: str = "float32",
+    place_gradients: Callable[[Any], Any] = lambda gradients: gradients,
+    ema_decay: float = 0.0,
     frozen: Any = False,
     statistics: Statistics | None = None,
     measured: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True),
@@ -44,6 +48,9 @@ def train_step(
       microbatches: parts to process one after the other; part j has the rows j, j + microbatches, …, so that every
         device keeps its own rows.
       axis_name: the replica axis when the step runs under `jax.pmap`; the batch is then the replica's share.
+      reduce_dtype: the dtype in which gradients are summed: "float32", or "bfloat16" as `config.Parallel` has it.
+      place_gradients: lays a gradient out over the devices, before it is added up or used.
+      ema_decay: of the mean of the parameters, if the state has one.
       frozen: a tree of bools like the parameters, or a prefix of one: those whose gradient is 0, at no cost.
       statistics: numbers to log of gradients, new parameters and new optimizer state.
       measured: whether the statistics of a step, given its number from 1, are computed; otherwise their weight is 0.
@@ -56,7 +63,12 @@ def train_step(
         )
         return metrics["loss"].total, (metrics, collections)
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(*arguments: Any) -> tuple[Any, Any]:
+        grads, aux = jax.grad(loss, has_aux=True)(*arguments)
+        return jax.tree.map(_wide, grads) if reduce_dtype == "float32" else grads, aux
+
+    if reduce_dtype == "float32":
+        gradient = sum_in_float32(gradient)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key, rows_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -68,13 +80,14 @@ def train_step(
             grads, (metrics, collections) = gradient(
                 state.params, collections, rows, jax.random.fold_in(step_key, index)
             )
-            return collections, (grads, metrics)
+            return collections, (place_gradients(grads), metrics)
 
         if microbatches == 1:
             collections, (grads, metrics) = part(state.collections, (batch, jnp.zeros((), jnp.int32)))
         else:
             collections, (grads, metrics) = _sum_over_parts(part, state.collections, batch, microbatches)
-        grads, metrics = sum_over_replicas((grads, metrics), axis_name)
+        grads = _sum_gradients(grads, axis_name, reduce_dtype)
+        metrics = sum_over_replicas(metrics, axis_name)
         if axis_name is not None:  # statistics the model did not share between replicas are averaged
             collections = jax.lax.pmean(collections, axis_name)
 
@@ -85,6 +98,7 @@ def train_step(
         moved = optax.apply_updates(state.params, updates)
         # What is frozen is not even added to: XLA:CPU would flush a subnormal number to 0.
         params = jax.tree.map(lambda still, old, new: old if still else new, frozen, state.params, moved)
+        ema = None if state.ema is None else update_ema(state.ema, params, state.step, ema_decay)
         metrics = {
             **metrics,
             "grad_norm": _single(norm(jax.tree.leaves(grads))),
@@ -92,16 +106,22 @@ def train_step(
         }
         if statistics is not None:
             metrics |= _when(measured(state.step + 1), statistics, grads, params, opt_state)
-        return TrainState(state.step + 1, params, collections, opt_state), metrics
+        return TrainState(state.step + 1, params, collections, opt_state, ema), metrics
 
     return update
 
 
 def eval_step(experiment: Experiment, *, axis_name: str | None = None) -> EvalStep:
-    """The metrics of one batch as sums, with "examples", the number of rows that are not masked."""
+    """The metrics of one batch as sums, with "examples", the number of rows that are not masked.
+
+    They are those of the mean of the parameters if the state has one.
+    """
 
     def evaluation(state: TrainState, batch: Batch) -> Metrics:
-        variables = {"params": state.params, **state.collections}
+        params = state.params
+        if state.ema is not None:
+            params = jax.tree.map(lambda p, mean: mean.astype(p.dtype), params, state.ema)
+        variables = {"params": params, **state.collections}
         metrics, _ = _checked(
             experiment.loss(variables, batch, key=jax.random.key(0), train=False, axis_name=axis_name)
         )
@@ -142,6 +162,18 @@ def _when(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -
 def sum_over_replicas(tree: Any, axis_name: str | None) -> Any:
     """The sums over the replica axis; `tree` itself where there is none."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _sum_gradients(grads: Any, axis_name: str | None, reduce_dtype: str) -> Any:
+    """The sums over replicas; under `jit` XLA has made them where the gradients were computed."""
+    if axis_name is None or reduce_dtype == "float32":  # to which they were cast
+        return sum_over_replicas(grads, axis_name)
+    narrow = jax.tree.map(lambda g: g.astype(reduce_dtype), grads)
+    return jax.tree.map(lambda g, s: s.astype(g.dtype), grads, sum_over_replicas(narrow, axis_name))
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sum_over_parts(part: Callable, collections: Any, batch: Batch, microbatches: int) -> tuple[Any, Any]:

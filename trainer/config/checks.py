@@ -45,7 +45,7 @@ def resolve(run: Run) -> Run:
 
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Raises `UserError` for settings that contradict each other or that would do nothing."""
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "ema_decay"):
         if getattr(optimizer, name) >= 1:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}; it must be below 1")
     for name in ("eps", "eps_root"):

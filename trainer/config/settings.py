@@ -123,6 +123,9 @@ class Optimizer:
     so that nothing gets lost on average."""
     nu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
     """How second moments are stored, likewise."""
+    ema_decay: float = setting(0.0, minimum=0)
+    """Decay per update, below 1, of a mean of the parameters, which is kept beside them and evaluated in their place;
+    0 for none. The first 1 / (1 − decay) updates count equally."""
     labels: tuple[tuple[str, str], ...] = setting(((".*", "default"),))
     """Ordered (regex, label) rules over whole parameter paths; the first match decides."""
     groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"default": Group()})
@@ -178,15 +181,49 @@ class Loading:
 
 @dataclasses.dataclass
 class Parallel:
-    """How a step spreads over the devices."""
+    """How a step spreads over the devices: a mesh with the axes data, fsdp and tensor, any of which may be 1."""
 
-    strategy: str = setting("data", choices=("data", "pmap"), may_change=True)
-    """`data`: `jax.jit` over a mesh with the batch sharded; `pmap`: the classical replicated step."""
+    strategy: str = setting(
+        "data",
+        choices=("data", "zero1", "fsdp", "tensor", "zero1_tensor", "fsdp_tensor", "pmap"),
+        may_change=True,
+    )
+    """`data`: parameters and optimizer state whole on every device; `zero1`: the optimizer's state split; `fsdp`:
+    parameters, too; `tensor`: parameters split by rules or logical axes, and the computation with them; the products;
+    `pmap`: the classical replicated step. Batches are split over data and fsdp."""
     devices: int = setting(0, minimum=0, may_change=True)
-    """How many of this machine's devices to use; 0 means all."""
-    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting(((".*", ()),), may_change=True)
-    """Ordered (regex, axes) rules over the paths of the state, such as `params/dense/kernel`: for each dimension the
-    mesh axis that splits it, or None. Only for strategies over a mesh."""
+    """How many devices to use, from the first; 0 means all, of all processes."""
+    fsdp: int = setting(0, minimum=0, may_change=True)
+    """Devices over which `zero1` and `fsdp` split; 0 means all of a slice that tensor leaves. Others repeat it."""
+    tensor: int = setting(0, minimum=0, may_change=True)
+    """Devices over which `tensor` splits; 0 means all of a slice, and 2 in a product."""
+    num_slices: int = setting(0, minimum=0, may_change=True)
+    """Slices that only the data axis spans, since the network between them is slow; 0 means as many as there are."""
+    torus: bool = setting(True, may_change=True)
+    """Whether fsdp gets a mesh axis for each dimension of the torus that the chips form, so that gradients are reduced
+    and scattered along one after the other; a ring over all is the alternative. Means nothing elsewhere."""
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting((), may_change=True)
+    """Ordered (regex, axes) rules over whole parameter paths: for each dimension the axis that splits it, or None.
+    Without any, the logical axes of the model decide; without these, the largest dimension that divides is split over
+    fsdp. The optimizer's state follows its parameters."""
+    axis_rules: tuple[tuple[str, str | None], ...] = setting(
+        (
+            ("vocab", "tensor"),
+            ("heads", "tensor"),
+            ("mlp", "tensor"),
+            ("embed", "fsdp"),
+            ("head_dim", None),
+            ("layers", None),
+            ("length", None),
+        ),
+        may_change=True,
+    )
+    """The axis that each logical axis of a Linen model is split over, or None."""
+    min_shard_size: int = setting(2**12, minimum=0, may_change=True)
+    """Without rules and logical axes, parameters with fewer numbers stay whole."""
+    reduce_dtype: str = setting("float32", choices=("float32", "bfloat16"))
+    """The dtype in which gradients are summed over rows and devices. `float32`: always; `bfloat16`: those that a model
+    computes in bfloat16 are summed in it, and under `pmap` all are, which halves the communication."""
 
 
 @dataclasses.dataclass

@@ -1,13 +1,16 @@
 """How a step spreads over devices: two strategies behind one protocol, writing the same checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from trainer import config
 from trainer.errors import UserError
 from trainer.experiment import Batch, Metrics
+from trainer.parallel.mesh import AXES, axis_sizes, make_grid
+from trainer.parallel.placement import Placement, place
 from trainer.parallel.pmapped import Pmapped
 from trainer.parallel.sharded import Sharded
 from trainer.state import TrainState
@@ -15,13 +18,28 @@ from trainer.step import EvalStep, TrainStep
 
 
 class Parallel(Protocol):
-    """A strategy. `axis_name` is what a step needs to know of it: the replica axis, or None when arrays are global."""
+    """A strategy. `axis_name` is what a step needs to know of it: the replica axis, or None when arrays are global.
+
+    Attributes:
+      devices: all of them, those of other processes included.
+      placements: what splits each parameter, by path; empty where nothing is split.
+    """
 
     devices: list[jax.Device]
+    placements: Mapping[str, Placement]
 
     @property
     def axis_name(self) -> str | None:
         """The replica axis, or None."""
+        ...
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts a batch is split."""
+        ...
+
+    def place_gradients(self, gradients: Any) -> Any:
+        """Gradients, inside a step, laid out as they are to be summed and used."""
         ...
 
     def abstract(self, make_state: Callable[[], TrainState]) -> TrainState:
@@ -32,12 +50,16 @@ class Parallel(Protocol):
         """The state, made on the devices."""
         ...
 
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a global batch that this process holds, int64, ascending."""
+        ...
+
     def put(self, batch: Batch) -> Batch:
         """A host batch (this process's rows, NumPy) on the devices."""
         ...
 
-    def abstract_batch(self, batch: Batch) -> Batch:
-        """What `put` would make of a batch, in shapes and dtypes."""
+    def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """What `put` would make of a global batch, in shapes, dtypes and shardings."""
         ...
 
     def compile_train(self, step: TrainStep, state: TrainState) -> Callable[[TrainState, Batch], Any]:
@@ -49,28 +71,48 @@ class Parallel(Protocol):
         ...
 
 
-def build_parallel(parallel: config.Parallel) -> Parallel:
-    """The strategy that a config describes, over this machine's devices."""
-    devices = jax.local_devices()
+def build_parallel(parallel: config.Parallel, params: Any, devices: Sequence[jax.Device] | None = None) -> Parallel:
+    """The strategy that a config describes.
+
+    Args:
+      parallel: the settings.
+      params: the parameters in shapes, with the boxes that name logical axes, if there are any.
+      devices: those to use; by default all, or the first `parallel.devices`.
+
+    Raises:
+      UserError: devices that are not there, an axis that does not divide what it should split.
+    """
+    devices = _devices(parallel) if devices is None else devices
+    if parallel.strategy == "pmap":
+        axis_sizes(parallel, len(devices))  # sizes that pmap does not use are errors
+        return Pmapped(devices)
+    grid = make_grid(parallel, devices)
+    placements = place(params, parallel, {axis: grid.size(axis) for axis in AXES})
+    return Sharded(grid, placements, parallel.axis_rules, whole_params="zero1" in parallel.strategy)
+
+
+def _devices(parallel: config.Parallel) -> Sequence[jax.Device]:
+    devices = jax.devices()
     if parallel.devices > len(devices):
         raise UserError(
-            f"parallel.devices is {parallel.devices}, but this machine has {len(devices)}; for fake CPU devices set "
+            f"parallel.devices is {parallel.devices}, but there are {len(devices)}; for fake CPU devices set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={parallel.devices}"
         )
-    devices = devices[: parallel.devices or None]
-    return Pmapped(devices) if parallel.strategy == "pmap" else Sharded(devices, parallel.rules)
+    if parallel.devices and jax.process_count() > 1 and parallel.devices < len(devices):
+        raise UserError(f"parallel.devices is {parallel.devices}; several processes use all of theirs, {len(devices)}")
+    return devices[: parallel.devices or None]
 
 
-def check_divides(run: config.Run, devices: int) -> None:
-    """Raises `UserError` unless every batch and microbatch spreads evenly over the devices."""
+def check_divides(run: config.Run, shards: int) -> None:
+    """Raises `UserError` unless every batch and microbatch splits evenly into this many shards of rows."""
     part = run.batch_size // run.microbatches
-    if part % devices:
+    if part % shards:
         what = f"batch_size {run.batch_size}" + (f" in {run.microbatches} microbatches" if run.microbatches > 1 else "")
         raise UserError(
-            f"{what} does not divide over {devices} devices: it must be a multiple of {devices * run.microbatches}"
+            f"{what} does not divide over {shards} devices: it must be a multiple of {shards * run.microbatches}"
         )
-    if run.evaluation.batch_size % devices:
+    if run.evaluation.batch_size % shards:
         raise UserError(
-            f"evaluation.batch_size {run.evaluation.batch_size} does not divide over {devices} devices: it must be a "
-            f"multiple of {devices}"
+            f"evaluation.batch_size {run.evaluation.batch_size} does not divide over {shards} devices: it must be a "
+            f"multiple of {shards}"
         )

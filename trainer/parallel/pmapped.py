@@ -3,13 +3,16 @@
 The state keeps no device axis: it goes in and comes out replicated, so that checkpoints are those of `Sharded`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.experiment import Batch, Metrics
+from trainer.parallel.placement import Placement
+from trainer.parallel.rows import global_array, local_rows
 from trainer.state import TrainState
 from trainer.step import EvalStep, TrainStep
 
@@ -22,9 +25,14 @@ class Pmapped:
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         """One replica on each of `devices`."""
         self.devices = list(devices)
-        mesh = jax.make_mesh((len(devices),), (self.axis_name,), axis_types=(AxisType.Auto,), devices=devices)
+        self.placements: Mapping[str, Placement] = {}
+        mesh = Mesh(np.array(devices, object), (self.axis_name,), axis_types=(AxisType.Auto,))
         self.rows = NamedSharding(mesh, PartitionSpec(self.axis_name))
         self.replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place_gradients(self, gradients: Any) -> Any:
+        """Gradients are whole in every replica."""
+        return gradients
 
     def abstract(self, make_state: Callable[[], TrainState]) -> TrainState:
         """Shapes and dtypes of the state, replicated."""
@@ -36,19 +44,27 @@ class Pmapped:
         """The state, whole on every device."""
         return jax.jit(make_state, out_shardings=self.replicated)()
 
-    def _split(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        replicas = len(self.devices)
-        return (replicas, shape[0] // replicas, *shape[1:])
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts a batch is split."""
+        return len(self.devices)
+
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a global batch that this process holds, int64, ascending."""
+        return local_rows(self.rows, batch_size)
 
     def put(self, batch: Batch) -> Batch:
         """The batch as [replicas, rows of one replica, …], one part on each device."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self.rows, x.reshape(self._split(x.shape))), batch
-        )
+        mine = len(self.rows.addressable_devices)
+        return {name: global_array(self.rows, x.reshape(mine, -1, *x.shape[1:])) for name, x in batch.items()}
 
-    def abstract_batch(self, batch: Batch) -> Batch:
+    def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
         """Shapes and dtypes with the replica axis in front."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(self._split(x.shape), x.dtype), batch)
+        replicas = len(self.devices)
+        return {
+            name: jax.ShapeDtypeStruct((replicas, x.shape[0] // replicas, *x.shape[1:]), x.dtype, sharding=self.rows)
+            for name, x in batch.items()
+        }
 
     def compile_train(self, step: TrainStep, state: TrainState) -> Callable[[TrainState, Batch], Any]:
         """State and metrics come back replicated, without a device axis."""

@@ -1,58 +1,94 @@
 """Sharded: `jax.jit` over a mesh of devices; a step sees global arrays and XLA adds the communication."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, use_abstract_mesh
 
-from trainer.errors import UserError
 from trainer.experiment import Batch, Metrics
-from trainer.rules import Rules, assign, paths
+from trainer.parallel.mesh import Grid
+from trainer.parallel.placement import Placement
+from trainer.parallel.rows import global_array, local_rows
+from trainer.rules import path_of
 from trainer.state import TrainState
 from trainer.step import EvalStep, TrainStep
 
-AXIS = "data"
+_ROWS = ("data", "fsdp")  # the axes that split a batch
 
 
 class Sharded:
-    """Batches are split over the mesh axis "data"; the state goes where the rules say, by default everywhere whole."""
+    """Batches are split over data and fsdp; parameters and what follows them go where their placements say."""
 
     axis_name = None
 
-    def __init__(self, devices: Sequence[jax.Device], rules: Rules) -> None:
-        """Lays `devices` out as one mesh axis; `rules` give a tuple of mesh axes for each path of the state."""
-        self.devices = list(devices)
-        self.rules = rules
-        # Auto: XLA propagates shardings. make_mesh would give Explicit axes, which put them into every type.
-        self.mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-        self.rows = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+    def __init__(
+        self,
+        grid: Grid,
+        placements: Sequence[Placement],
+        axis_rules: Sequence[tuple[str, str | None]],
+        *,
+        whole_params: bool = False,
+    ) -> None:
+        """Prepares nothing on the devices.
 
-    def shardings(self, state: Any) -> Any:
+        Args:
+          grid: the devices.
+          placements: one for each parameter.
+          axis_rules: what the logical axes of activations mean while a step is traced.
+          whole_params: whether fsdp splits the optimizer's state only (`zero1`).
+        """
+        self.grid = grid
+        self.placements: Mapping[str, Placement] = {placement.path: placement for placement in placements}
+        self.devices: list[jax.Device] = list(grid.mesh.devices.flat)
+        self.rows, self.replicated = grid.sharding((_ROWS,)), grid.sharding(())
+        self._whole_params = whole_params
+        names = {axis: grid.sharding((axis,)).spec[0] for axis in grid.axes}
+        self._axis_rules = [("batch", self.rows.spec[0]), *((name, names.get(axis or "")) for name, axis in axis_rules)]
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts a batch is split."""
+        return self.grid.size("data") * self.grid.size("fsdp")
+
+    def shardings(self, state: TrainState) -> TrainState:
         """The tree of shardings of a state, of which only shapes are used.
 
-        Raises:
-          UserError: an axis that the mesh has not, or that does not divide the dimension it should split.
+        Whatever in the optimizer's state has the path and the shape of a parameter is placed as that parameter is.
         """
-        axes = assign([(pattern, _Axes(axes)) for pattern, axes in self.rules], state, what="sharding rule")
-        return jax.tree.unflatten(
-            jax.tree.structure(state),
-            [
-                self._sharding(path, leaf.shape, axes.names)
-                for path, leaf, axes in zip(paths(state), jax.tree.leaves(state), jax.tree.leaves(axes), strict=True)
-            ],
+        whole: Any = jax.tree.map(lambda _: self.replicated, state)
+        return whole.replace(
+            params=self._like_params(state.params, whole=self._whole_params),
+            opt_state=self._like_params(state.opt_state),
+            ema=self._like_params(state.ema, whole=self._whole_params),
         )
 
-    def _sharding(self, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-        if len(axes) > len(shape):
-            raise UserError(f"sharding rule for {path} names {len(axes)} dimensions; its shape is {shape}")
-        for size, axis in zip(shape, axes, strict=False):
-            if axis is not None and axis not in self.mesh.shape:
-                raise UserError(f"sharding rule for {path} names axis {axis!r}; the mesh has {list(self.mesh.shape)}")
-            if axis is not None and size % self.mesh.shape[axis]:
-                raise UserError(f"{path} {shape} does not divide over axis {axis!r} of size {self.mesh.shape[axis]}")
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
+    def _like_params(self, tree: Any, *, whole: bool = False, depth: int | None = None) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: self._sharding(path_of(keys), leaf.shape, whole, depth), tree
+        )
+
+    def _sharding(self, path: str, shape: tuple[int, ...], whole: bool, depth: int | None) -> NamedSharding:
+        while path:
+            placement = self.placements.get(path)
+            if placement is not None and placement.shape == tuple(shape):
+                axes = [None if whole and axis == "fsdp" else axis for axis in placement.axes]
+                return self.grid.sharding(axes, depth)
+            path = path.partition("/")[2]
+        return self.replicated
+
+    def place_gradients(self, gradients: Any) -> Any:
+        """Lays gradients out as the optimizer's state is, so that each is summed where it is used.
+
+        One mesh axis after the other: so XLA:TPU reduces and scatters along each dimension of a torus. All at once
+        would become the sum of everything everywhere, of which most is thrown away.
+        """
+        for depth in range(1, len(self.grid.axes["fsdp"]) + 1):
+            gradients = jax.lax.with_sharding_constraint(gradients, self._like_params(gradients, depth=depth))
+        return gradients
 
     def abstract(self, make_state: Callable[[], TrainState]) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -67,21 +103,25 @@ class Sharded:
         """The state, each part made where it will live."""
         return jax.jit(make_state, out_shardings=self.shardings(jax.eval_shape(make_state)))()
 
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a global batch that this process holds, int64, ascending."""
+        return local_rows(self.rows, batch_size)
+
     def put(self, batch: Batch) -> Batch:
-        """The batch with its rows split over the devices."""
+        """The batch, of which this process gives its `local_rows`, with its rows split over the devices."""
         if len(self.devices) == 1 and self.devices[0].platform == "cpu":
             return batch  # it is where it should be; jit takes it as it is, sixfold faster than device_put
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, x), batch)
+        return {name: global_array(self.rows, x) for name, x in batch.items()}
 
-    def abstract_batch(self, batch: Batch) -> Batch:
+    def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
         """The global batch's shapes and dtypes."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows) for name, x in batch.items()}
 
     def compile_train(self, step: TrainStep, state: TrainState) -> Callable[[TrainState, Batch], Any]:
         """Output shardings are pinned to the input's: left to XLA, the second step would compile again."""
         shardings = self.shardings(state)
         return jax.jit(
-            step,
+            self._with_names(step),
             in_shardings=(shardings, self.rows),
             out_shardings=(shardings, self.replicated),
             donate_argnums=0,
@@ -89,11 +129,16 @@ class Sharded:
 
     def compile_eval(self, step: EvalStep, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
         """The compiled evaluation."""
-        return jax.jit(step, in_shardings=(self.shardings(state), self.rows), out_shardings=self.replicated)
+        return jax.jit(
+            self._with_names(step), in_shardings=(self.shardings(state), self.rows), out_shardings=self.replicated
+        )
 
+    def _with_names(self, step: Callable) -> Callable:
+        """Traces a step where `nn.with_logical_constraint` in a model finds the mesh and what its names mean."""
 
-class _Axes:
-    """A tuple of axes as one leaf: a bare tuple would be taken for part of the tree."""
+        @functools.wraps(step)
+        def traced(state: TrainState, batch: Batch) -> Any:
+            with use_abstract_mesh(self.grid.mesh.abstract_mesh), nn.logical_axis_rules(self._axis_rules):
+                return step(state, batch)
 
-    def __init__(self, names: tuple[str | None, ...]) -> None:
-        self.names = names
+        return traced
