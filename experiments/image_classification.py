@@ -25,6 +25,7 @@ class StridedCNN(nn.Module):
     classes: int
     dropout: float
     batch_norm: bool
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(
@@ -33,14 +34,16 @@ class StridedCNN(nn.Module):
         """Logits of images with values from 0 to 1."""
         for i, width in enumerate(self.widths):
             stride = 1 if i == 0 and x.shape[1] < 16 else 2
-            x = nn.Conv(width, (3, 3), strides=stride, use_bias=not self.batch_norm, name=f"conv_{i}")(x)
+            x = nn.Conv(
+                width, (3, 3), strides=stride, use_bias=not self.batch_norm, dtype=self.dtype, name=f"conv_{i}"
+            )(x)
             if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, axis_name=axis_name, name=f"norm_{i}")(x)
+                x = nn.BatchNorm(not train, momentum=0.9, axis_name=axis_name, dtype=self.dtype, name=f"norm_{i}")(x)
             x = nn.relu(x)
         x = x.reshape(len(x), -1)
-        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        return nn.Dense(self.classes, name="head")(x)
+        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
 
 
 class MLP(nn.Module):
@@ -49,6 +52,7 @@ class MLP(nn.Module):
     widths: tuple[int, ...]
     classes: int
     dropout: float
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(
@@ -58,9 +62,9 @@ class MLP(nn.Module):
         del axis_name  # nothing here is normalised over the batch
         x = x.reshape(len(x), -1)
         for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, name=f"dense_{i}")(x))
+            x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout_{i}")(x)
-        return nn.Dense(self.classes, name="head")(x)
+        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
 
 
 @dataclasses.dataclass
@@ -87,11 +91,13 @@ class ImageClassification:
     """Whether the CNN normalises over the batch."""
     max_shift: int = setting(0, minimum=0)
     """Training images are moved by up to this many pixels in both directions, zeros coming in."""
+    dtype: str = setting("float32", choices=("float32", "bfloat16"))
+    """What the model computes in. Parameters, batch statistics and loss are float32 in any case."""
 
     def _model(self) -> nn.Module:
         if self.model == "mlp":
-            return MLP(self.widths, self.classes, self.dropout)
-        return StridedCNN(self.widths, self.hidden, self.classes, self.dropout, self.batch_norm)
+            return MLP(self.widths, self.classes, self.dropout, self.dtype)
+        return StridedCNN(self.widths, self.hidden, self.classes, self.dropout, self.batch_norm, self.dtype)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
         """Fresh variables of the model."""
@@ -112,7 +118,7 @@ class ImageClassification:
             rngs={"dropout": key},
             mutable=[name for name in variables if name != "params"] if train else [],
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
         hits = jnp.argmax(logits, axis=-1) == batch["label"]
         metrics = {"loss": Mean.of(losses, batch["mask"]), "accuracy": Mean.of(hits, batch["mask"])}
         return metrics, collections

@@ -15,27 +15,27 @@ REPOSITORY = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-def accuracy_of(config: str, tmp_path: Path) -> float:
-    """Prepares, trains and evaluates in folders of its own; the accuracy that `evaluate` prints."""
+def result_of(config: str, tmp_path: Path, *overrides: str, metric: str = "accuracy") -> float:
+    """Prepares, trains and evaluates in folders of its own; the metric that `evaluate` prints."""
     environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "data"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     printed = ""
     for arguments in (
         ["prepare", f"--config={config}"],
-        ["train", f"--config={config}", f"--workdir={tmp_path}/run"],
+        ["train", f"--config={config}", f"--workdir={tmp_path}/run", *overrides],
         ["evaluate", f"--workdir={tmp_path}/run"],
     ):
         command = [sys.executable, "-m", "trainer", *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         printed = done.stdout
-    found = re.search(r"^test accuracy: ([\d.]+)$", printed, re.MULTILINE)
+    found = re.search(rf"^test {metric}: ([\d.]+)$", printed, re.MULTILINE)
     assert found is not None, printed
     return float(found[1])
 
 
 def test_digits_reaches_97_percent_within_a_minute(tmp_path):
     start = time.monotonic()
-    assert accuracy_of("configs/digits.py", tmp_path) >= 0.97
+    assert result_of("configs/digits.py", tmp_path) >= 0.97
     assert time.monotonic() - start < 60
 
 
@@ -44,4 +44,8 @@ def test_digits_reaches_97_percent_within_a_minute(tmp_path):
     reason="the Debian package dataset-fashion-mnist is not installed; CI installs it",
 )
 def test_fashion_mnist_reaches_90_5_percent_in_five_epochs(tmp_path):
-    assert accuracy_of("configs/fashion_mnist.py", tmp_path) >= 0.905
+    assert result_of("configs/fashion_mnist.py", tmp_path) >= 0.905
+
+
+def test_a_third_of_the_shakespeare_run_predicts_held_out_works_at_2_75_bits_per_byte(tmp_path):
+    assert result_of("configs/shakespeare.py", tmp_path, "--config.total_steps=400", metric="bits_per_byte") <= 2.75

@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"commands"},
-    {"loop"},
+    {"loop", "plan"},
     {"evaluate", "probe"},
     {"build"},
-    {"checkpoint", "data", "observe", "parallel"},
+    {"observe"},
+    {"checkpoint", "data", "parallel"},
     {"workdir"},
     {"step"},
     {"optim", "state"},
     {"config", "rules"},
-    {"errors", "experiment"},
+    {"errors", "experiment", "reduction", "remat"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}
 
@@ -85,7 +86,7 @@ def test_trainer_knows_no_experiment_no_config_file_and_no_tensorflow(module):
 def test_experiment_imports_only_what_tasks_are_made_of(module):
     assert top_levels(module).isdisjoint({"configs", "tests", "tensorflow"})
     used = {place(name) for name in imports(module) if name.startswith("trainer.")}
-    assert used <= {"config", "data", "errors", "experiment"}
+    assert used <= {"config", "data", "errors", "experiment", "remat"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("configs.")])

@@ -25,7 +25,8 @@ def evaluate(parts: Parts, state: TrainState, source: RandomAccessSource) -> dic
     fake = len(parts.parallel.devices) > 1 and parts.parallel.devices[0].platform == "cpu"
     ahead = 0 if fake else 2  # otherwise enough that the devices never wait, few enough to bound what is in flight
     results: deque[Metrics] = deque()
-    batches = once(source, parts.run.evaluation.batch_size, threads=parts.run.loading.threads)
+    size = parts.run.evaluation.batch_size
+    batches = once(source, size, rows=parts.parallel.local_rows(size), threads=parts.run.loading.threads)
     for batch in prefetch(batches, parts.parallel.put):
         results.append(parts.eval_step(state, batch))
         if len(results) > ahead:

@@ -1,12 +1,14 @@
 """The training loop: batches in, state and metrics out."""
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,16 +17,19 @@ import numpy as np
 
 from trainer import config
 from trainer.build import Parts, build
-from trainer.checkpoint.manifest import check_manifest, make_manifest
+from trainer.checkpoint.manifest import check_manifest, make_manifest, versions
 from trainer.checkpoint.preemption import Interrupted, Preemption
 from trainer.checkpoint.store import Store
 from trainer.data.source import load
 from trainer.data.stream import prefetch, stream
+from trainer.errors import UserError
 from trainer.evaluate import divide, evaluate
 from trainer.experiment import Metrics
 from trainer.observe.metrics import MetricsLog
+from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
 from trainer.observe.tables import label_table_text
+from trainer.parallel import processes
 from trainer.state import TrainState
 from trainer.workdir import Workdir
 
@@ -36,16 +41,27 @@ _AHEAD_ON_CPU = 64
 
 
 class DivergedError(Exception):
-    """The loss or the gradient of a step is not finite."""
+    """The loss or the gradient of a step is not finite; all processes find it at the same step."""
+
+    agreed = True
 
 
-def train(run: config.Run, workdir: str | PathLike[str], *, progress: Progress | None = None) -> TrainState:
+def train(
+    run: config.Run,
+    workdir: str | PathLike[str],
+    *,
+    progress: Progress | None = None,
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
     """Trains to `run.total_steps` in `workdir`, from the last checkpoint there if there is one.
+
+    All processes of a run call it; the first writes and speaks.
 
     Args:
       run: the description, as a config file returns it.
       workdir: a folder that is new, empty, or holds this run.
-      progress: where to show how it goes; on standard output by default.
+      progress: where to show how it goes; on standard output of the first process by default.
+      profile: the first and the last step, counted from 1, to write a profile of; none by default.
 
     Returns:
       The final state, saved and evaluated.
@@ -55,44 +71,74 @@ def train(run: config.Run, workdir: str | PathLike[str], *, progress: Progress |
       DivergedError: a step gave NaN or Inf; the last checkpoint is from before it.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    run = config.resolve(run)
-    folder = Workdir(workdir)
-    folder.check(run)
-    parts = build(run)
-    labels = label_table_text(parts.rows, run.optimizer)
-    progress = progress or Progress(run.total_steps)
-    progress.message(labels.rstrip())
-    with ExitStack() as stack:
-        stack.enter_context(folder.locked())
-        if not folder.has_checkpoint():
-            folder.write(run, labels)  # first, so that a kill at any moment leaves a folder that can be launched again
-        source, eval_source = (load(s, run.loading.in_memory_bytes) for s in (parts.train_source, parts.eval_source))
+    folder, writes = Workdir(workdir), processes.is_writer()
+    with processes.together("the settings"):
+        run = config.resolve(run)
+        known = [config.to_json(run), f"workdir {folder.path}", *(f"{name} {v}" for name, v in versions().items())]
+    processes.check_same("the processes were not started alike", "\n".join(known))
+    with processes.failing_at_once(), ExitStack() as stack:
+        with processes.together("the run"):
+            if writes:
+                folder.check(run)
+            parts = build(run)
+            if profile is not None and profile[1] > run.total_steps:
+                raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
+        labels = label_table_text(parts.rows, run.optimizer)
+        if progress is None:
+            shown = None if writes else stack.enter_context(Path(os.devnull).open("w"))
+            progress = Progress(run.total_steps, shown)
+        progress.message(labels.rstrip())
+        with processes.together("the workdir and the data"):
+            if writes:
+                stack.enter_context(folder.locked())
+                if not folder.has_checkpoint():
+                    folder.write(run, labels)  # first, so that a kill at any moment leaves a folder to launch again
+            source, eval_source = (
+                load(s, run.loading.in_memory_bytes) for s in (parts.train_source, parts.eval_source)
+            )
         store = Store(folder.checkpoints, run.checkpoint)
         stack.callback(store.close)
-        state = _restore_or_create(parts, store, progress)
-        folder.write(run, labels)  # not before: a checkpoint that does not fit must leave everything as it is
-        start = int(state.step)
-        log = stack.enter_context(MetricsLog(folder.path, start))
+        with processes.together("the checkpoint"):
+            start = _start(parts, store, progress)
+            if profile is not None and profile[0] <= start:
+                raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
+        processes.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
+        state = store.restore(parts.state, start) if start else parts.parallel.create(parts.make_state)
+        log = None
+        if writes:
+            folder.write(run, labels)  # not before: a checkpoint that does not fit must leave everything as it is
+            log = stack.enter_context(MetricsLog(folder.path, start))
         stack.callback(progress.end_line)
         stack.enter_context(_telling_what_is_kept(store))
-        # Last: until here there is nothing to save, and Ctrl-C may act at once.
+        tracer = None
+        if profile is not None:
+            tracer = Profile(folder.path / "profile" / f"process_{processes.index()}", profile)
+            stack.callback(tracer.close)
+        # Until here there is nothing to save, and Ctrl-C may act at once.
         preemption = stack.enter_context(Preemption())
+        # Last: what this process fails with alone must not wait for the others in what is closed above.
+        stack.enter_context(processes.failing_at_once())
         batches = stream(
             source,
             seed=run.seed,
             batch_size=run.batch_size,
             start=start,
             stop=run.total_steps,
+            rows=parts.parallel.local_rows(run.batch_size),
             threads=run.loading.threads,
+            workers=run.loading.workers,
         )
         devices = parts.parallel.devices
         ahead = _AHEAD_ON_CPU if len(devices) == 1 and devices[0].platform == "cpu" else _AHEAD
         recorder = _Recorder(run, log, progress, start, ahead)
         for step, batch in enumerate(prefetch(batches, parts.parallel.put), start + 1):
-            state, metrics = parts.train_step(state, batch)
+            with nullcontext() if tracer is None else tracer.step(step):
+                state, metrics = parts.train_step(state, batch)
+            if tracer is not None:
+                tracer.done(step, metrics)
             recorder.add(step, metrics)
-            # Read once: a signal that comes later in this round is dealt with in the next.
-            signum = preemption.signum
+            # Asked once: a signal that comes later in this round is dealt with in the next.
+            signum = preemption.stops_after(step)
             last = step == run.total_steps
             evaluates = last or (run.evaluation.every_steps and step % run.evaluation.every_steps == 0)
             saves = last or signum is not None or step % run.checkpoint.every_steps == 0
@@ -104,11 +150,13 @@ def train(run: config.Run, workdir: str | PathLike[str], *, progress: Progress |
             recorder.settle()
             if saves:
                 _check_state(step, state)
-                log.sync()
+                if log is not None:
+                    log.sync()
                 store.save(state, make_manifest(run, parts.rows, step), evaluated)
             if signum is not None:
                 store.wait()
-                raise Interrupted(step, signum)
+                # Only the processes that were sent a signal know which it was; SIGINT is the smallest.
+                raise Interrupted(step, min(map(int, processes.gather("signal", str(int(signum))))))
         store.wait()
     return state
 
@@ -135,23 +183,25 @@ def _telling_what_is_kept(store: Store) -> Iterator[None]:
         raise DivergedError(f"{error}; the run is stopped, {kept}") from None
 
 
-def _restore_or_create(parts: Parts, store: Store, progress: Progress) -> TrainState:
+def _start(parts: Parts, store: Store, progress: Progress) -> int:
+    """The step to go on from, if the checkpoint there is one of this model; 0 if there is none."""
     steps = store.steps()
     if not steps:
-        return parts.parallel.create(parts.make_state)
+        return 0
     manifest = store.manifest(steps[-1])
     for change in check_manifest(manifest, parts.rows):
         progress.message(f"note: {change} since the checkpoint; the numbers may differ in their last bits")
-    state = store.restore(parts.state, steps[-1])
     done = " (finished: nothing is left to do)" if steps[-1] >= parts.run.total_steps else ""
     progress.message(f"resumed from step {steps[-1]}{done}")
-    return state
+    return steps[-1]
 
 
 class _Recorder:
     """Fetches the metrics of a step after later ones are dispatched, checks every one and logs those that are due."""
 
-    def __init__(self, run: config.Run, log: MetricsLog, progress: Progress, start: int, ahead: int) -> None:
+    def __init__(self, run: config.Run, log: MetricsLog | None, progress: Progress, start: int, ahead: int) -> None:
+        # Several processes must find at the same step that it diverged, so they do not look whether results are there.
+        self._looks_ahead = processes.count() == 1
         self._run, self._log, self._progress, self._ahead = run, log, progress, ahead
         self._pending: deque[tuple[int, Metrics]] = deque()
         self._first = start + 1
@@ -164,7 +214,9 @@ class _Recorder:
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched; deals with earlier ones that are there."""
         self._pending.append((step, metrics))
-        while len(self._pending) > 1 and (len(self._pending) > self._ahead or _is_ready(self._pending[0][1])):
+        while len(self._pending) > 1 and (
+            len(self._pending) > self._ahead or (self._looks_ahead and _is_ready(self._pending[0][1]))
+        ):
             self.settle(leave=len(self._pending) - 1)
 
     def settle(self, *, leave: int = 0) -> None:
@@ -203,7 +255,7 @@ class _Recorder:
 
     def _write(self, step: int, values: dict[str, float], evaluated: dict[str, float]) -> None:
         timing = {"examples_per_second": self._run.batch_size / self._seconds_a_step} if values else {}
-        if values or evaluated:
+        if self._log is not None and (values or evaluated):
             self._log.write(step, values | evaluated, timing)
 
 

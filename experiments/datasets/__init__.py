@@ -2,5 +2,6 @@
 
 from experiments.datasets.digits import Digits
 from experiments.datasets.fashion_mnist_local import FashionMnistLocal
+from experiments.datasets.shakespeare import Shakespeare
 
-__all__ = ["Digits", "FashionMnistLocal"]
+__all__ = ["Digits", "FashionMnistLocal", "Shakespeare"]

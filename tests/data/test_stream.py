@@ -9,7 +9,6 @@ import pytest
 
 from trainer.data.source import ArraySource
 from trainer.data.stream import Batches, Order, once, prefetch, stream
-from trainer.errors import UserError
 
 EXAMPLES, BATCH, STEPS = 23, 8, 12  # the stream ends in its fifth epoch, and no epoch ends where a batch does
 
@@ -115,19 +114,20 @@ def test_a_stream_that_starts_later_is_the_tail_of_the_whole(source, start):
     assert_same(whole(source, start=start), whole(source)[start:])
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_the_shards_of_a_batch_in_their_order_are_the_global_batch(source, count):
-    shards = [whole(source, shard=(place, count)) for place in range(count)]
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*shards, strict=True)
-    ]
-    assert_same(joined, whole(source))
+ROWS = [[7], [0, 1, 2, 3], [0, 2, 4, 6], [1, 2, 5, 7], list(range(BATCH))]
 
 
-def test_shards_that_do_not_divide_a_batch_are_refused_with_both_numbers():
-    with pytest.raises(UserError, match="batch_size 8 does not divide over 3 processes"):
-        whole(ArraySource(arrays()), shard=(0, 3))
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_stream_of_some_rows_is_those_rows_of_every_batch(source, rows):
+    expected = [{name: array[rows] for name, array in batch.items()} for batch in whole(source)]
+    assert_same(whole(source, rows=np.array(rows)), expected)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_once_of_some_rows_is_those_rows_of_every_batch_and_of_its_mask(source, rows):
+    expected = [{name: array[rows] for name, array in batch.items()} for batch in once(source, BATCH)]
+    assert len(expected) == 3
+    assert_same(list(once(source, BATCH, rows=np.array(rows))), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

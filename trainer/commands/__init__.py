@@ -3,15 +3,18 @@
 A command's module has a `DESCRIPTION`, `add_options(parser)` and `main(arguments)`, and imports JAX in `main` alone.
 """
 
+import argparse
 import importlib
 import logging
 import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from trainer.commands.arguments import make_parser, parse
+from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.errors import NotPreparedError, UserError, nearest
 
 _COMMANDS = {
@@ -19,6 +22,8 @@ _COMMANDS = {
     "evaluate": "evaluate a checkpoint of a run on every example of a split",
     "inspect": "show the settings, the label table and the checkpoints of a run",
     "prepare": "write the data that a run reads to disk",
+    "rehearse": "train in several processes on this machine, as hosts of a pod would",
+    "plan": "compile a run for TPUs that are not there: memory, communication, what fits",
 }
 
 
@@ -52,7 +57,13 @@ def _run(argv: list[str]) -> int:
             sys.path.insert(0, str(Path.cwd()))
         # Orbax reports its own options as warnings.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        return module.main(parse(parser, rest))
+        options, overrides = parse_flags(parser, rest)
+        if not hasattr(module, "main"):
+            return module.start(options, overrides)
+        with _group(options) as together:
+            with together("the command line"):
+                arguments = find_run(options, overrides)
+            return module.main(arguments)
     except UserError as error:
         if "--traceback" in rest:
             traceback.print_exc()
@@ -62,6 +73,33 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt as error:
         print(f"\n{error}" if str(error) else "\ninterrupted", file=sys.stderr)
         return 128 + getattr(error, "signum", 2)
+
+
+@contextmanager
+def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractContextManager]]:
+    """Joins the other processes, if the command has flags for that; gives what makes a mistake of one that of all."""
+    if "coordinator" not in options:
+        yield nullcontext
+        return
+    from trainer.parallel import processes
+
+    processes.initialize(
+        options.coordinator,
+        options.process,
+        options.processes,
+        wait_seconds=options.wait,
+        heartbeat_seconds=options.heartbeat,
+        preemptible=options.preemptible,
+    )
+    try:
+        with processes.failing_at_once():
+            yield processes.together
+    except processes.ReportedError:
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        if processes.is_writer():
+            raise
+        sys.exit(128 + getattr(error, "signum", 2))
 
 
 def _usage() -> str:

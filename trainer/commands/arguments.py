@@ -58,17 +58,46 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
-    """The run that a command line asks for: from its config file, or else the one kept in the workdir.
+def add_group_options(parser: argparse.ArgumentParser) -> None:
+    """What a command takes that several processes carry out together."""
+    group = parser.add_argument_group(
+        "several processes", "On Cloud TPU, GKE, Slurm and Open MPI they find each other without the first three."
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it will listen")
+    group.add_argument("--process", metavar="I", type=int, help="which process this is, from 0")
+    group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
+    group.add_argument(
+        "--wait", metavar="SECONDS", type=int, default=300, help="how long to wait for the others (default 300)"
+    )
+    group.add_argument(
+        "--heartbeat",
+        metavar="SECONDS",
+        type=int,
+        default=100,
+        help="how long after one was killed the others end (default 100)",
+    )
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own flags, and the overrides of the config as they were given.
 
     Raises:
-      UserError: an unknown flag or field, a value of the wrong type, no config file and no run.
+      UserError: an unknown flag.
     """
     own, overrides = _split(argv)
     options, unknown = parser.parse_known_args(own)
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z]+', parser.format_help())))}")
+    return options, overrides
+
+
+def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments:
+    """The run that a command line asks for: from its config file, or else the one kept in the workdir.
+
+    Raises:
+      UserError: an unknown field, a value of the wrong type, no config file and no run.
+    """
     from trainer import config
     from trainer.workdir import Workdir
 

@@ -4,7 +4,7 @@ import argparse
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from trainer.commands.arguments import Arguments
+from trainer.commands.arguments import Arguments, add_group_options
 from trainer.errors import UserError
 
 if TYPE_CHECKING:  # imports JAX
@@ -14,8 +14,10 @@ DESCRIPTION = "Evaluates a checkpoint of a run; --workdir alone is enough. Write
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint."""
+    """Which checkpoint, and what several processes need."""
     parser.add_argument("--step", default="latest", help="which checkpoint: a step, best, or latest (the default)")
+    add_group_options(parser)
+    parser.set_defaults(preemptible=False)
 
 
 def main(arguments: Arguments) -> int:
@@ -25,17 +27,25 @@ def main(arguments: Arguments) -> int:
     from trainer.checkpoint.store import Store
     from trainer.data.source import load
     from trainer.evaluate import evaluate
+    from trainer.parallel.processes import check_same, is_writer, together
 
-    workdir, run = arguments.required_workdir(), arguments.run
-    if not workdir.checkpoints.is_dir():
-        raise UserError(f"workdir {workdir.path} holds no checkpoint")
-    workdir.check(run)
-    parts = build(run)
+    with together("the run"):
+        workdir, run = arguments.required_workdir(), arguments.run
+        if not workdir.checkpoints.is_dir():
+            raise UserError(f"workdir {workdir.path} holds no checkpoint")
+        workdir.check(run)
+        parts = build(run)
+        source = load(parts.eval_source, run.loading.in_memory_bytes)
     with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
-        step = choose(store, arguments.options.step)
-        check_manifest(store.manifest(step), parts.rows)
+        with together("the checkpoint"):
+            step = choose(store, arguments.options.step)
+            check_manifest(store.manifest(step), parts.rows)
+        check_same("checkpoint", f"{workdir.path} at step {step}")
         state = store.restore(parts.state, step)
-    for name, value in evaluate(parts, state, load(parts.eval_source, run.loading.in_memory_bytes)).items():
+    evaluated = evaluate(parts, state, source)
+    if not is_writer():
+        return 0
+    for name, value in evaluated.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         print(f"{name.replace('/', ' ')}: {shown}")
     print(f"step {step} of {workdir.path}; its curves: tensorboard --logdir {workdir.path}")

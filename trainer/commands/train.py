@@ -3,14 +3,19 @@
 import argparse
 import sys
 
-from trainer.commands.arguments import Arguments
+from trainer.commands.arguments import Arguments, add_group_options
+from trainer.errors import UserError
 
 DESCRIPTION = "Trains a run. The same command on the same workdir goes on from its last checkpoint."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
-    del parser
+    """`--profile`, and what several processes need."""
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="also write a profile of these steps to WORKDIR/profile/, per process"
+    )
+    add_group_options(parser)
+    parser.set_defaults(preemptible=True)
 
 
 def main(arguments: Arguments) -> int:
@@ -18,16 +23,28 @@ def main(arguments: Arguments) -> int:
     from trainer.experiment import Reports
     from trainer.loop import DivergedError, train
     from trainer.observe.metrics import read_rows
+    from trainer.parallel.processes import is_writer
 
     path = arguments.required_workdir().path
+    profile = _steps(arguments.options.profile) if arguments.options.profile else None
     try:
-        train(arguments.run, path)
+        train(arguments.run, path, profile=profile)
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_writer():
+            print(f"error: {error}", file=sys.stderr)
         return 1
+    if not is_writer():
+        return 0
     experiment = arguments.run.experiment
     if isinstance(experiment, Reports):
         for file in experiment.report(path, list(read_rows(path / "metrics.jsonl"))):
             print(f"wrote {file}")
     print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and labels.txt")
     return 0
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile is {text!r}; FIRST:LAST is expected, two steps from 1 on, such as 10:12")
+    return int(first), int(last)

@@ -177,6 +177,9 @@ class Loading:
     every epoch."""
     threads: int = setting(4, minimum=1, may_change=True)
     """Threads that read and decode batches of a split that does not fit."""
+    workers: int = setting(0, minimum=0, may_change=True)
+    """Processes that do so instead, each with its threads, when decoding takes more Python than one can run; 0 for
+    none. The order of the examples is the same."""
 
 
 @dataclasses.dataclass

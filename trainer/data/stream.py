@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from trainer.data.source import ArraySource, take
-from trainer.errors import UserError
+from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
 
 _READ_BYTES = 1 << 20  # of examples in memory at once: small beside any batch that matters
@@ -40,20 +40,20 @@ class Order:
 
 
 class Batches:
-    """The batches of a run by index; batch i holds positions i·B … (i+1)·B − 1, or this shard's part of them."""
+    """The batches of a run by index; batch i holds positions i·B … (i+1)·B − 1, or those of them that are wanted."""
 
     def __init__(
-        self, source: RandomAccessSource, *, seed: int, batch_size: int, steps: int, shard: tuple[int, int] = (0, 1)
+        self, source: RandomAccessSource, *, seed: int, batch_size: int, steps: int, rows: np.ndarray | None = None
     ) -> None:
-        """`shard` is (place, count): of each batch this one takes the place-th of count equal runs of rows."""
-        place, count = shard
-        if batch_size % count:
-            raise UserError(f"batch_size {batch_size} does not divide over {count} processes")
+        """`rows` are those to read of each batch, in that order, as a process does that holds no others; None for all.
+
+        So what stands where in a batch does not depend on how many processes read it.
+        """
         self.source = source
         self.order = Order(len(source), seed)
         self.batch_size = batch_size
         self.steps = steps
-        self.rows = range(place * batch_size // count, (place + 1) * batch_size // count)
+        self.rows = np.arange(batch_size) if rows is None else rows
         self.mask = np.ones(len(self.rows), np.float32)
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Batches:
     def run(self, first: int, stop: int) -> Iterator[Batch]:
         """Batches first … stop − 1, read all at once."""
         positions = self.order(first * self.batch_size, stop * self.batch_size)
-        indices = positions.reshape(-1, self.batch_size)[:, self.rows.start : self.rows.stop]
+        indices = positions.reshape(-1, self.batch_size)[:, self.rows]
         examples = take(self.source, indices.reshape(-1))
         arrays = {name: array.reshape(*indices.shape, *array.shape[1:]) for name, array in examples.items()}
         for i in range(len(indices)):
@@ -79,49 +79,58 @@ def stream(
     batch_size: int,
     start: int,
     stop: int,
-    shard: tuple[int, int] = (0, 1),
+    rows: np.ndarray | None = None,
     threads: int = 4,
+    workers: int = 0,
 ) -> Iterator[Batch]:
-    """Batches start … stop − 1 of the run, in host memory.
+    """Batches start … stop − 1 of the run, or the `rows` of each that this process holds, in host memory.
 
-    Arrays in memory are indexed directly; any other source is read ahead by Grain in `threads` threads.
+    Arrays in memory are indexed directly; any other source is read ahead by Grain in `threads` threads: of this process
+    or, if there are any, of each of the `workers`, which are processes of their own.
     """
-    batches = Batches(source, seed=seed, batch_size=batch_size, steps=stop, shard=shard)
+    batches = Batches(source, seed=seed, batch_size=batch_size, steps=stop, rows=rows)
     if isinstance(source, ArraySource):
         # Several batches at once: on CPUs every microsecond of Python is taken from the step.
         batch_bytes = len(batches.rows) * sum(array[:1].nbytes for array in source.arrays.values())
         many = min(max(_READ_BYTES // batch_bytes, 1), 64)
         firsts = range(start, stop, many)
         return chain.from_iterable(batches.run(first, min(first + many, stop)) for first in firsts)
-    return _read_ahead(batches, range(start, stop), threads)
+    return _read_ahead(batches, range(start, stop), threads, workers)
 
 
 class _Once:
     """The batches of `once` by index."""
 
-    def __init__(self, source: RandomAccessSource, batch_size: int) -> None:
+    def __init__(self, source: RandomAccessSource, batch_size: int, rows: np.ndarray | None) -> None:
         self.source, self.batch_size = source, batch_size
+        self.rows = np.arange(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        rows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        mask = (rows < len(self.source)).astype(np.float32)
-        return take(self.source, np.minimum(rows, len(self.source) - 1)) | {"mask": mask}
+        examples = index * self.batch_size + self.rows
+        mask = (examples < len(self.source)).astype(np.float32)
+        return take(self.source, np.minimum(examples, len(self.source) - 1)) | {"mask": mask}
 
 
-def once(source: RandomAccessSource, batch_size: int, *, threads: int = 4) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is filled up with masked copies of the last example."""
-    batches = _Once(source, batch_size)
+def once(
+    source: RandomAccessSource, batch_size: int, *, rows: np.ndarray | None = None, threads: int = 4
+) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is filled up with masked copies of the last example.
+
+    Of each batch only the `rows` that this process holds; every process gets the same number of batches.
+    """
+    batches = _Once(source, batch_size, rows)
     if isinstance(source, ArraySource):
         return (batches[i] for i in range(len(batches)))
     return _read_ahead(batches, range(len(batches)), threads)
 
 
-def _read_ahead(batches: Batches | _Once, wanted: range, threads: int) -> Iterator[Batch]:
+def _read_ahead(batches: Batches | _Once, wanted: range, threads: int, workers: int = 0) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(grain.MapDataset.source(batches)[wanted.start : wanted.stop].to_iter_dataset(options))
+    dataset = grain.MapDataset.source(batches)[wanted.start : wanted.stop].to_iter_dataset(options)
+    return read_in_workers(dataset, workers) if workers else iter(dataset)
 
 
 def prefetch(batches: Iterable[Batch], put: Callable[[Batch], Batch], depth: int = 2) -> Iterator[Batch]:

@@ -1,12 +1,13 @@
 """Tables as plain text, for terminals and golden files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from trainer import config
 from trainer.optim.labels import Row, number_text
 from trainer.optim.rounding import storage_dtype
+from trainer.parallel.placement import Placement
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> str:
@@ -41,6 +42,30 @@ def label_table_text(rows: Sequence[Row], optimizer: config.Optimizer) -> str:
     header = ("path", "shape", "dtype", "label", "weight decay", "parameters", "bytes")
     parameters = table(header, [*cells, total], right=("weight decay", "parameters", "bytes"))
     return f"{parameters}\n{_groups_text(rows, optimizer)}"
+
+
+def placement_table_text(placements: Sequence[Placement], sizes: Mapping[str, int]) -> str:
+    """How each parameter is split, for example 768×3072 as fsdp × tensor, and who decided so.
+
+    Args:
+      placements: one for each parameter.
+      sizes: how many devices lie along each axis of the mesh.
+    """
+    cells = []
+    for placement in placements:
+        axes = [axis if axis and sizes[axis] > 1 else None for axis in placement.axes]
+        axes += [None] * (len(placement.shape) - len(axes))
+        parts = [size // (sizes[axis] if axis else 1) for size, axis in zip(placement.shape, axes, strict=True)]
+        cells.append(
+            (
+                placement.path,
+                "×".join(map(str, placement.shape)) or "scalar",
+                " × ".join(axis or "-" for axis in axes) if any(axes) else "whole",
+                "×".join(map(str, parts)) or "scalar",
+                placement.why,
+            )
+        )
+    return table(("path", "shape", "split over", "on a device", "by"), cells)
 
 
 def _groups_text(rows: Sequence[Row], optimizer: config.Optimizer) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from trainer import config
 from trainer.errors import UserError
 from trainer.experiment import Batch, Metrics
-from trainer.parallel.mesh import AXES, axis_sizes, make_grid
+from trainer.parallel.mesh import axis_sizes, make_grid
 from trainer.parallel.placement import Placement, place
 from trainer.parallel.pmapped import Pmapped
 from trainer.parallel.sharded import Sharded
@@ -31,6 +31,11 @@ class Parallel(Protocol):
     @property
     def axis_name(self) -> str | None:
         """The replica axis, or None."""
+        ...
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many devices lie along data, fsdp and tensor."""
         ...
 
     @property
@@ -87,7 +92,7 @@ def build_parallel(parallel: config.Parallel, params: Any, devices: Sequence[jax
         axis_sizes(parallel, len(devices))  # sizes that pmap does not use are errors
         return Pmapped(devices)
     grid = make_grid(parallel, devices)
-    placements = place(params, parallel, {axis: grid.size(axis) for axis in AXES})
+    placements = place(params, parallel, {axis: grid.size(axis) for axis in grid.axes})
     return Sharded(grid, placements, parallel.axis_rules, whole_params="zero1" in parallel.strategy)
 
 

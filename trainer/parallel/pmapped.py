@@ -45,6 +45,11 @@ class Pmapped:
         return jax.jit(make_state, out_shardings=self.replicated)()
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """All devices lie along data."""
+        return {"data": len(self.devices), "fsdp": 1, "tensor": 1}
+
+    @property
     def row_shards(self) -> int:
         """Into how many parts a batch is split."""
         return len(self.devices)

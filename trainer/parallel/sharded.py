@@ -1,6 +1,7 @@
 """Sharded: `jax.jit` over a mesh of devices; a step sees global arrays and XLA adds the communication."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,9 +51,14 @@ class Sharded:
         self._axis_rules = [("batch", self.rows.spec[0]), *((name, names.get(axis or "")) for name, axis in axis_rules)]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """How many devices lie along data, fsdp and tensor."""
+        return {axis: self.grid.size(axis) for axis in self.grid.axes}
+
+    @property
     def row_shards(self) -> int:
         """Into how many parts a batch is split."""
-        return self.grid.size("data") * self.grid.size("fsdp")
+        return math.prod(self.sizes[axis] for axis in _ROWS)
 
     def shardings(self, state: TrainState) -> TrainState:
         """The tree of shardings of a state, of which only shapes are used.

@@ -1,0 +1,21 @@
+"""The run of `tests/multiprocess`, as a config file of its own, since a config's experiment lies in a module."""
+
+import dataclasses
+import sys
+
+from tests.multiprocess.tasks import BATCH, Traced
+from tests.tasks import make_run
+from trainer import config
+
+
+def get_config(argument: str = "") -> config.Run:
+    """Twenty steps, with checkpoints at ten and twenty; "differing" gives each process a batch size of its own."""
+    batch_size = 2 * BATCH if argument == "differing" and "--process=1" in sys.argv else BATCH
+    return make_run(
+        20,
+        experiment=Traced(),
+        batch_size=batch_size,
+        optimizer=dataclasses.replace(make_run().optimizer, schedule=config.Schedule(peak=1e-2)),
+        checkpoint=config.Checkpoint(every_steps=10),
+        parallel=config.Parallel(strategy="fsdp", min_shard_size=0),
+    )

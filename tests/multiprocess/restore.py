@@ -1,0 +1,51 @@
+"""Run in each of several processes: restores a checkpoint, compares its bits with an .npz, and misses a barrier.
+
+Arguments: workdir, .npz, then the flags of a command that several processes carry out.
+"""
+
+import argparse
+import sys
+from contextlib import closing
+
+import jax
+import numpy as np
+
+from trainer.build import build
+from trainer.checkpoint.store import Store
+from trainer.commands.arguments import add_group_options
+from trainer.parallel import processes
+from trainer.rules import paths
+from trainer.workdir import Workdir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("expected")
+    add_group_options(parser)
+    options = parser.parse_args()
+    processes.initialize(options.coordinator, options.process, options.processes)
+    run = Workdir(options.workdir).run()
+    assert run is not None
+    parts = build(run)
+    with closing(Store(Workdir(options.workdir).checkpoints, run.checkpoint, read_only=True)) as store:
+        state = store.restore(parts.state, store.steps()[-1])
+    expected = np.load(options.expected)
+    split = 0
+    for path, leaf in zip(paths(state), jax.tree.leaves(state), strict=True):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[path][shard.index], err_msg=path)
+        split += not leaf.sharding.is_fully_replicated
+    assert len(paths(state)) == len(expected.files)
+    shapes = f"{jax.process_count()} processes × {jax.local_device_count()} devices"
+    print(f"{len(expected.files)} leaves are the same bit for bit on {shapes}, {split} of them split", flush=True)
+    if processes.index() != processes.count() - 1:
+        try:
+            processes.barrier("the missed one", 1)
+        except TimeoutError as error:
+            print(error, flush=True)
+    assert processes.gather("all", str(processes.index())) == [str(i) for i in range(processes.count())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

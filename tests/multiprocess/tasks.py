@@ -1,0 +1,48 @@
+"""A task whose metrics tell what every row of every global batch held, and what a process can do wrong."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.tasks import Task
+from trainer.data.source import ArraySource
+from trainer.experiment import Mean
+
+BATCH = 16
+EXAMPLES = 21  # of Task's test split: two batches of 8, and one in which the last of four processes has nothing
+
+
+@dataclasses.dataclass
+class Traced(Task):
+    """`id_j` is the example in row j of a training batch, `noise_j` a number drawn with its key."""
+
+    dropout: float = 0.2
+    noise: float = 0.3
+    broken_in: int = -1  # the process whose source fails
+
+    def loss(self, variables, batch, *, key, train, axis_name):
+        metrics, collections = super().loss(variables, batch, key=key, train=train, axis_name=axis_name)
+        one = jnp.ones((), jnp.float32)
+        if train:
+            drawn = jax.vmap(jax.random.normal)(batch["row_key"])
+            for row in range(BATCH):
+                metrics[f"id_{row}"] = Mean(batch["id"][row].astype(jnp.float32), one)
+                metrics[f"noise_{row}"] = Mean(drawn[row], one)
+        else:  # each example's share of all that were seen
+            for i in range(EXAMPLES):
+                metrics[f"share_{i}"] = Mean.of(batch["id"] == i, batch["mask"])
+        return metrics, collections
+
+    def source(self, split):
+        arrays = super().source(split).arrays
+        source = ArraySource(arrays | {"id": np.arange(len(arrays["label"]), dtype=np.int32)})
+        return Broken(source.arrays) if split == "train" and jax.process_index() == self.broken_in else source
+
+
+class Broken(ArraySource):
+    """It can be looked at, but not read."""
+
+    def take(self, indices):
+        raise OSError("the disk is gone")

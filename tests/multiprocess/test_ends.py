@@ -1,0 +1,150 @@
+"""How a group of processes ends: in good order when asked to, soon when one fails, and never in part."""
+
+import fcntl
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from tests.multiprocess.conftest import CONFIG, Group, free_port, is_alive, rehearse, rows_of
+from trainer import config
+from trainer.checkpoint.store import Store
+
+pytestmark = pytest.mark.slow
+
+ENDLESS = "--config.total_steps=1000000"
+
+
+def start(running, workdir, *flags, steps: int = 3) -> tuple[Group, list[int]]:
+    """A rehearsal of two processes that has made some steps, and their process ids."""
+    group = rehearse(CONFIG, f"--workdir={workdir}", *flags)
+    running.append(group)
+    group.wait_until(lambda: rows_of(workdir) >= steps)
+    return group, [group.child(place) for place in range(2)]
+
+
+def assert_gone(pids: list[int], seconds: float = 3) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, f"left behind: {pids}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("signum", "code", "to_one"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
+def test_a_signal_to_one_process_or_to_all_saves_one_step_and_ends_all(signum, code, to_one, running, tmp_path):
+    workdir = tmp_path / "run"
+    group, pids = start(running, workdir, ENDLESS, "--config.checkpoint.every_steps=1000000")
+    os.kill(pids[1] if to_one else group.process.pid, signum)
+    assert group.end(30) == code
+    steps = Store(workdir / "checkpoints", config.Checkpoint(), read_only=True).steps()
+    assert len(steps) == 1
+    said = f"[0] stopped by {signum.name} at step {steps[0]}, which is saved; launch it again to go on"
+    assert [line for line in group.stderr.splitlines() if "stopped" in line] == [said]
+    assert not group.errors()
+    assert rows_of(workdir) == steps[0]
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_killed_process_ends_the_group_with_its_code_soon(place, running, tmp_path):
+    group, pids = start(running, tmp_path / "run", ENDLESS)
+    os.kill(pids[place], signal.SIGKILL)
+    began = time.monotonic()
+    assert group.end(30) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 10
+    assert group.errors()[-1] == f"error: process {place} was killed by SIGKILL; all were ended"
+    assert_gone(pids, 0)
+
+
+def test_a_killed_rehearsal_leaves_no_process_behind(running, tmp_path):
+    group, pids = start(running, tmp_path / "run", ENDLESS)
+    assert all(map(is_alive, pids))
+    group.process.kill()
+    assert_gone(pids)
+
+
+def test_an_exception_in_one_of_two_processes_that_slurm_started_ends_both_without_rehearse(running, tmp_path):
+    for place in range(2):
+        environment = {
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(place),
+            "SLURM_LOCALID": str(place),
+            "JAX_COORDINATOR_PORT": str(free_port()) if not place else running[0].port,
+        }
+        flags = (CONFIG, f"--workdir={tmp_path}/run", "--heartbeat=5", "--config.experiment.broken_in=1")
+        running.append(Group("-m", "trainer", "train", *flags, **environment))
+        running[-1].port = environment["JAX_COORDINATOR_PORT"]
+    assert running[1].end() == 1
+    began = time.monotonic()
+    assert running[1].stderr.count("OSError: the disk is gone") == 1
+    assert "Traceback" in running[1].stderr
+    assert running[0].end(30) == -signal.SIGABRT
+    assert time.monotonic() - began < 15
+    assert "heartbeat" in running[0].stderr
+
+
+def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_come(running, tmp_path):
+    port = free_port()
+    began = time.monotonic()
+    for place in (0, 1):
+        flags = (f"--coordinator=127.0.0.1:{port + place}", f"--process={place}", "--processes=3", "--wait=2")
+        running.append(Group("-m", "trainer", "train", CONFIG, f"--workdir={tmp_path}/run", *flags))
+    assert [group.end() for group in running] == [2, 2]
+    assert time.monotonic() - began < 30
+    assert running[0].stderr == (f"error: only 1 of 3 processes came within 2 s to 127.0.0.1:{port}: no process 1, 2\n")
+    assert running[1].stderr == (
+        f"error: process 0 of 3 at 127.0.0.1:{port + 1} did not answer; process 1 waited 2 s\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((CONFIG, "--config.batchsize=8"), r"config has no field 'batchsize'; did you mean 'batch_size'\?"),
+        (
+            (f"{CONFIG}:differing",),
+            'the processes were not started alike: process 1 has "batch_size": 32, process 0 has "batch_size": 16\n',
+        ),
+        ((CONFIG, "--config.batch_size=6"), "batch_size 6 does not divide over 4 devices"),
+        (
+            (CONFIG, "--config.total_steps=9", "--profile=8:10"),
+            "the profile is to end with step 10, ",
+        ),
+    ],
+    ids=["typo", "differing", "batch", "profile"],
+)
+def test_a_mistake_is_one_line_of_one_process_and_leaves_nothing(flags, message, running, tmp_path):
+    running.append(rehearse(*flags, "--processes=2", "--devices=2", f"--workdir={tmp_path}/run"))
+    assert running[0].end() == 2
+    assert len(running[0].stderr.splitlines()) == 1
+    assert re.match(rf"\[[01]\] error: {message}", running[0].stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_first_process_can_find_wrong_ends_all(running, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with (workdir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running.append(rehearse(CONFIG, f"--workdir={workdir}"))
+        assert running[0].end() == 2
+    assert running[0].stderr == f"[0] error: another process is training in workdir {workdir}\n"
+
+
+def test_divergence_ends_all_at_the_same_step_with_one_line(running, tmp_path):
+    running.append(rehearse(CONFIG, f"--workdir={tmp_path}/run", "--config.experiment.explode_at=1"))
+    assert running[0].end() == 1
+    error = r"\[0\] error: the loss of step [1-4] is inf; the run is stopped, there is no checkpoint yet\n"
+    assert re.fullmatch(error, running[0].stderr)
+    assert rows_of(tmp_path / "run") < 4
+
+
+def test_rehearse_refuses_what_it_cannot_start():
+    group = rehearse(CONFIG, "--processes=0")
+    assert group.end() == 2
+    assert group.stderr == "error: --processes is 0; it must be at least 1\n"

@@ -1,0 +1,167 @@
+"""Two and four processes train the run that one process trains, and write it once."""
+
+import json
+import re
+import shutil
+import sys
+from io import StringIO
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.multiprocess.config import get_config
+from tests.multiprocess.conftest import CONFIG, ROOT, Group, arrays, finished, free_port, rehearse
+from tests.multiprocess.tasks import BATCH, EXAMPLES, Traced
+from tests.test_resume import event_steps
+from trainer import config, train
+from trainer.build import build
+from trainer.checkpoint.store import Store
+from trainer.data.stream import Order
+from trainer.observe.metrics import read_rows
+from trainer.observe.progress import Progress
+from trainer.rules import paths
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def in_one(tmp_path_factory) -> list[dict]:
+    """The rows of metrics of the same run in this process, which has four devices, too."""
+    workdir, run = tmp_path_factory.mktemp("one") / "run", get_config()
+    run.evaluation.every_steps = 10
+    train(run, workdir, progress=Progress(20, StringIO()))
+    return list(read_rows(workdir / "metrics.jsonl"))
+
+
+def values(rows: list[dict], *names: str) -> np.ndarray:
+    return np.array([[row[name] for name in names] for row in rows])
+
+
+@pytest.fixture(params=["in_two", "in_four"])
+def rows(request, in_two, in_four) -> list[dict]:
+    return list(read_rows((in_two[0] if request.param == "in_two" else in_four) / "metrics.jsonl"))
+
+
+def test_losses_gradients_and_evaluations_are_those_of_one_process_to_float32_rounding(rows, in_one):
+    for names in (["train/loss", "train/grad_norm", "train/accuracy"], ["test/loss", "test/accuracy"]):
+        found, expected = ([row for row in run if names[0] in row] for run in (rows, in_one))
+        np.testing.assert_allclose(values(found, *names), values(expected, *names), rtol=2e-5, atol=0)
+    assert [row["step"] for row in rows] == [row["step"] for row in in_one] == list(range(1, 21))
+
+
+def test_row_j_of_batch_i_is_the_same_example_with_the_same_random_numbers_on_any_number_of_processes(rows, in_one):
+    names = [f"train/id_{row}" for row in range(BATCH)]
+    examples = Order(Traced().examples, get_config().seed)(0, 20 * BATCH).reshape(20, BATCH)
+    np.testing.assert_array_equal(values(rows, *names), examples)
+    noise = [f"train/noise_{row}" for row in range(BATCH)]
+    np.testing.assert_array_equal(values(rows, *noise), values(in_one, *noise))
+    assert len(np.unique(values(rows, *noise))) == 20 * BATCH
+
+
+def test_evaluation_sees_every_example_once_though_the_last_batch_is_not_full(rows):
+    evaluated = [row for row in rows if "test/examples" in row]
+    assert [(row["step"], row["test/examples"]) for row in evaluated] == [(10, EXAMPLES), (20, EXAMPLES)]
+    shares = values(evaluated, *(f"test/share_{i}" for i in range(EXAMPLES)))
+    np.testing.assert_array_equal(shares, np.full_like(shares, 1 / EXAMPLES))
+
+
+def test_only_the_first_process_writes_and_speaks(in_two):
+    workdir, group = in_two
+    assert {line[:4] for line in group.stdout.splitlines()} == {"[0] "}
+    assert "Gloo" not in group.stdout
+    shown = re.findall(r"^\[0\] step +(\d+)/20  loss ", group.stdout, re.MULTILINE)
+    assert shown == [str(step) for step in range(1, 21)]
+    assert event_steps(workdir) == list(range(1, 21))
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert sorted(path.name for path in workdir.iterdir()) == [
+        *(".lock", "checkpoints", "config.json", "labels.txt", "metrics.jsonl", "profile", "tensorboard"),
+        "timing.jsonl",
+    ]
+
+
+def test_every_process_writes_a_profile_of_its_own(in_two):
+    for place in (0, 1):
+        traces = list((in_two[0] / "profile" / f"process_{place}").rglob("*.xplane.pb"))
+        assert len(traces) == 1
+        recorded = traces[0].read_bytes()
+        assert b"step_num" in recorded
+        assert b"train" in recorded
+
+
+def test_a_checkpoint_of_two_processes_is_one_with_parts_of_both_and_one_manifest(in_two):
+    folder = in_two[0] / "checkpoints" / "20"
+    assert {path.name for path in (folder / "state").glob("ocdbt.process_*")} == {"ocdbt.process_0", "ocdbt.process_1"}
+    assert json.loads((folder / "manifest" / "metadata").read_text())["step"] == 20
+
+
+def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):
+    expected, run = arrays(in_two[0]), get_config()
+    for strategy, devices in (("data", 1), ("fsdp", 4), ("pmap", 4)):
+        run.parallel = config.Parallel(strategy=strategy, devices=devices, min_shard_size=0)
+        store = Store(in_two[0] / "checkpoints", run.checkpoint, read_only=True)
+        state = store.restore(build(config.resolve(run)).state, 20)
+        found = dict(zip(paths(state), map(np.asarray, jax.tree.leaves(state)), strict=True))
+        assert found.keys() == expected.keys()
+        for path in found:
+            np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
+
+
+def test_a_checkpoint_of_two_processes_is_restored_on_four_bit_for_bit_and_a_late_process_is_named(in_two, tmp_path):
+    expected = arrays(in_two[0])
+    np.savez(tmp_path / "expected.npz", **expected)
+    script = ["-m", "tests.multiprocess.restore", str(in_two[0]), str(tmp_path / "expected.npz")]
+    start = f"raise SystemExit(run_group({[sys.executable, *script]}, processes=4, devices=1))"
+    lines = finished(Group("-c", f"from trainer.commands.rehearse import run_group; {start}")).stdout.splitlines()
+    split = sum(array.size >= 4 and any(n % 4 == 0 for n in array.shape) for array in expected.values())
+    assert split > 5
+    for place in range(4):
+        shown = [line for line in lines if line.startswith(f"[{place}] ")]
+        same = f"{len(expected)} leaves are the same bit for bit on 4 processes × 1 devices, {split} of them split"
+        missed = ["waited 1 s at 'the missed one' for process 3 of 4"] * (place != 3)
+        assert shown == [f"[{place}] {text}" for text in (same, *missed)]
+
+
+def test_ten_and_ten_steps_in_two_processes_are_twenty_to_the_bit(in_two, tmp_path):
+    workdir, whole = tmp_path / "run", in_two[0]
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    flags = ("--processes=2", "--devices=2", "--config.evaluation.every_steps=10", f"--workdir={workdir}")
+    shown = finished(rehearse(CONFIG, *flags)).stdout
+    assert shown.count("resumed from step 10") == 1
+    found, expected = arrays(workdir), arrays(whole)
+    assert found.keys() == expected.keys()
+    for path in found:
+        np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_evaluate_finds_the_processes_that_open_mpi_started_and_shows_what_training_found(in_two, running):
+    port = free_port()
+    for place in range(2):
+        environment = {
+            "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(place),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(place),
+            "JAX_COORDINATOR_PORT": str(port),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        }
+        running.append(Group("-m", "trainer", "evaluate", f"--workdir={in_two[0]}", **environment))
+    first, second = map(finished, running)
+    last = list(read_rows(in_two[0] / "metrics.jsonl"))[-1]
+    shown = dict(line.split(": ") for line in first.stdout.splitlines() if line.startswith("test "))
+    assert shown["test loss"] == f"{last['test/loss']:.4f}"
+    assert shown["test examples"] == str(EXAMPLES)
+    assert "test " not in second.stdout
+
+
+def test_rehearse_without_a_workdir_names_a_temporary_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    group = rehearse(CONFIG, "--processes=1", "--config.total_steps=1", "--config.logging.every_steps=1")
+    first = finished(group).stdout.splitlines()[0]
+    workdir = Path(first.removeprefix("no --workdir: the run is in "))
+    assert workdir.parent == tmp_path
+    assert (workdir / "checkpoints" / "1").is_dir()
+    assert ROOT not in workdir.parents

@@ -1,0 +1,33 @@
+"""A decoder of two layers on data that lies in memory, and programs with known communication."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from experiments.language_model import LanguageModel
+from trainer import config
+from trainer.data.source import ArraySource
+
+
+@dataclasses.dataclass
+class Decoder(LanguageModel):
+    """Two layers, 256 wide, bfloat16."""
+
+    length: int = 128
+    vocab: int = 512
+    width: int = 256
+    layers: int = 2
+    heads: int = 4
+    mlp_width: int = 1024
+    dtype: str = "bfloat16"
+
+    def source(self, split: str) -> ArraySource:
+        tokens = np.zeros((4, self.length + 1), np.uint8)
+        return ArraySource({"tokens": tokens, "targets": np.full(4, self.length, np.int32)})
+
+
+def make_run(batch_size: int = 16, strategy: str = "fsdp", **model: Any) -> config.Run:
+    """A resolved run of the decoder; `model` replaces its fields."""
+    parallel = config.Parallel(strategy=strategy)
+    return config.resolve(config.Run(Decoder(**model), total_steps=10, batch_size=batch_size, parallel=parallel))

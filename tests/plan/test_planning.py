@@ -1,0 +1,117 @@
+"""Plans: bytes against the shapes' own, every strategy on every generation, layouts, and what does not fit."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from tests.plan.models import make_run
+from trainer import config
+from trainer.plan import planning
+from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
+from trainer.plan.planning import Layout
+from trainer.plan.search import remat_policies, search
+from trainer.plan.topology import find
+
+PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 2 * 512 * 256 + 5 * 256
+SMALL = {"length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize("strategy", planning.strategies())
+def test_both_steps_of_every_strategy_compile_for_every_generation(topology, strategy):
+    there = find(topology)
+    run = make_run(strategy=strategy, **SMALL)
+    parts = planning.built(run, there, Layout(torus=True))
+    for step, spec in ((parts.train_step, parts.spec), (parts.eval_step, parts.eval_spec)):
+        found = compile_for(step, (parts.state, parts.parallel.abstract_batch(spec)), len(there.devices), FAST)
+        assert isinstance(found, Figures)
+        assert found.program is not None
+        assert found.program.exact
+        if step is parts.train_step:
+            held = sum(map(planning.shard_bytes, jax.tree.leaves(parts.state)))
+            assert found.aliased == pytest.approx(held, rel=0.02)  # all that is donated is taken over
+
+
+@pytest.mark.parametrize(("strategy", "split"), [("data", ()), ("zero1", ("moments",)), ("fsdp", ("moments", "parameters"))])
+def test_bytes_on_a_device_are_the_whole_by_the_devices_that_split_it(strategy, split):
+    there = find("v5e:2x4")
+    plan = planning.plan(make_run(strategy=strategy), there, fast=True)
+    parameters = 4 * PARAMETERS
+    for name, whole in {"parameters": parameters, "moments": 2 * parameters}.items():
+        share = 8 if name in split else 1
+        assert getattr(plan, name) == pytest.approx(whole / share, rel=0.02)
+    assert plan.gradients == pytest.approx(parameters / (8 if split else 1), rel=0.02)
+    assert isinstance(plan.train, Figures)
+    assert 0 <= plan.train.arguments - plan.parameters - plan.moments < 0.3 * 2**20
+    assert plan.fits
+
+
+def test_operations_are_those_of_the_matrices():
+    there = find("v5e:2x2")
+    plan = planning.plan(make_run(batch_size=8, strategy="data"), there, fast=True)
+    tokens, causal = 2 * 128, 2 * 2 * 128 * 256 * 2 * 128 * 2  # a device has 2 rows; scores and their sums, 2 layers
+    matrices = PARAMETERS - 512 * 256 - 5 * 256  # the embedding is read, not multiplied
+    forward = 2 * tokens * matrices + causal
+    assert isinstance(plan.train, Figures)
+    assert isinstance(plan.evaluation, Figures)
+    assert plan.evaluation.program.flops == pytest.approx(forward, rel=0.01)
+    assert plan.train.program.flops == pytest.approx(3 * forward, rel=0.01)
+
+
+def test_frozen_parameters_have_no_gradients():
+    there = find("v5e:2x2")
+    groups = {"still": config.Group(frozen=True), "moving": config.Group()}
+    labels = ((r"embed/.*", "still"), (".*", "moving"))
+    run = make_run(strategy="data", **SMALL)
+    run = dataclasses.replace(run, optimizer=config.Optimizer(labels=labels, groups=groups))
+    plan = planning.plan(run, there, fast=True)
+    assert plan.parameters - plan.gradients == 256 * 128 * 4
+
+
+def test_of_the_layouts_the_best_is_that_which_fits_sends_least_and_takes_least():
+    def figures(sent, peak):
+        program = dataclasses.make_dataclass("Program", ["collectives"])
+        collective = dataclasses.make_dataclass("Collective", ["sent"])
+        return Figures(0, 0, 0, peak, program([collective(sent)]), 0.0)
+
+    a, b, c, d = Layout(True), Layout(True, True), Layout(False), Layout(False, True)
+    assert planning.best({a: TooLarge(9, (), 0.0), b: figures(5, 8), c: figures(9, 1)}) == b
+    assert planning.best({a: figures(100, 8), b: figures(101, 7), c: figures(103, 1)}) == b
+    assert planning.best({c: TooLarge(9, (), 0.0), d: TooLarge(8, (), 0.0)}) == d
+
+
+def test_what_does_not_fit_names_its_largest_buffers():
+    device = find("v5e:1x1").devices[0]
+    x = jax.ShapeDtypeStruct((2**30,), jnp.float32, sharding=SingleDeviceSharding(device))
+
+    @jax.jit
+    def step(x, y):
+        with jax.named_scope("the_sorting"):
+            return jnp.sort(x), jnp.sort(y)
+
+    found = compile_for(step, (x, x), 1, FAST)
+    assert isinstance(found, TooLarge)
+    assert found.needed >= 4 * 2**32
+    assert sum(b.count * b.bytes for b in found.buffers) == pytest.approx(found.needed, rel=0.01)
+    assert {b.shape for b in found.buffers if b.bytes == 2**32} == {"f32[1073741824]"}
+    assert {b.name for b in found.buffers} >= {"x", "y"}
+    assert any("the_sorting" in b.name for b in found.buffers)
+
+
+def test_the_largest_batch_fits_and_twice_as_much_does_not():
+    there = find("v5e:2x2")
+    run = make_run(strategy="fsdp", length=4096, layers=1)
+    found = list(search(run, there, microbatches=(1, 2)))
+    assert [(one.remat, one.microbatches) for one in found] == [
+        (policy, count) for policy in remat_policies(run.experiment) for count in (1, 2)
+    ]
+    one = found[0]
+    for factor, outcome in ((1, Figures), (2, TooLarge)):
+        assert isinstance(planning.train_only(planning.with_batch(run, factor * one.batch_size, 1), there), outcome)
+    assert f"--config.batch_size={one.batch_size} --config.microbatches=1" in one.flags()
+    assert math.log2(one.batch_size / 4).is_integer()
+    assert found[1].batch_size >= one.batch_size

@@ -1,0 +1,223 @@
+"""Plans a run on a topology: each strategy compiled in the layout that communicates least, with what it takes."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer import config
+from trainer.build import Parts, build
+from trainer.parallel.mesh import axis_sizes
+from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
+from trainer.plan.topology import Topology
+from trainer.rules import paths
+
+# Above this size in MiB XLA splits matrix products into loops that compute and send in turn; raised, it never does.
+UNSPLIT = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a compiled step can have that the strategy leaves open.
+
+    Attributes:
+      torus: whether fsdp has a mesh axis for each dimension of the torus.
+      unsplit: whether the compiler is told not to split matrix products into loops.
+    """
+
+    torus: bool
+    unsplit: bool = False
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """What the compiler is told."""
+        return UNSPLIT if self.unsplit else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A strategy on a topology, in bytes on one device.
+
+    Attributes:
+      run: as compiled.
+      layout: the one chosen.
+      tried: how many layouts were compared.
+      parameters: all that the device holds of the parameters.
+      moments: of the optimizer's state.
+      gradients: of all gradients at once, where the model is not frozen; the compiler may need fewer at a time.
+      train: the train step.
+      evaluation: the evaluation step; the moments stay where they are meanwhile and are not part of its figures.
+      hbm: memory of the device.
+    """
+
+    run: config.Run
+    layout: Layout
+    tried: int
+    parameters: int
+    moments: int
+    gradients: int
+    train: Figures | TooLarge
+    evaluation: Figures | TooLarge
+    hbm: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether both steps fit, evaluation with the moments beside it."""
+        train, evaluation = self.train, self.evaluation
+        return (
+            isinstance(train, Figures)
+            and isinstance(evaluation, Figures)
+            and (evaluation.peak + self.moments <= self.hbm)
+        )
+
+
+def strategies() -> tuple[str, ...]:
+    """The names of all strategies."""
+    field = next(f for f in dataclasses.fields(config.Parallel) if f.name == "strategy")
+    return field.metadata["choices"]
+
+
+def with_strategy(run: config.Run, strategy: str) -> config.Run:
+    """The run under another strategy; sizes of axes that it does not use are left to it."""
+    parallel = run.parallel
+    if strategy == parallel.strategy:
+        return run
+    fsdp = parallel.fsdp if "fsdp" in strategy or "zero1" in strategy else 0
+    tensor = parallel.tensor if "tensor" in strategy else 0
+    return dataclasses.replace(run, parallel=dataclasses.replace(parallel, strategy=strategy, fsdp=fsdp, tensor=tensor))
+
+
+def with_batch(run: config.Run, batch_size: int, microbatches: int) -> config.Run:
+    """The run with another batch; evaluation follows where its batch is the same."""
+    follows = run.evaluation.batch_size == run.batch_size
+    evaluation = dataclasses.replace(run.evaluation, batch_size=0) if follows else run.evaluation
+    changed = dataclasses.replace(run, batch_size=batch_size, microbatches=microbatches, evaluation=evaluation)
+    return config.resolve(changed)
+
+
+def row_shards(run: config.Run, topology: Topology) -> int:
+    """Into how many parts a batch is split.
+
+    Raises:
+      UserError: the strategy's axes do not divide the devices.
+    """
+    sizes = axis_sizes(run.parallel, len(topology.devices), topology.slices)
+    return sizes["data"] * sizes["fsdp"]
+
+
+def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str], None] = lambda _: None) -> Plan:
+    """Compiles both steps of a run, in the better of the layouts that its strategy leaves open.
+
+    The layouts are compared with the fast compiler: that which fits and sends the fewest bytes, and of those within
+    2 % the one that takes the least memory.
+
+    Args:
+      run: resolved.
+      topology: what to compile for.
+      fast: whether the fast compiler is all there is.
+      note: is told what goes on.
+
+    Raises:
+      UserError: the run does not fit the topology's number of devices.
+    """
+    built: dict[Layout, Parts] = {}
+    tried: dict[Layout, Figures | TooLarge] = {}
+    for layout in _layouts(run, topology, tried):
+        note(f"layout {len(tried) + 1}, to compare")
+        built[layout] = built(run, topology, layout)
+        tried[layout] = _train(built[layout], topology, layout, fast=True, explain=False)
+    layout = best(tried) if tried else Layout(run.parallel.torus)
+    parts = built.get(layout) or built(run, topology, layout)
+    note("train step")
+    train = tried.get(layout)
+    if not fast or not isinstance(train, Figures):
+        train = _train(parts, topology, layout, fast=fast)
+    note("evaluation step")
+    evaluation = compile_for(
+        parts.eval_step,
+        (parts.state, parts.parallel.abstract_batch(parts.eval_spec)),
+        len(topology.devices),
+        _options(layout, fast),
+    )
+    return Plan(
+        parts.run,
+        layout,
+        len(tried),
+        sum(map(shard_bytes, jax.tree.leaves(parts.state.params))),
+        sum(map(shard_bytes, jax.tree.leaves(parts.state.opt_state))),
+        _gradient_bytes(parts),
+        train,
+        evaluation,
+        topology.hbm_bytes,
+    )
+
+
+def train_only(run: config.Run, topology: Topology) -> Figures | TooLarge:
+    """The train step of a run by the fast compiler, in the layout that its config says."""
+    layout = Layout(run.parallel.torus)
+    return _train(built(run, topology, layout), topology, layout, fast=True, explain=False)
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of an array's part on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def _layouts(run: config.Run, topology: Topology, tried: Mapping[Layout, Figures | TooLarge]) -> Iterator[Layout]:
+    """The layouts worth a try, given what those before came to; none where there is nothing to choose."""
+    strategy, torus = run.parallel.strategy, run.parallel.torus
+    if strategy in ("data", "pmap"):
+        return
+    several = strategy != "tensor" and sum(size > 1 for size in topology.shape) > 1
+    for layout in (Layout(torus), Layout(False)) if torus and several else (Layout(torus),):
+        yield layout
+        found = tried[layout]
+        if isinstance(found, TooLarge) or (found.program is not None and found.program.windowed):
+            yield dataclasses.replace(layout, unsplit=True)
+
+
+def best(tried: Mapping[Layout, Figures | TooLarge]) -> Layout:
+    """Of layouts that fit, and send within 2 % of the fewest bytes, that which takes the least memory."""
+    fitting = {layout: found for layout, found in tried.items() if isinstance(found, Figures)}
+    if not fitting:
+        return min(tried, key=lambda layout: tried[layout].needed)  # pyrefly: ignore[missing-attribute]
+    least = min(map(sent_bytes, fitting.values()))
+    near = [layout for layout, found in fitting.items() if sent_bytes(found) <= 1.02 * least]
+    return min(near, key=lambda layout: fitting[layout].peak)
+
+
+def sent_bytes(figures: Figures) -> float:
+    """Bytes that every chip sends in a step, at least."""
+    return sum(c.sent for c in figures.program.collectives) if figures.program else 0.0
+
+
+def built(run: config.Run, topology: Topology, layout: Layout) -> Parts:
+    """The parts of a run, on the devices of a topology."""
+    parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=0)
+    return build(dataclasses.replace(run, parallel=parallel), topology.devices)
+
+
+def _options(layout: Layout, fast: bool) -> dict[str, str]:
+    return {**layout.options, **(FAST if fast else {})}
+
+
+def _train(parts: Parts, topology: Topology, layout: Layout, *, fast: bool, explain: bool = True) -> Figures | TooLarge:
+    batch = parts.parallel.abstract_batch(parts.spec)
+    options = _options(layout, fast)
+    return compile_for(parts.train_step, (parts.state, batch), len(topology.devices), options, explain=explain)
+
+
+def _gradient_bytes(parts: Parts) -> int:
+    """A gradient has its parameter's shape and dtype, and is split as the optimizer's state is."""
+    sizes, placements = parts.parallel.sizes, parts.parallel.placements
+    total = 0
+    leaves, labels = jax.tree.leaves(parts.state.params), jax.tree.leaves(parts.labels)
+    for path, leaf, label in zip(paths(parts.state.params), leaves, labels, strict=True):
+        if parts.run.optimizer.groups[label].frozen:
+            continue
+        axes = placements[path].axes if path in placements else ()
+        total += leaf.size * np.dtype(leaf.dtype).itemsize // math.prod(sizes[axis] for axis in axes if axis)
+    return total
