@@ -4,7 +4,8 @@
     python -m trainer prepare --config=configs/shakespeare.py
     python -m trainer train --config=configs/shakespeare.py --workdir=runs/shakespeare
 
-Cost: . Expected: .
+Cost: about 3 minutes on 2 CPU cores (270 CPU-seconds). Expected: 2.42 bits per byte and 50 % accuracy on the two test
+works, after two thirds of the training works.
 """
 
 from experiments.language_model import LanguageModel
@@ -12,7 +13,7 @@ from trainer.config import Evaluation, Group, Logging, Optimizer, Run, Schedule
 
 
 def get_config() -> Run:
-    """Two layers, 128 wide, for 3,000 steps of 8 × 128 bytes (two thirds of the training works)."""
+    """Two layers, 128 wide, for 3,000 steps of 8 × 128 bytes."""
     return Run(
         experiment=LanguageModel(length=128, width=128, layers=2, heads=4, mlp_width=512),
         total_steps=3000,

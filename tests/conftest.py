@@ -1,9 +1,9 @@
-"""Four fake devices, data sets in a folder of their own, and shape annotations that run as checks."""
+"""Eight fake devices, data sets in a folder of their own, and shape annotations that run as checks."""
 
 import os
 
 # Before JAX starts.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests' own folder: nothing of the user's is read or written.
 os.environ.pop("TFDS_DATA_DIR", None)
@@ -11,7 +11,14 @@ os.environ.pop("TFDS_DATA_DIR", None)
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["trainer.step", "trainer.optim", "trainer.experiment", "experiments.image_classification", "experiments.toy"],
+    [
+        "trainer.step",
+        "trainer.optim",
+        "trainer.experiment",
+        "experiments.image_classification",
+        "experiments.language_model",
+        "experiments.toy",
+    ],
     "beartype.beartype",
 )
 

@@ -24,8 +24,8 @@ LAYERS = [
     {"workdir"},
     {"step"},
     {"optim", "state"},
-    {"config", "rules"},
-    {"errors", "experiment", "reduction", "remat"},
+    {"config", "reduction", "remat", "rules"},
+    {"errors", "experiment"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}
 

@@ -36,6 +36,7 @@ def test_microbatches_under_ragged_masks_equal_the_whole_batch(microbatches):
     (whole, whole_metrics), (split, split_metrics) = results
     allclose(split.params, whole.params, rtol=1e-5, atol=1e-7)
     allclose(split_metrics, whole_metrics, rtol=1e-5)
+    assert int(split.opt_state.count) == int(whole.opt_state.count) == int(split.step) == 1
 
 
 def test_gradient_is_that_of_the_masked_mean():

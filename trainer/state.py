@@ -58,7 +58,15 @@ def update_ema(ema: Any, params: Any, step: Int32[Array, ""], decay: float) -> A
       decay: at least 0, below 1.
     """
     share = jnp.maximum(1 - decay, 1 / (step + 1))
-    return jax.tree.map(lambda e, p: e + (p.astype(e.dtype) - e) * share.astype(e.dtype), ema, params)
+
+    def moved(mean: Any, param: Any) -> Any:
+        wide = param.astype(mean.dtype)
+        if param.dtype != mean.dtype:  # XLA would leave out the rounding that it finds between two casts
+            info = jnp.finfo(param.dtype)
+            wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+        return mean + (wide - mean) * share.astype(mean.dtype)
+
+    return jax.tree.map(moved, ema, params)
 
 
 def _at_least_float32(x: Any) -> Any:

@@ -430,8 +430,18 @@ def test_no_command_at_all_prints_the_usage_and_is_a_mistake(capsys):
     assert capsys.readouterr().out.startswith("usage: python -m trainer COMMAND ")
 
 
+GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
+
+
 @pytest.mark.parametrize(
-    ("command", "own"), [("train", set()), ("evaluate", {"--step"}), ("inspect", {"--probe"}), ("prepare", set())]
+    ("command", "own"),
+    [
+        ("train", {"--profile", *GROUP}),
+        ("evaluate", {"--step", *GROUP}),
+        ("inspect", {"--probe"}),
+        ("prepare", set()),
+        ("rehearse", {"--processes", "--devices", "--command", "--profile", "--step"}),
+    ],
 )
 def test_help_of_a_command_explains_its_flags(command, own, capsys):
     try:

@@ -110,11 +110,12 @@ def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):
 
 def test_a_checkpoint_of_two_processes_is_restored_on_four_bit_for_bit_and_a_late_process_is_named(in_two, tmp_path):
     expected = arrays(in_two[0])
-    np.savez(tmp_path / "expected.npz", **expected)
+    np.savez(tmp_path / "expected.npz", **expected)  # pyrefly: ignore[bad-argument-type] - no name is an option of it
     script = ["-m", "tests.multiprocess.restore", str(in_two[0]), str(tmp_path / "expected.npz")]
     start = f"raise SystemExit(run_group({[sys.executable, *script]}, processes=4, devices=1))"
     lines = finished(Group("-c", f"from trainer.commands.rehearse import run_group; {start}")).stdout.splitlines()
-    split = sum(array.size >= 4 and any(n % 4 == 0 for n in array.shape) for array in expected.values())
+    splittable = [a for path, a in expected.items() if "batch_stats" not in path and any(n % 4 == 0 for n in a.shape)]
+    split = len(splittable)
     assert split > 5
     for place in range(4):
         shown = [line for line in lines if line.startswith(f"[{place}] ")]

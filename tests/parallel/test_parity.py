@@ -143,7 +143,7 @@ def test_on_one_device_every_sharded_strategy_is_the_same_program(strategy):
 @functools.cache
 def lowered(strategy: str) -> list[str]:
     parts = parts_of(strategy, 1, 0.3)
-    specs = ((parts.train_step, parts.spec), (parts.eval_step, parts.eval_spec))
+    specs: Any = ((parts.train_step, parts.spec), (parts.eval_step, parts.eval_spec))
     return [step.lower(parts.state, parts.parallel.abstract_batch(spec)).as_text() for step, spec in specs]
 
 

@@ -91,10 +91,11 @@ def test_those_who_came_are_all_told_who_is_missing(port):
     began = time.monotonic()
     found = answers([(place, 4, 1) for place in (0, 2)], port)
     assert time.monotonic() - began < 4
-    message = f"only 2 of 4 processes came within 1 s to 127.0.0.1:{port} (hosts: a,b): no process 1, 3"
-    assert found[0] == message
-    assert found[1] in (message, f"process 0 of 4 at 127.0.0.1:{port} (hosts: a,b) waits for more than this one; "
-                        "process 2 waited 1 s")  # fmt: skip
+    where = f"127.0.0.1:{port} (hosts: a,b)"
+    message = f"only 2 of 4 processes came within 1 s to {where}: no process 1, 3"
+    # Process 2 gives up a second later than it has to, to be told; on a loaded machine that may be too soon.
+    alone = f"process 0 of 4 at {where} waits for more than this one; process 2 waited 1 s"
+    assert found in ([message, message], [message, alone])
 
 
 def test_processes_told_of_different_numbers_are_refused(port):

@@ -1,5 +1,7 @@
 """Which rows of a batch a process holds, and how it hands them in, also where they do not follow each other."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -40,7 +42,8 @@ class OnHost:
     ],
 )
 def test_rows_of_a_host_are_those_of_its_devices(axes, devices, rows):
-    found = local_rows(OnHost(sharding(*axes), devices), 16)  # ty: ignore
+    host: Any = OnHost(sharding(*axes), devices)
+    found = local_rows(host, 16)
     assert found.tolist() == rows
     assert found.dtype == np.int64
 

@@ -5,11 +5,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.plan.models import make_run
+from tests.tasks import Task
 from trainer import config
+from trainer.data.source import ArraySource
+from trainer.experiment import Mean
 from trainer.plan import planning
 from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
 from trainer.plan.planning import Layout
@@ -33,10 +37,12 @@ def test_both_steps_of_every_strategy_compile_for_every_generation(topology, str
         assert found.program.exact
         if step is parts.train_step:
             held = sum(map(planning.shard_bytes, jax.tree.leaves(parts.state)))
-            assert found.aliased == pytest.approx(held, rel=0.02)  # all that is donated is taken over
+            assert found.aliased >= held  # all that is donated is taken over
 
 
-@pytest.mark.parametrize(("strategy", "split"), [("data", ()), ("zero1", ("moments",)), ("fsdp", ("moments", "parameters"))])
+@pytest.mark.parametrize(
+    ("strategy", "split"), [("data", ()), ("zero1", ("moments",)), ("fsdp", ("moments", "parameters"))]
+)
 def test_bytes_on_a_device_are_the_whole_by_the_devices_that_split_it(strategy, split):
     there = find("v5e:2x4")
     plan = planning.plan(make_run(strategy=strategy), there, fast=True)
@@ -90,8 +96,8 @@ def test_what_does_not_fit_names_its_largest_buffers():
 
     @jax.jit
     def step(x, y):
-        with jax.named_scope("the_sorting"):
-            return jnp.sort(x), jnp.sort(y)
+        with jax.named_scope("the_flipping"):
+            return jnp.flip(x), jnp.flip(y)
 
     found = compile_for(step, (x, x), 1, FAST)
     assert isinstance(found, TooLarge)
@@ -99,19 +105,45 @@ def test_what_does_not_fit_names_its_largest_buffers():
     assert sum(b.count * b.bytes for b in found.buffers) == pytest.approx(found.needed, rel=0.01)
     assert {b.shape for b in found.buffers if b.bytes == 2**32} == {"f32[1073741824]"}
     assert {b.name for b in found.buffers} >= {"x", "y"}
-    assert any("the_sorting" in b.name for b in found.buffers)
+    assert any("the_flipping" in b.name for b in found.buffers)
+
+
+@dataclasses.dataclass
+class Wide(Task):
+    """Rows of 4 MiB, so that some thousands of them fill a device."""
+
+    def source(self, split):
+        return ArraySource({"x": np.zeros((1, 2**20), np.float32), "label": np.zeros(1, np.int32)})
+
+    def init(self, key, batch):
+        return {"params": {"scale": jnp.ones(2**20)}}
+
+    def loss(self, variables, batch, *, key, train, axis_name):
+        rows = jnp.sum(jnp.tanh(batch["x"] * variables["params"]["scale"]), axis=1)
+        return {"loss": Mean.of(rows, batch["mask"])}, {}
+
+
+@dataclasses.dataclass
+class Rematerialised(Wide):
+    remat: str = config.setting("none", choices=("none", "full"))
 
 
 def test_the_largest_batch_fits_and_twice_as_much_does_not():
-    there = find("v5e:2x2")
-    run = make_run(strategy="fsdp", length=4096, layers=1)
-    found = list(search(run, there, microbatches=(1, 2)))
-    assert [(one.remat, one.microbatches) for one in found] == [
-        (policy, count) for policy in remat_policies(run.experiment) for count in (1, 2)
-    ]
-    one = found[0]
+    there = find("v5e:1x1")
+    run = config.resolve(config.Run(Wide(), total_steps=1, batch_size=3))
+    one, two = search(run, there, microbatches=(1, 2))
+    assert (one.remat, one.microbatches, two.microbatches) == (None, 1, 2)
+    assert math.log2(one.batch_size).is_integer()
     for factor, outcome in ((1, Figures), (2, TooLarge)):
         assert isinstance(planning.train_only(planning.with_batch(run, factor * one.batch_size, 1), there), outcome)
-    assert f"--config.batch_size={one.batch_size} --config.microbatches=1" in one.flags()
-    assert math.log2(one.batch_size / 4).is_integer()
-    assert found[1].batch_size >= one.batch_size
+    assert one.flags() == (
+        f"--config.parallel.strategy=data --config.batch_size={one.batch_size} --config.microbatches=1"
+    )
+
+
+def test_remat_policies_are_tried_where_the_experiment_has_them():
+    run = config.resolve(config.Run(Rematerialised(), total_steps=1, batch_size=1))
+    found = list(search(run, find("v5e:1x1"), microbatches=(1,)))
+    assert [one.remat for one in found] == ["none", "full"]
+    assert found[1].flags().endswith("--config.experiment.remat=full")
+    assert remat_policies(Wide()) == (None,)

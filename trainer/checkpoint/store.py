@@ -15,6 +15,7 @@ from trainer import config
 from trainer.errors import UserError
 from trainer.rules import path_of
 from trainer.state import TrainState
+from trainer.workdir import Folder
 
 
 class Store:
@@ -24,7 +25,7 @@ class Store:
     leaves a folder that no later start takes for a checkpoint.
     """
 
-    def __init__(self, directory: Path, settings: config.Checkpoint, *, read_only: bool = False) -> None:
+    def __init__(self, directory: Folder, settings: config.Checkpoint, *, read_only: bool = False) -> None:
         """Opens `directory`, and makes it unless `read_only`."""
         self._best = settings.best_metric
         self._directory = directory
@@ -49,7 +50,7 @@ class Store:
             # Without best_fn the metrics would be forgotten when the directory is opened again.
             best = {"best_fn": metric, "best_mode": settings.best_mode}
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            directory.absolute() if isinstance(directory, Path) else directory,
             # Named, so that metadata can be read before anything was saved or restored.
             item_handlers={"state": ocp.StandardCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(

@@ -24,6 +24,7 @@ def main(arguments: Arguments) -> int:
     from trainer.loop import DivergedError, train
     from trainer.observe.metrics import read_rows
     from trainer.parallel.processes import is_writer
+    from trainer.workdir import Mirror
 
     path = arguments.required_workdir().path
     profile = _steps(arguments.options.profile) if arguments.options.profile else None
@@ -37,8 +38,11 @@ def main(arguments: Arguments) -> int:
         return 0
     experiment = arguments.run.experiment
     if isinstance(experiment, Reports):
-        for file in experiment.report(path, list(read_rows(path / "metrics.jsonl"))):
-            print(f"wrote {file}")
+        mirror = Mirror(path)
+        written = experiment.report(mirror.folder, list(read_rows(path / "metrics.jsonl")))
+        mirror.close()
+        for file in written:
+            print(f"wrote {path / file.relative_to(mirror.folder).as_posix()}")
     print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and labels.txt")
     return 0
 

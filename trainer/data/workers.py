@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -83,7 +84,8 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
             yield answer
     finally:
         requests.put(False)
-        closed.wait(_CLOSING_SECONDS)
+        if not sys.is_finalizing():  # then the thread runs no more, and Grain has closed already
+            closed.wait(_CLOSING_SECONDS)
 
 
 def _begin(worker: int, workers: int) -> None:

@@ -15,18 +15,32 @@ from typing import Any, Self
 from tensorboardX import SummaryWriter
 
 from trainer.errors import UserError
+from trainer.workdir import Folder, Mirror
+
+_FILES = ("metrics.jsonl", "timing.jsonl")
 
 
 class MetricsLog:
-    """The metrics files of a workdir, continued after a given step: each step stands in them once."""
+    """The metrics files of a workdir, continued after a given step: each step stands in them once.
 
-    def __init__(self, workdir: Path, after_step: int) -> None:
+    Nothing can be appended in a bucket: there the files are copies, renewed by `sync` and `close`.
+    """
+
+    def __init__(self, workdir: Folder, after_step: int) -> None:
         """Drops every row beyond `after_step`: steps that a killed run logged and that will be run again."""
-        rows, timings = workdir / "metrics.jsonl", workdir / "timing.jsonl"
+        self._mirror = Mirror(workdir)
+        folder = self._mirror.folder
+        if folder != workdir:
+            for name in _FILES:
+                if (workdir / name).exists():
+                    (folder / name).write_text((workdir / name).read_text())
+            for old in (workdir / "tensorboard").glob("events.out.tfevents.*"):
+                old.unlink()
+        rows, timings = (folder / name for name in _FILES)
         _truncate(rows, after_step)
         _truncate(timings, after_step)
         self._rows, self._timings = rows.open("a"), timings.open("a")
-        events = workdir / "tensorboard"
+        events = folder / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._events = SummaryWriter(str(events))
@@ -54,12 +68,14 @@ class MetricsLog:
         for file in (self._rows, self._timings):
             os.fsync(file.fileno())
         self._events.flush()
+        self._mirror.push()
 
     def close(self) -> None:
         """Writes out and closes every file."""
         self._rows.close()
         self._timings.close()
         self._events.close()
+        self._mirror.close()
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +84,7 @@ class MetricsLog:
         self.close()
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+def read_rows(file: Folder) -> Iterator[dict[str, Any]]:
     """The rows of a JSON-lines file; a last line that a kill cut short is passed over.
 
     Raises:

@@ -2,24 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
+
+from trainer.workdir import Folder, Mirror
 
 
 class Profile:
     """A trace of the steps first … last, in a folder that TensorBoard and XProf read."""
 
-    def __init__(self, folder: Path, steps: tuple[int, int]) -> None:
+    def __init__(self, folder: Folder, steps: tuple[int, int]) -> None:
         """`folder` is this process's own; `steps` are the first and the last to trace, counted from 1."""
-        self._folder, (self._first, self._last) = folder, steps
+        self._mirror, (self._first, self._last) = Mirror(folder), steps
         self._tracing = False
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around the dispatch of a step; in the trace it is a step with that number."""
         if step == self._first:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._mirror.folder)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
@@ -35,3 +36,4 @@ class Profile:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+        self._mirror.close()

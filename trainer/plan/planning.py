@@ -123,14 +123,14 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str
     Raises:
       UserError: the run does not fit the topology's number of devices.
     """
-    built: dict[Layout, Parts] = {}
+    parts_of: dict[Layout, Parts] = {}
     tried: dict[Layout, Figures | TooLarge] = {}
     for layout in _layouts(run, topology, tried):
         note(f"layout {len(tried) + 1}, to compare")
-        built[layout] = built(run, topology, layout)
-        tried[layout] = _train(built[layout], topology, layout, fast=True, explain=False)
+        parts_of[layout] = built(run, topology, layout)
+        tried[layout] = _train(parts_of[layout], topology, layout, fast=True, explain=False)
     layout = best(tried) if tried else Layout(run.parallel.torus)
-    parts = built.get(layout) or built(run, topology, layout)
+    parts = parts_of.get(layout) or built(run, topology, layout)
     note("train step")
     train = tried.get(layout)
     if not fast or not isinstance(train, Figures):

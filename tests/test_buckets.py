@@ -1,0 +1,70 @@
+"""Workdirs in buckets: what can only be written whole is brought there whole."""
+
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from tests.tasks import make_run
+from trainer import config
+from trainer.observe.metrics import MetricsLog, read_rows
+from trainer.workdir import Mirror, Workdir, is_bucket
+
+
+@pytest.mark.parametrize(
+    ("path", "bucket"), [("gs://b/runs/a", True), ("s3://b/a", True), ("/tmp/a", False), ("a:b", False)]
+)
+def test_a_workdir_is_in_a_bucket_if_its_path_has_a_scheme(path, bucket):
+    assert is_bucket(path) == bucket
+    assert isinstance(Workdir(path).path, Path) != bucket
+    assert str(Workdir(path).checkpoints) == f"{path}/checkpoints"
+
+
+def metrics(folder, steps, after=0):
+    with MetricsLog(folder, after) as log:
+        for step in steps:
+            log.write(step, {"train/loss": 1 / step}, {"examples_per_second": 5.0})
+
+
+def test_metrics_reach_a_bucket_at_every_sync_and_when_they_are_closed(tmp_path):
+    bucket = epath.Path(tmp_path / "bucket")  # epath's own paths take the way that buckets take
+    log = MetricsLog(bucket, 0)
+    log.write(1, {"train/loss": 2.0}, {})
+    assert not (bucket / "metrics.jsonl").exists()
+    log.sync()
+    assert [row["step"] for row in read_rows(bucket / "metrics.jsonl")] == [1]
+    log.write(2, {"train/loss": 1.0}, {})
+    log.close()
+    assert [row["step"] for row in read_rows(bucket / "metrics.jsonl")] == [1, 2]
+    assert len(list((bucket / "tensorboard").iterdir())) == 1
+
+
+def test_resuming_in_a_bucket_leaves_the_files_of_a_folder(tmp_path):
+    bucket, folder = epath.Path(tmp_path / "bucket"), tmp_path / "folder"
+    folder.mkdir()
+    for place in (bucket, folder):
+        metrics(place, [1, 2, 3])
+        metrics(place, [3, 4], after=2)
+    assert (bucket / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+    assert [row["step"] for row in read_rows(bucket / "timing.jsonl")] == [1, 2, 3, 4]
+    assert len(list((bucket / "tensorboard").iterdir())) == len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_a_mirror_of_a_folder_is_the_folder_and_one_of_a_bucket_is_gone_when_it_is_closed(tmp_path):
+    assert Mirror(tmp_path).folder == tmp_path
+    mirror = Mirror(epath.Path(tmp_path / "bucket"))
+    (mirror.folder / "a").mkdir()
+    (mirror.folder / "a" / "b").write_bytes(b"1")
+    mirror.close()
+    assert (tmp_path / "bucket" / "a" / "b").read_bytes() == b"1"
+    assert not mirror.folder.exists()
+
+
+def test_a_run_is_kept_in_a_bucket_as_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.workdir.is_bucket", lambda path: True)
+    workdir = Workdir(tmp_path / "run")
+    run = config.resolve(make_run())
+    with workdir.locked():
+        workdir.write(run, "labels")
+        assert workdir.run() == run
+        assert sorted(file.name for file in workdir.path.iterdir()) == ["config.json", "labels.txt"]  # no lock
