@@ -20,7 +20,7 @@ from trainer.plan.planning import Layout
 from trainer.plan.search import remat_policies, search
 from trainer.plan.topology import find
 
-PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 2 * 512 * 256 + 5 * 256
+PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 512 * 256 + 5 * 256  # the head is the embedding
 SMALL = {"length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
 
 
@@ -60,7 +60,7 @@ def test_operations_are_those_of_the_matrices():
     there = find("v5e:2x2")
     plan = planning.plan(make_run(batch_size=8, strategy="data"), there, fast=True)
     tokens, causal = 2 * 128, 2 * 2 * 128 * 256 * 2 * 128 * 2  # a device has 2 rows; scores and their sums, 2 layers
-    matrices = PARAMETERS - 512 * 256 - 5 * 256  # the embedding is read, not multiplied
+    matrices = PARAMETERS - 5 * 256  # and scales of norms are none
     forward = 2 * tokens * matrices + causal
     assert isinstance(plan.train, Figures)
     assert isinstance(plan.evaluation, Figures)
@@ -131,8 +131,7 @@ class Rematerialised(Wide):
 def test_the_largest_batch_fits_and_twice_as_much_does_not():
     there = find("v5e:1x1")
     run = config.resolve(config.Run(Wide(), total_steps=1, batch_size=3))
-    one, two = search(run, there, microbatches=(1, 2))
-    assert (one.remat, one.microbatches, two.microbatches) == (None, 1, 2)
+    (one,) = search(run, there, microbatches=(1,))
     assert math.log2(one.batch_size).is_integer()
     for factor, outcome in ((1, Figures), (2, TooLarge)):
         assert isinstance(planning.train_only(planning.with_batch(run, factor * one.batch_size, 1), there), outcome)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -94,19 +95,17 @@ def _largest(
 ) -> tuple[int, Figures | None]:
     """The most rows of a microbatch on a device that fit, and their figures; (0, None) if none do."""
     shards = row_shards(run, topology)
-
-    def figures(rows: int) -> Figures | None:
+    fits, too_many, best = 0, 2 * _MOST, None
+    rows = start
+    while rows > fits and rows < too_many:
         found = train_only(with_batch(run, rows * microbatches * shards, microbatches), topology)
-        fits = isinstance(found, Figures)
-        note(f"{rows} rows on a device {'fit' if fits else 'do not fit'} ({found.seconds:.0f} s)")
-        return found if fits else None
-
-    rows, best = start, figures(start)
-    if best is None:
-        while best is None and rows > 1:
-            rows //= 2
-            best = figures(rows)
-        return (rows, best) if best else (0, None)
-    while rows < _MOST and (more := figures(2 * rows)) is not None:
-        rows, best = 2 * rows, more
-    return rows, best
+        room = topology.hbm_bytes / (found.peak if isinstance(found, Figures) else found.needed)
+        note(f"{rows} rows on a device {'fit' if room >= 1 else 'do not fit'} ({found.seconds:.0f} s)")
+        if isinstance(found, Figures):
+            fits, best = rows, found
+        else:
+            too_many = rows
+        # Memory grows at most in proportion to the rows, and by no more than them: as far as that says, at once.
+        jump = rows * 2.0 ** math.floor(math.log2(room))
+        rows = int(max(2 * fits, min(jump, too_many / 2)))
+    return fits, best
