@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.experiment import Batch, Metrics
 from trainer.parallel.placement import Placement
-from trainer.parallel.rows import global_array, local_rows
+from trainer.parallel.rows import local_rows
 from trainer.state import TrainState
 from trainer.step import EvalStep, TrainStep
 
@@ -59,22 +59,24 @@ class Pmapped:
         return local_rows(self.rows, batch_size)
 
     def put(self, batch: Batch) -> Batch:
-        """The batch as [replicas, rows of one replica, …], one part on each device."""
-        mine = len(self.rows.addressable_devices)
-        return {name: global_array(self.rows, x.reshape(mine, -1, *x.shape[1:])) for name, x in batch.items()}
+        """The batch as [this process's replicas, rows of one replica, …], one part on each device."""
+        here = NamedSharding(self.rows.mesh.local_mesh, self.rows.spec)
+        mine = here.num_devices
+        return {name: jax.device_put(x.reshape(mine, -1, *x.shape[1:]), here) for name, x in batch.items()}
 
     def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
         """Shapes and dtypes with the replica axis in front."""
         replicas = len(self.devices)
+        here = replicas if jax.process_count() == 1 else len(self.rows.addressable_devices)
         return {
-            name: jax.ShapeDtypeStruct((replicas, x.shape[0] // replicas, *x.shape[1:]), x.dtype, sharding=self.rows)
+            name: jax.ShapeDtypeStruct((here, x.shape[0] // replicas, *x.shape[1:]), x.dtype)
             for name, x in batch.items()
         }
 
     def compile_train(self, step: TrainStep, state: TrainState) -> Callable[[TrainState, Batch], Any]:
         """State and metrics come back replicated, without a device axis."""
         del state
-        return jax.pmap(
+        mapped = jax.pmap(
             step,
             self.axis_name,
             in_axes=(None, 0),
@@ -82,8 +84,29 @@ class Pmapped:
             donate_argnums=0,
             devices=self.devices,
         )
+        return self._for_processes(mapped)
 
     def compile_eval(self, step: EvalStep, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
         """The compiled evaluation."""
         del state
-        return jax.pmap(step, self.axis_name, in_axes=(None, 0), out_axes=None, devices=self.devices)
+        mapped = jax.pmap(step, self.axis_name, in_axes=(None, 0), out_axes=None, devices=self.devices)
+        return self._for_processes(mapped)
+
+    def _for_processes(self, mapped: Callable) -> Callable:
+        """With several processes, `jax.pmap` takes and gives arrays of this one, where all else has global arrays."""
+        if jax.process_count() == 1:
+            return mapped
+
+        def of_all(state: TrainState, batch: Batch) -> Any:
+            here = NamedSharding(self.replicated.mesh.local_mesh, PartitionSpec())
+            results = mapped(jax.tree.map(lambda x: _seen_as(x, here), state), batch)
+            return jax.tree.map(lambda x: _seen_as(x, self.replicated), results)
+
+        return of_all
+
+
+def _seen_as(x: Any, replicated: NamedSharding) -> Any:
+    """The same buffers on the devices of this process, as an array replicated over others, too, or over them alone."""
+    if isinstance(x, jax.core.Tracer):
+        return x
+    return jax.make_array_from_single_device_arrays(x.shape, replicated, [shard.data for shard in x.addressable_shards])
