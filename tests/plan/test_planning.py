@@ -52,7 +52,7 @@ def test_bytes_on_a_device_are_the_whole_by_the_devices_that_split_it(strategy, 
         assert getattr(plan, name) == pytest.approx(whole / share, rel=0.02)
     assert plan.gradients == pytest.approx(parameters / (8 if split else 1), rel=0.02)
     assert isinstance(plan.train, Figures)
-    assert 0 <= plan.train.arguments - plan.parameters - plan.moments < 0.3 * 2**20
+    assert 0 <= plan.train.arguments - plan.parameters - plan.moments < 2**20  # the batch, and tiles that are not full
     assert plan.fits
 
 
@@ -62,10 +62,10 @@ def test_operations_are_those_of_the_matrices():
     tokens, causal = 2 * 128, 2 * 2 * 128 * 256 * 2 * 128 * 2  # a device has 2 rows; scores and their sums, 2 layers
     matrices = PARAMETERS - 5 * 256  # and scales of norms are none
     forward = 2 * tokens * matrices + causal
-    assert isinstance(plan.train, Figures)
-    assert isinstance(plan.evaluation, Figures)
-    assert plan.evaluation.program.flops == pytest.approx(forward, rel=0.01)
-    assert plan.train.program.flops == pytest.approx(3 * forward, rel=0.01)
+    for step, operations in ((plan.evaluation, forward), (plan.train, 3 * forward)):
+        assert isinstance(step, Figures)
+        assert step.program is not None
+        assert step.program.flops == pytest.approx(operations, rel=0.01)
 
 
 def test_frozen_parameters_have_no_gradients():

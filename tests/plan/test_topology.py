@@ -1,6 +1,7 @@
 """Topologies: names, memory, links, and what is said of names that are none."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -37,8 +38,7 @@ def test_slices_are_told_apart():
         ("v5e:4x5", "no topology 'v5e:4x5'; did you mean '4x8'? (known for v5e: 1x1, 2x2, 2x4, 4x4, 4x8, "),
         (
             "v5p:4x4x5",
-            "no topology 'v5p:4x4x5'; did you mean '4x4x8'? (known for v5p: 2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples of "
-            "4 in ascending order up to 16x16x24)",
+            "no topology 'v5p:4x4x5'; did you mean '4x4x8'? (known for v5p: 2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples ",
         ),
         ("v5:2x2", "no TPU generation 'v5' in topology 'v5:2x2'; did you mean 'v5p'? (known: tpu7x, v2, v3, v4, v5e, "),
         ("v6e", "no topology 'v6e' (known for v6e: 1x1, "),
@@ -54,7 +54,7 @@ def test_a_name_that_is_none_is_an_error_with_the_nearest_and_the_known_ones(nam
 def test_the_smallest_and_the_largest_known_shapes_are_known_to_the_compiler(generation):
     shapes = known_shapes(generation)
     for shape in (shapes[0], shapes[-1]):
-        assert find(f"{generation}:{shape}").chips == eval(shape.replace("x", "*"))
+        assert find(f"{generation}:{shape}").chips == math.prod(map(int, shape.split("x")))
 
 
 def test_seconds_are_bytes_over_all_links_that_a_chip_has_in_its_slice():

@@ -9,11 +9,16 @@ DESCRIPTION = "Shows a run: settings, labels, devices, checkpoints. --workdir al
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--probe`."""
+    """`--probe` and `--compile`."""
     parser.add_argument(
         "--probe",
         action="store_true",
         help="only make a step with zero gradients, and tell whether each label decays as stated; exit code 1 if not",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile both steps for the devices that are there: memory, communication, operations",
     )
 
 
@@ -44,6 +49,19 @@ def main(arguments: Arguments) -> int:
     print(f"examples: {len(parts.train_source):,} to train on, {len(parts.eval_source):,} to evaluate on")
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
+    if arguments.options.compile:
+        from trainer.plan.compiling import Figures, compile_for
+        from trainer.plan.report import machine_text
+
+        steps = {}
+        for name, step, spec in (
+            ("train", parts.train_step, parts.spec),
+            ("evaluate", parts.eval_step, parts.eval_spec),
+        ):
+            found = compile_for(step, (parts.state, parts.parallel.abstract_batch(spec)), len(devices), {})
+            assert isinstance(found, Figures), "only TPUs refuse to compile what does not fit"
+            steps[name] = found
+        print(f"on one device, GiB (M: MiB):\n{machine_text(steps)}", end="")
     if workdir is not None and workdir.checkpoints.is_dir():
         with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
             best = store.best_step()

@@ -1,7 +1,7 @@
 """What was planned, as text: one table for each topology, and what does not fit."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from trainer.observe.tables import table
 from trainer.plan.compiling import Figures, TooLarge
@@ -73,6 +73,21 @@ def plans_text(topology: Topology, plans: Sequence[Plan], fast: bool) -> str:
     text = table(header, rows, right=[name for name in header if name not in left])
     notes = [note for plan in plans for note in _notes(topology, plan)]
     return "\n".join([title, text, *notes])
+
+
+def machine_text(steps: Mapping[str, Figures]) -> str:
+    """The figures of steps that are compiled for the devices that are there."""
+    header = ("step", "arguments", "temporaries", "peak", "collective", "dtype", "MB", "GFLOP", "compiled in")
+    rows = []
+    for name, found in steps.items():
+        assert found.program is not None, "this machine's compiler writes what its JAX reads"
+        cells = [(e.kind, e.dtype, f"{e.bytes / 1e6:,.2f}") for e in exchanges(found.program.collectives)]
+        cells = cells or [("none", "-", "-")]
+        flops = f"{'' if found.program.exact else '≥ '}{found.program.flops / 1e9:,.3f}"
+        memory = [_gib(found.arguments), _gib(found.temporaries), _gib(found.peak)]
+        rows.append([name, *memory, *cells[0], flops, f"{found.seconds:.1f} s"])
+        rows += [[*[""] * 4, *more, "", ""] for more in cells[1:]]
+    return table(header, rows, right=[name for name in header if name not in ("step", "collective", "dtype")])
 
 
 def search_text(topology: Topology, found: Sequence[Largest]) -> str:

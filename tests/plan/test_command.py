@@ -1,0 +1,73 @@
+"""The command `plan`: its table, its flags, and its mistakes in one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer.commands import run
+
+TEXT = """
+from tests.plan.models import Decoder
+from trainer.config import Run
+
+
+def get_config():
+    return Run(Decoder(length=64, width=128, vocab=256, heads=8, mlp_width=256), total_steps=1, batch_size=8)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    file = tmp_path / "config.py"
+    file.write_text(TEXT)
+    return f"--config={file}"
+
+
+def test_the_table_has_every_strategy_asked_for_and_both_steps(config, capsys):
+    assert run(["plan", config, "--topology=v5e:2x2", "--strategies=data,fsdp,tensor", "--fast"]) == 0
+    out, err = capsys.readouterr()
+    title, header, *lines = out.splitlines()
+    assert title.startswith("v5e:2x2: 4 devices of 15.75 GiB, compiled with little effort")
+    assert re.split("  +", header.strip()) == [
+        *("strategy", "step", "parameters", "moments", "gradients", "other", "temporaries", "peak", "of HBM"),
+        *("collective", "dtype", "MB", "async", "at least", "GFLOP", "compiled in"),
+    ]
+    steps = [re.match(r"(\w+)? +(train|evaluate) ", line) for line in lines]
+    assert [step.groups() for step in steps if step] == [
+        (strategy, "train") if step == "train" else (None, step)
+        for strategy in ("data", "fsdp", "tensor")
+        for step in ("train", "evaluate")
+    ]
+    assert "optimal_seconds" not in out
+    assert "v5e:2x2, fsdp: train step" in err
+
+
+def test_search_prints_flags_that_the_command_line_takes(config, capsys):
+    assert run(["plan", config, "--topology=v5e:1x1", "--search"]) == 0
+    out = capsys.readouterr().out
+    flags = re.findall(r"--config\.parallel\.strategy=.*", out)
+    assert len(flags) == 4 * 3  # remat policies × counts of microbatches
+    assert run(["inspect", config, *flags[0].split()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "error: give --topology=NAME, such as --topology=v5e:4x4,v4:2x2x4"),
+        (["--topology=v5e:2x3"], "error: no topology 'v5e:2x3'; did you mean '2x2'?"),
+        (["--topology=v5e:2x2", "--strategies=fdsp"], "error: no strategy 'fdsp'; did you mean 'fsdp'?"),
+        (["--topology=v5e:4x4"], "error: batch_size 8 does not divide over 16 devices"),
+    ],
+)
+def test_mistakes_are_one_line(config, capsys, flags, message):
+    assert run(["plan", config, *flags]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(message)
+
+
+def test_inspect_gives_the_figures_of_this_machine(config, capsys):
+    assert run(["inspect", config, "--compile"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^train +\d+\.\d+", out, re.MULTILINE)
+    assert "all-reduce" in out
