@@ -24,7 +24,7 @@ def get_config() -> Run:
             labels=((r".*/bias", "plain"), (r".*/kernel", "decayed")),
             groups={"decayed": Group(weight_decay=1e-2), "plain": Group()},
         ),
-        evaluation=Evaluation(every_steps=469, batch_size=500),
+        evaluation=Evaluation(every_steps=469, batch_size=512),
         checkpoint=Checkpoint(every_steps=469, best_metric="test/accuracy"),
         logging=Logging(every_steps=50),
     )

@@ -15,7 +15,7 @@ model; the memory and the communication are those of any decoder of this shape.
 """
 
 from experiments.language_model import LanguageModel
-from trainer.config import Checkpoint, Group, Optimizer, Run, Schedule
+from trainer.config import Checkpoint, Group, Optimizer, Parallel, Run, Schedule
 
 
 def get_config() -> Run:
@@ -42,4 +42,5 @@ def get_config() -> Run:
             groups={"decayed": Group(weight_decay=0.1), "plain": Group()},
         ),
         checkpoint=Checkpoint(every_steps=250),
+        parallel=Parallel("fsdp"),
     )

@@ -214,6 +214,7 @@ class Parallel:
             ("vocab", "tensor"),
             ("heads", "tensor"),
             ("mlp", "tensor"),
+            ("vocab", "fsdp"),
             ("embed", "fsdp"),
             ("head_dim", None),
             ("layers", None),
@@ -221,7 +222,8 @@ class Parallel:
         ),
         may_change=True,
     )
-    """The axis that each logical axis of a Linen model is split over, or None."""
+    """The axis that each logical axis of a Linen model is split over, or None. Of several rules for one, that holds
+    first whose axis has more than one device and splits no other dimension of the array."""
     min_shard_size: int = setting(2**12, minimum=0, may_change=True)
     """Without rules and logical axes, parameters with fewer numbers stay whole."""
     reduce_dtype: str = setting("float32", choices=("float32", "bfloat16"))

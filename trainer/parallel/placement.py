@@ -61,7 +61,9 @@ def place(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]) -> l
         )
     else:
         placed = [
-            _by_name(path, shape, named[path], parallel) if path in named else _by_size(path, shape, parallel, sizes)
+            _by_name(path, shape, named[path], parallel, sizes)
+            if path in named
+            else _by_size(path, shape, parallel, sizes)
             for path, shape in leaves
         ]
     for placement in placed:
@@ -80,15 +82,22 @@ class _Leaf:
     axes: Axes
 
 
-def _by_name(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], parallel: config.Parallel) -> Placement:
+def _by_name(
+    path: str,
+    shape: tuple[int, ...],
+    names: tuple[str | None, ...],
+    parallel: config.Parallel,
+    sizes: Mapping[str, int],
+) -> Placement:
     known = dict(parallel.axis_rules)
     for name in names:
         if name is not None and name not in known:
             raise UserError(
                 f"{path} has the logical axis {name!r}, which parallel.axis_rules does not map (it maps {list(known)})"
             )
+    rules = [(name, axis) for name, axis in parallel.axis_rules if sizes.get(axis or "") != 1]
     # Flax's own semantics: rules in order, and no mesh axis twice in one array.
-    axes = tuple(nn.logical_to_mesh_axes(names, parallel.axis_rules) or ())
+    axes = tuple(nn.logical_to_mesh_axes(names, rules) or ())
     return Placement(path, shape, axes, "logical axes " + ", ".join(map(str, names)))
 
 

@@ -1,0 +1,186 @@
+"""A decoder-only transformer in Linen: rotary positions, logical axes on every kernel, layers as a loop if wanted."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from trainer.remat import remat
+
+
+class Projection(nn.Module):
+    """The product of x with a kernel of two dimensions, in the dtype of x, without a bias.
+
+    Two, since TPUs lay arrays out in tiles of 8 × 128: kernels whose last dimension is that of a head take up to twice
+    their size.
+
+    Attributes:
+      features: size of the last dimension of the result.
+      axes: the kernel's logical axes.
+      gain: variance of the result over that of x when the kernel is fresh.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length features"]:
+        """Each position by itself."""
+        fresh = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
+        shape = (x.shape[-1], self.features)
+        kernel: Any = self.param("kernel", nn.with_logical_partitioning(fresh, self.axes), shape)
+        return x @ kernel.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions."""
+
+    heads: int
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length width"]:
+        """What each position takes from itself and those before it."""
+        width = x.shape[-1]
+        query, key, value = (
+            nn.with_logical_constraint(
+                Projection(width, ("embed", "heads"), name=name)(x).reshape(*x.shape[:2], self.heads, -1),
+                ("batch", "length", "heads", "head_dim"),
+            )
+            for name in ("query", "key", "value")
+        )
+        # Its products are summed, and its softmax taken, in float32.
+        mixed = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
+        return Projection(width, ("heads", "embed"), self.gain, name="out")(mixed.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """A hidden layer, plain or gated."""
+
+    units: int
+    activation: str
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length width"]:
+        """Each position by itself."""
+        hidden = Projection(self.units, ("embed", "mlp"), name="up")(x)
+        if self.activation == "swiglu":
+            hidden *= nn.silu(Projection(self.units, ("embed", "mlp"), name="gate")(x))
+        else:
+            hidden = nn.gelu(hidden)
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        return Projection(x.shape[-1], ("mlp", "embed"), self.gain, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normalised stream and added to it."""
+
+    heads: int
+    mlp_width: int
+    activation: str
+    gain: float
+    dropout: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows length width"], _: None) -> tuple[Float[Array, "rows length width"], None]:
+        """The stream as `nn.scan` carries it: x and nothing in, x and nothing out."""
+        layers = {
+            "attention": Attention(self.heads, self.gain, name="attention"),
+            "mlp": MLP(self.mlp_width, self.activation, self.gain, name="mlp"),
+        }
+        for name, layer in layers.items():
+            y = layer(norm(f"{name}_norm", x.dtype)(x))
+            y = nn.Dropout(self.dropout, deterministic=not self.train, name=f"{name}_dropout")(y)
+            x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
+        return x, None
+
+
+class Transformer(nn.Module):
+    """Blocks between an embedding and its transpose, which is the output head: the two are tied."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str
+    dropout: float
+    dtype: str
+    scan: bool
+    remat: str
+    train: bool
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "rows length"]) -> Float[Array, "rows length vocab"]:
+        """Logits, float32, of the token after each."""
+        fresh = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
+        table = nn.Embed(self.vocab, self.width, embedding_init=fresh, name="embed").embedding.astype(self.dtype)
+        x = lookup(table, tokens) * math.sqrt(self.width)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+
+        block = remat(Block, self.remat, scanned=self.scan)
+        # The stream is a sum over two results a layer; with this gain it does not grow with the depth.
+        settings = (self.heads, self.mlp_width, self.activation, 1 / (2 * self.layers), self.dropout, self.train)
+        if self.scan:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=self.layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = scanned(*settings, name="layers")(x, None)
+        else:
+            for i in range(self.layers):
+                x, _ = block(*settings, name=f"layer_{i}")(x, None)
+        x = norm("norm", x.dtype)(x)
+        logits = jnp.einsum("rlw,vw->rlv", x, table, preferred_element_type=jnp.float32)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+
+@jax.custom_vjp
+def lookup(table: Float[Array, "vocab width"], tokens: Int[Array, "rows length"]) -> Float[Array, "rows length width"]:
+    """Rows of the table.
+
+    Its gradient is a product with a matrix of zeros and ones: it is added up in float32, where a scatter would do so
+    in the table's dtype, and XLA reduces and scatters it over devices as it does that of any kernel.
+    """
+    return table[tokens]
+
+
+def _looked_up(table: Array, tokens: Array) -> tuple[Array, tuple[Array, int]]:
+    return table[tokens], (tokens, table.shape[0])
+
+
+def _table_gradient(saved: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
+    tokens, vocab = saved
+    chosen = jax.nn.one_hot(tokens, vocab, dtype=gradient.dtype)
+    # Rows stay where they are: XLA would gather those of all devices, since this matrix costs nothing anywhere.
+    chosen = nn.with_logical_constraint(chosen, ("batch", "length", "vocab"))
+    return jnp.einsum("rlv,rlw->vw", chosen, gradient), None
+
+
+lookup.defvjp(_looked_up, _table_gradient)
+
+
+def norm(name: str, dtype: Any) -> nn.RMSNorm:
+    """x over the root of its mean square, computed in float32, times a scale."""
+    return nn.RMSNorm(dtype=dtype, scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), name=name)
+
+
+def rotary(x: Float[Array, "rows length heads head_dim"]) -> Float[Array, "rows length heads head_dim"]:
+    """Each pair (i, i + head_dim/2) of the entry at position t turned by t · 10000 ** (−2i/head_dim) radians.
+
+    The product of two turned vectors depends on their distance and not on where they stand.
+    """
+    half = x.shape[-1] // 2
+    angle = jnp.arange(x.shape[1])[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
