@@ -28,7 +28,7 @@ from trainer.experiment import Metrics
 from trainer.observe.metrics import MetricsLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
-from trainer.observe.tables import label_table_text
+from trainer.observe.tables import label_table_text, placement_table_text
 from trainer.parallel import processes
 from trainer.state import TrainState
 from trainer.workdir import Workdir
@@ -84,10 +84,11 @@ def train(
             if profile is not None and profile[1] > run.total_steps:
                 raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
         labels = label_table_text(parts.rows, run.optimizer)
+        placements = placement_table_text(parts.parallel.placements.values(), parts.parallel.sizes)
         if progress is None:
             shown = None if writes else stack.enter_context(Path(os.devnull).open("w"))
             progress = Progress(run.total_steps, shown)
-        progress.message(labels.rstrip())
+        progress.message(f"{labels}\n{placements}".rstrip())
         with processes.together("the workdir and the data"):
             if writes:
                 stack.enter_context(folder.locked())

@@ -51,6 +51,24 @@ def test_losses_gradients_and_evaluations_are_those_of_one_process_to_float32_ro
     assert [row["step"] for row in rows] == [row["step"] for row in in_one] == list(range(1, 21))
 
 
+def test_pmap_over_two_processes_trains_and_saves_what_one_process_does(tmp_path):
+    flags = ("--processes=2", "--devices=2", "--config.evaluation.every_steps=10")
+    finished(rehearse(f"{CONFIG}:replicated", f"--workdir={tmp_path / 'two'}", *flags))
+    run = get_config("replicated")
+    run.evaluation.every_steps, run.parallel.devices, run.parallel.strategy = 10, 4, "data"
+    train(run, tmp_path / "one", progress=Progress(20, StringIO()))
+    found, expected = (list(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("two", "one"))
+    for names in (["train/loss", "train/grad_norm"], ["test/loss", "test/accuracy", "test/examples"]):
+        found_values, expected_values = (
+            values([row for row in rows if names[0] in row], *names) for rows in (found, expected)
+        )
+        np.testing.assert_allclose(found_values, expected_values, rtol=2e-5, atol=0)
+    found, expected = arrays(tmp_path / "two"), arrays(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    for path, array in found.items():
+        np.testing.assert_allclose(array, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
 def test_row_j_of_batch_i_is_the_same_example_with_the_same_random_numbers_on_any_number_of_processes(rows, in_one):
     names = [f"train/id_{row}" for row in range(BATCH)]
     examples = Order(Traced().examples, get_config().seed)(0, 20 * BATCH).reshape(20, BATCH)

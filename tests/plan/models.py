@@ -1,13 +1,16 @@
-"""A decoder of two layers on data that lies in memory, and programs with known communication."""
+"""A decoder of two layers on data that lies in memory, and a task whose rows are large."""
 
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.language_model import LanguageModel
+from tests.tasks import Task
 from trainer import config
 from trainer.data.source import ArraySource
+from trainer.experiment import Mean
 
 
 @dataclasses.dataclass
@@ -31,3 +34,23 @@ def make_run(batch_size: int = 16, strategy: str = "fsdp", **model: Any) -> conf
     """A resolved run of the decoder; `model` replaces its fields."""
     parallel = config.Parallel(strategy=strategy)
     return config.resolve(config.Run(Decoder(**model), total_steps=10, batch_size=batch_size, parallel=parallel))
+
+
+@dataclasses.dataclass
+class Wide(Task):
+    """Rows of 4 MiB, so that some thousands of them fill a device."""
+
+    def source(self, split):
+        return ArraySource({"x": np.zeros((1, 2**20), np.float32), "label": np.zeros(1, np.int32)})
+
+    def init(self, key, batch):
+        return {"params": {"scale": jnp.ones(2**20)}}
+
+    def loss(self, variables, batch, *, key, train, axis_name):
+        rows = jnp.sum(jnp.tanh(batch["x"] * variables["params"]["scale"]), axis=1)
+        return {"loss": Mean.of(rows, batch["mask"])}, {}
+
+
+@dataclasses.dataclass
+class Rematerialised(Wide):
+    remat: str = config.setting("none", choices=("none", "full"))

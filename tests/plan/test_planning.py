@@ -5,19 +5,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from tests.plan.models import make_run
-from tests.tasks import Task
+from tests.plan.models import Rematerialised, Wide, make_run
 from trainer import config
-from trainer.data.source import ArraySource
-from trainer.experiment import Mean
 from trainer.plan import planning
 from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
 from trainer.plan.planning import Layout
-from trainer.plan.search import remat_policies, search
+from trainer.plan.search import Largest, remat_policies, search
 from trainer.plan.topology import find
 
 PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 512 * 256 + 5 * 256  # the head is the embedding
@@ -108,26 +104,6 @@ def test_what_does_not_fit_names_its_largest_buffers():
     assert any("the_flipping" in b.name for b in found.buffers)
 
 
-@dataclasses.dataclass
-class Wide(Task):
-    """Rows of 4 MiB, so that some thousands of them fill a device."""
-
-    def source(self, split):
-        return ArraySource({"x": np.zeros((1, 2**20), np.float32), "label": np.zeros(1, np.int32)})
-
-    def init(self, key, batch):
-        return {"params": {"scale": jnp.ones(2**20)}}
-
-    def loss(self, variables, batch, *, key, train, axis_name):
-        rows = jnp.sum(jnp.tanh(batch["x"] * variables["params"]["scale"]), axis=1)
-        return {"loss": Mean.of(rows, batch["mask"])}, {}
-
-
-@dataclasses.dataclass
-class Rematerialised(Wide):
-    remat: str = config.setting("none", choices=("none", "full"))
-
-
 def test_the_largest_batch_fits_and_twice_as_much_does_not():
     there = find("v5e:1x1")
     run = config.resolve(config.Run(Wide(), total_steps=1, batch_size=3))
@@ -145,4 +121,12 @@ def test_remat_policies_are_tried_where_the_experiment_has_them():
     found = list(search(run, find("v5e:1x1"), microbatches=(1,)))
     assert [one.remat for one in found] == ["none", "full"]
     assert found[1].flags().endswith("--config.experiment.remat=full")
+
+
+def test_evaluation_gets_as_many_rows_at_a_time_as_training_does():
+    largest = Largest("fsdp", None, 4, 64, None)
+    assert "--config.batch_size=64 --config.microbatches=4 --config.evaluation.batch_size=16" in largest.flags()
+
+
+def test_without_remat_policies_there_is_nothing_to_try():
     assert remat_policies(Wide()) == (None,)

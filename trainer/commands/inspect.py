@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import closing
+from typing import Any
 
 from trainer.commands.arguments import Arguments
 
@@ -29,7 +30,7 @@ def main(arguments: Arguments) -> int:
     from trainer import config
     from trainer.build import build
     from trainer.checkpoint.store import Store
-    from trainer.observe.tables import label_table_text
+    from trainer.observe.tables import label_table_text, placement_table_text
     from trainer.probe import probe, probe_text
 
     run, workdir = arguments.run, arguments.workdir
@@ -42,6 +43,8 @@ def main(arguments: Arguments) -> int:
         return 0 if all(verdict.holds for verdict in verdicts) else 1
     print(config.to_json(run))
     print(label_table_text(parts.rows, run.optimizer))
+    if placements := placement_table_text(parts.parallel.placements.values(), parts.parallel.sizes):
+        print(placements)
     devices = parts.parallel.devices
     print(
         f"devices: {len(devices)} × {devices[0].device_kind}, strategy {run.parallel.strategy}, jax {jax.__version__}"
@@ -50,20 +53,25 @@ def main(arguments: Arguments) -> int:
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if arguments.options.compile:
-        from trainer.plan.compiling import Figures, compile_for
-        from trainer.plan.report import machine_text
-
-        steps = {}
-        for name, step, spec in (
-            ("train", parts.train_step, parts.spec),
-            ("evaluate", parts.eval_step, parts.eval_spec),
-        ):
-            found = compile_for(step, (parts.state, parts.parallel.abstract_batch(spec)), len(devices), {})
-            assert isinstance(found, Figures), "only TPUs refuse to compile what does not fit"
-            steps[name] = found
-        print(f"on one device, GiB (M: MiB):\n{machine_text(steps)}", end="")
+        print(_compiled_text(parts), end="")
+    else:
+        print("memory and operations of the two steps: inspect --compile")
     if workdir is not None and workdir.checkpoints.is_dir():
         with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
             best = store.best_step()
             print("checkpoints: " + ", ".join(f"{s} (best)" if s == best else str(s) for s in store.steps()))
     return 0
+
+
+def _compiled_text(parts: Any) -> str:
+    """What `plan` says of TPUs, of the devices that are there."""
+    from trainer.plan.compiling import Figures, compile_for
+    from trainer.plan.report import machine_text
+
+    found = {}
+    steps = {"train": (parts.train_step, parts.spec), "evaluate": (parts.eval_step, parts.eval_spec)}
+    for name, (step, spec) in steps.items():
+        batch = parts.parallel.abstract_batch(spec)
+        found[name] = compile_for(step, (parts.state, batch), len(parts.parallel.devices), {})
+        assert isinstance(found[name], Figures), "only TPUs refuse to compile what does not fit"
+    return machine_text(found)

@@ -1,6 +1,6 @@
 """Tables as plain text, for terminals and golden files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,13 +44,15 @@ def label_table_text(rows: Sequence[Row], optimizer: config.Optimizer) -> str:
     return f"{parameters}\n{_groups_text(rows, optimizer)}"
 
 
-def placement_table_text(placements: Sequence[Placement], sizes: Mapping[str, int]) -> str:
-    """How each parameter is split, for example 768×3072 as fsdp × tensor, and who decided so.
+def placement_table_text(placements: Iterable[Placement], sizes: Mapping[str, int]) -> str:
+    """How each parameter is split, for example 768×3072 as fsdp × tensor, and who decided so; "" if nothing can be.
 
     Args:
       placements: one for each parameter.
       sizes: how many devices lie along each axis of the mesh.
     """
+    if sizes["fsdp"] == sizes["tensor"] == 1:
+        return ""
     cells = []
     for placement in placements:
         axes = [axis if axis and sizes[axis] > 1 else None for axis in placement.axes]

@@ -76,7 +76,7 @@ def plans_text(topology: Topology, plans: Sequence[Plan], fast: bool) -> str:
 
 
 def machine_text(steps: Mapping[str, Figures]) -> str:
-    """The figures of steps that are compiled for the devices that are there."""
+    """The figures of steps that are compiled for the devices that are there, and what they mean."""
     header = ("step", "arguments", "temporaries", "peak", "collective", "dtype", "MB", "GFLOP", "compiled in")
     rows = []
     for name, found in steps.items():
@@ -87,7 +87,8 @@ def machine_text(steps: Mapping[str, Figures]) -> str:
         memory = [_gib(found.arguments), _gib(found.temporaries), _gib(found.peak)]
         rows.append([name, *memory, *cells[0], flops, f"{found.seconds:.1f} s"])
         rows += [[*[""] * 4, *more, "", ""] for more in cells[1:]]
-    return table(header, rows, right=[name for name in header if name not in ("step", "collective", "dtype")])
+    text = table(header, rows, right=[name for name in header if name not in ("step", "collective", "dtype")])
+    return f"compiled for one device, in GiB (M: MiB); MB: 1e6 bytes exchanged; GFLOP: 1e9 operations\n{text}"
 
 
 def search_text(topology: Topology, found: Sequence[Largest]) -> str:

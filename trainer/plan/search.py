@@ -41,6 +41,8 @@ class Largest:
         """What to add to a command line."""
         flags = [f"parallel.strategy={self.strategy}", f"batch_size={self.batch_size}"]
         flags += [f"microbatches={self.microbatches}"]
+        if self.microbatches > 1:  # evaluation takes less than training on the same rows, and knows no microbatches
+            flags += [f"evaluation.batch_size={self.batch_size // self.microbatches}"]
         flags += [f"experiment.remat={self.remat}"] if self.remat is not None else []
         return " ".join(f"--config.{flag}" for flag in flags)
 
