@@ -47,6 +47,6 @@ def test_fashion_mnist_reaches_90_5_percent_in_five_epochs(tmp_path):
     assert result_of("configs/fashion_mnist.py", tmp_path) >= 0.905
 
 
-def test_a_quarter_of_the_shakespeare_run_predicts_works_it_has_not_seen_at_2_85_bits_per_byte(tmp_path):
-    # 2.78 here, 2.42 after the whole run; the frequencies of single bytes alone give 4.85.
-    assert result_of("configs/shakespeare.py", tmp_path, "--config.total_steps=800", metric="bits_per_byte") <= 2.85
+def test_a_tenth_of_the_shakespeare_run_predicts_works_it_has_not_seen_at_3_3_bits_per_byte(tmp_path):
+    # 3.22 here, 2.42 after the whole run; the frequencies of single bytes alone give 4.85.
+    assert result_of("configs/shakespeare.py", tmp_path, "--config.total_steps=300", metric="bits_per_byte") <= 3.3

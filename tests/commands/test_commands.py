@@ -187,9 +187,9 @@ def test_mistake_on_the_command_line_is_one_line_and_leaves_nothing(name, capsys
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("batch_size=6", "batch_size 6 does not divide over 4 devices: it must be a multiple of 4"),
-        ("evaluation.batch_size=6", "evaluation.batch_size 6 does not divide over 4 devices: it must be a multiple of"),
-        ("parallel.devices=8", "parallel.devices is 8, but this machine has 4; for fake CPU devices set XLA_FLAGS="),
+        ("batch_size=6", "batch_size 6 does not divide over 8 devices: it must be a multiple of 8"),
+        ("evaluation.batch_size=6", "evaluation.batch_size 6 does not divide over 8 devices: it must be a multiple of"),
+        ("parallel.devices=9", "parallel.devices is 9, but there are 8; for fake CPU devices set XLA_FLAGS="),
         ("loading.split=trian", "data set 'digits' has no split 'trian'; did you mean 'train'?"),
         ("checkpoint.best_metric=test/accurcy", "checkpoint.best_metric 'test/accurcy' is not evaluated; did you mean"),
     ],
@@ -388,11 +388,12 @@ def test_inspect_shows_settings_labels_devices_and_checkpoints_and_writes_nothin
     assert printed.startswith(f"{settings}\n{labels}\n")
     rest = printed.removeprefix(f"{settings}\n{labels}\n").splitlines()
     parameters = 64 * 16 + 16 + 16 * 10 + 10
-    assert rest[0].startswith("devices: 4 × cpu, strategy data, jax ")
+    assert rest[0].startswith("devices: 8 × cpu, strategy data, jax ")
     assert rest[1:] == [
         "examples: 1,438 to train on, 359 to evaluate on",
         # Parameters and two moments of 4 bytes; the step and the count of the optimizer.
         f"state: {3 * 4 * parameters + 2 * 4:,} bytes with the optimizer's moments",
+        "memory and operations of the two steps: inspect --compile",
         "checkpoints: 2, 3",
     ]
     assert contents(workdir) == before
@@ -438,7 +439,7 @@ GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
     [
         ("train", {"--profile", *GROUP}),
         ("evaluate", {"--step", *GROUP}),
-        ("inspect", {"--probe"}),
+        ("inspect", {"--probe", "--compile"}),
         ("prepare", set()),
         ("rehearse", {"--processes", "--devices", "--command", "--profile", "--step"}),
     ],

@@ -82,9 +82,10 @@ def test_an_exception_in_one_of_two_processes_that_slurm_started_ends_both_witho
     began = time.monotonic()
     assert running[1].stderr.count("OSError: the disk is gone") == 1
     assert "Traceback" in running[1].stderr
-    assert running[0].end(30) == -signal.SIGABRT
+    # Whichever comes first: it misses the heartbeat, or a collective in which it waits loses its connection.
+    assert running[0].end(30) in (-signal.SIGABRT, 1)
     assert time.monotonic() - began < 15
-    assert "heartbeat" in running[0].stderr
+    assert re.search("heartbeat|Gloo.*Connection closed by peer", running[0].stderr)
 
 
 def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_come(running, tmp_path):

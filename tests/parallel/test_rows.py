@@ -69,5 +69,6 @@ def test_a_batch_on_the_devices_is_what_the_step_was_made_for(strategy):
     expected = parts.parallel.abstract_batch({"x": batch["x"], "mask": batch["mask"]})
     for name, array in parts.parallel.put(batch).items():
         assert (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype)
-        assert array.sharding.is_equivalent_to(expected[name].sharding, array.ndim)
+        if strategy != "pmap":  # whose programs take what lies on their devices
+            assert array.sharding.is_equivalent_to(expected[name].sharding, array.ndim)
         np.testing.assert_array_equal(np.asarray(array).reshape(batch[name].shape), batch[name])

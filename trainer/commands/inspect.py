@@ -72,6 +72,7 @@ def _compiled_text(parts: Any) -> str:
     steps = {"train": (parts.train_step, parts.spec), "evaluate": (parts.eval_step, parts.eval_spec)}
     for name, (step, spec) in steps.items():
         batch = parts.parallel.abstract_batch(spec)
-        found[name] = compile_for(step, (parts.state, batch), len(parts.parallel.devices), {})
-        assert isinstance(found[name], Figures), "only TPUs refuse to compile what does not fit"
+        figures = compile_for(step, (parts.state, batch), len(parts.parallel.devices), {})
+        assert isinstance(figures, Figures), "only TPUs refuse to compile what does not fit"
+        found[name] = figures
     return machine_text(found)
