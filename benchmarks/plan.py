@@ -33,7 +33,6 @@ def compiled(run: config.Run, topology: str, strategy: str, effort: dict[str, st
 
 def moved(figures: Figures, kind: str) -> int:
     """Bytes of all arrays that a step exchanges in this way."""
-    assert figures.program is not None
     return sum(e.bytes for e in exchanges(figures.program.collectives) if e.kind == kind)
 
 

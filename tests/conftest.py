@@ -40,3 +40,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
     tfds.prepare("digits", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_share_what_they_compile(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Those that tests start, in all workers; this process, in which JAX has started, compiles for itself."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

@@ -35,6 +35,7 @@ def main(arguments: Arguments) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # devices that are there are left alone
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for others go in, but do not come out
     from trainer.plan import planning, report
     from trainer.plan.search import search
     from trainer.plan.topology import find

@@ -15,6 +15,7 @@ from trainer.plan.program import Program, read
 
 # Compiles about six times faster, with nearly the same memory and communication; it overlaps less.
 FAST = {"xla_optimization_level": "EFFORT_O0"}
+_MOST_BUFFERS = 5  # to show of a step that does not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Figures:
       aliased: bytes of arguments whose memory the results take over.
       temporaries: bytes beside arguments and results.
       peak: bytes of all of these, which the compiler compares with the memory of a device.
-      program: communication and matrix products; None where this JAX cannot read what its compiler wrote.
+      program: communication and matrix products.
       seconds: how long compiling took.
     """
 
@@ -34,7 +35,7 @@ class Figures:
     aliased: int
     temporaries: int
     peak: int
-    program: Program | None
+    program: Program
     seconds: float
 
 
@@ -70,9 +71,7 @@ class TooLarge:
     seconds: float
 
 
-def compile_for(
-    step: Any, arguments: Sequence[Any], chips: int, options: Mapping[str, Any], *, explain: bool = True
-) -> Figures | TooLarge:
+def compile_for(step: Any, arguments: Sequence[Any], chips: int, options: Mapping[str, Any]) -> Figures | TooLarge:
     """Compiles a step ahead of time.
 
     Args:
@@ -80,25 +79,24 @@ def compile_for(
       arguments: in shapes, dtypes and shardings.
       chips: how many devices it is for.
       options: for the compiler.
-      explain: whether to find out which buffers are the largest of a step that does not fit; that is compiled twice.
     """
     lowered = step.lower(*arguments)
-    start = time.perf_counter()
-    try:
-        compiled = lowered.compile(compiler_options=dict(options))
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"CompileTimeHbmOom.*\(([\d.]+)([KMGT]?)\) exceeds available", str(error))
-        if needed is None:
-            raise
+    with tempfile.TemporaryDirectory() as notes:
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile(compiler_options={**options, "xla_dump_to": notes})
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(r"CompileTimeHbmOom.*\(([\d.]+)([KMGT]?)\) exceeds available", str(error))
+            if needed is None:
+                raise
+            size = float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2] or " "))
+            seconds = time.perf_counter() - start
+            buffers = read_buffers(_note(notes, "-buffer-assignment.txt") or "", _note(notes, ".txt") or "")
+            return TooLarge(int(size), buffers[:_MOST_BUFFERS], seconds)
         seconds = time.perf_counter() - start
-        size = float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2] or " "))
-        return TooLarge(int(size), _largest_buffers(lowered, options) if explain else (), seconds)
-    seconds = time.perf_counter() - start
+        # The compiler's own text: JAX 0.10 cannot read all that libtpu writes. What JAX has in its cache leaves none.
+        program = read(_note(notes, ".txt") or compiled.as_text(), chips)
     memory = compiled.memory_analysis()
-    try:
-        program = read(compiled.as_text(), chips)
-    except jax.errors.JaxRuntimeError:  # JAX 0.10 cannot read some of what libtpu writes for the newest chips
-        program = None
     # Not the compiler's own peak_memory_in_bytes: that leaves out the gaps between buffers, which HBM must hold, too.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
@@ -107,16 +105,10 @@ def compile_for(
     )
 
 
-def _largest_buffers(lowered: Any, options: Mapping[str, Any], most: int = 5) -> tuple[Buffer, ...]:
-    """Compiles again what does not fit, with the compiler's notes, and reads these."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            lowered.compile(compiler_options={**options, "xla_dump_to": folder})
-        except jax.errors.JaxRuntimeError:
-            assignment = next(Path(folder).glob("*after_optimizations-buffer-assignment.txt")).read_text()
-            program = next(Path(folder).glob("*after_optimizations.txt")).read_text()
-            return read_buffers(assignment, program)[:most]
-    raise AssertionError("a step that did not fit was compiled")
+def _note(folder: str, ending: str) -> str | None:
+    """What the compiler wrote of the optimized program; None if it wrote nothing."""
+    file = next(Path(folder).glob(f"*after_optimizations{ending}"), None)
+    return file.read_text() if file else None
 
 
 def read_buffers(assignment: str, program: str) -> tuple[Buffer, ...]:

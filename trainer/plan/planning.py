@@ -128,12 +128,12 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str
     for layout in _layouts(run, topology, tried):
         note(f"layout {len(tried) + 1}, to compare")
         parts_of[layout] = built(run, topology, layout)
-        tried[layout] = _train(parts_of[layout], topology, layout, fast=True, explain=False)
+        tried[layout] = _train(parts_of[layout], topology, layout, fast=True)
     layout = best(tried) if tried else Layout(run.parallel.torus)
     parts = parts_of.get(layout) or built(run, topology, layout)
     note("train step")
     train = tried.get(layout)
-    if not fast or not isinstance(train, Figures):
+    if not fast or train is None:
         train = _train(parts, topology, layout, fast=fast)
     note("evaluation step")
     evaluation = compile_for(
@@ -158,7 +158,7 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str
 def train_only(run: config.Run, topology: Topology) -> Figures | TooLarge:
     """The train step of a run by the fast compiler, in the layout that its config says."""
     layout = Layout(run.parallel.torus)
-    return _train(built(run, topology, layout), topology, layout, fast=True, explain=False)
+    return _train(built(run, topology, layout), topology, layout, fast=True)
 
 
 def shard_bytes(leaf: Any) -> int:
@@ -175,7 +175,7 @@ def _layouts(run: config.Run, topology: Topology, tried: Mapping[Layout, Figures
     for layout in (Layout(torus), Layout(False)) if torus and several else (Layout(torus),):
         yield layout
         found = tried[layout]
-        if isinstance(found, TooLarge) or (found.program is not None and found.program.windowed):
+        if isinstance(found, TooLarge) or found.program.windowed:
             yield dataclasses.replace(layout, unsplit=True)
 
 
@@ -191,7 +191,7 @@ def best(tried: Mapping[Layout, Figures | TooLarge]) -> Layout:
 
 def sent_bytes(figures: Figures) -> float:
     """Bytes that every chip sends in a step, at least."""
-    return sum(c.sent for c in figures.program.collectives) if figures.program else 0.0
+    return sum(c.sent for c in figures.program.collectives)
 
 
 def built(run: config.Run, topology: Topology, layout: Layout) -> Parts:
@@ -204,10 +204,9 @@ def _options(layout: Layout, fast: bool) -> dict[str, str]:
     return {**layout.options, **(FAST if fast else {})}
 
 
-def _train(parts: Parts, topology: Topology, layout: Layout, *, fast: bool, explain: bool = True) -> Figures | TooLarge:
+def _train(parts: Parts, topology: Topology, layout: Layout, *, fast: bool) -> Figures | TooLarge:
     batch = parts.parallel.abstract_batch(parts.spec)
-    options = _options(layout, fast)
-    return compile_for(parts.train_step, (parts.state, batch), len(topology.devices), options, explain=explain)
+    return compile_for(parts.train_step, (parts.state, batch), len(topology.devices), _options(layout, fast))
 
 
 def _gradient_bytes(parts: Parts) -> int:
