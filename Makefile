@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 help:
 	@echo "make demo    train digits, evaluate it from its checkpoint (about a minute after set-up)"
-	@echo "make test    every test;  make quick  those that start no training command"
+	@echo "make test    every test;  make quick  without the slow ones"
 	@echo "make check   lint, format and types;  make format  rewrite in the one format"
 
 $(STAMP): pyproject.toml constraints.txt

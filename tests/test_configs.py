@@ -91,6 +91,7 @@ def test_parameters_decay_as_the_labels_say(shrunk):
     assert [verdict for verdict in probe(build(shrunk)) if not verdict.holds] == []
 
 
+@pytest.mark.slow
 @each_config
 def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     run = shrunk

@@ -22,11 +22,12 @@ from trainer.evaluate import evaluate
 STEPS, BATCH = 20, 16
 SHARDED = ("data", "zero1", "fsdp", "tensor", "fsdp_tensor")
 DEVICES = (2, 4, 8)
-OUTCOMES = [  # strategy, devices, dropout; on one device the sharded ones are one program
+CASES = [  # strategy, devices, dropout; on one device the sharded ones are one program
     *[(strategy, devices, 0.3) for strategy in SHARDED for devices in DEVICES],
     ("zero1_tensor", 8, 0.3),
     *[("pmap", devices, 0.0) for devices in (1, *DEVICES)],
 ]
+OUTCOMES = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] in (2, 4) else []) for case in CASES]
 # Axes of size 1 split nothing, so one list serves every strategy.
 RULES = (
     (r"dense/kernel", ("fsdp", "tensor")),

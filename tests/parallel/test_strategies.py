@@ -34,6 +34,7 @@ def link(steps: int, strategy: str, devices: int) -> config.Run:
     return make_run(steps, experiment=Task(noise=0.3), optimizer=optimizer, parallel=parallel)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_strategy_from_the_same_bits(tmp_path):
     run, final = link(5, "data", 1), None
     whole = quietly(link(5 * len(CHAIN), "data", 1), tmp_path / "whole")
@@ -82,6 +83,7 @@ def language_model(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
     return np.array(losses), jax.device_get(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "tensor", "fsdp_tensor"])
 def test_a_language_model_with_logical_axes_is_that_of_one_device(strategy):
     (losses, params), (expected, expected_params) = language_model(strategy, 8), language_model("data", 1)

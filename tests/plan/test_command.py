@@ -25,6 +25,7 @@ def config(tmp_path: Path) -> str:
     return f"--config={file}"
 
 
+@pytest.mark.slow
 def test_the_table_has_every_strategy_asked_for_and_both_steps(config, capsys):
     assert run(["plan", config, "--topology=v5e:2x2", "--strategies=data,fsdp,tensor", "--fast"]) == 0
     out, err = capsys.readouterr()
@@ -44,6 +45,7 @@ def test_the_table_has_every_strategy_asked_for_and_both_steps(config, capsys):
     assert "v5e:2x2, fsdp: train step" in err
 
 
+@pytest.mark.slow
 def test_search_prints_flags_that_the_command_line_takes(tmp_path, capsys):
     file = tmp_path / "config.py"
     file.write_text(TEXT.replace("Decoder", "Rematerialised").replace(SIZES, ""))

@@ -20,6 +20,7 @@ PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 512 * 256 + 5 * 256  # the head
 SMALL = {"length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 @pytest.mark.parametrize("strategy", planning.strategies())
 def test_both_steps_of_every_strategy_compile_for_every_generation(topology, strategy):
