@@ -145,7 +145,17 @@ def test_divergence_ends_all_at_the_same_step_with_one_line(running, tmp_path):
     assert rows_of(tmp_path / "run") < 4
 
 
-def test_rehearse_refuses_what_it_cannot_start():
-    group = rehearse(CONFIG, "--processes=0")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((CONFIG, "--processes=0"), "--processes is 0; it must be at least 1"),
+        ((), "give --config=FILE, or --workdir=DIR with a run in it"),
+        ((CONFIG, "--command=evaluate"), "give --workdir=DIR, whose run is to be evaluated"),
+        ((CONFIG, "--step=best"), "--step is for --command=evaluate"),
+    ],
+)
+def test_rehearse_refuses_what_it_cannot_start(flags, message):
+    group = rehearse(*flags)
     assert group.end() == 2
-    assert group.stderr == "error: --processes is 0; it must be at least 1\n"
+    assert group.stderr == f"error: {message}\n"
+    assert group.stdout == ""

@@ -63,6 +63,8 @@ def test_search_prints_flags_that_the_command_line_takes(tmp_path, capsys):
         (["--topology=v5e:2x3"], "error: no topology 'v5e:2x3'; did you mean '2x4'?"),
         (["--topology=v5e:2x2", "--strategies=fdsp"], "error: no strategy 'fdsp'; did you mean 'fsdp'?"),
         (["--topology=v5e:4x4"], "error: batch_size 8 does not divide over 16 devices"),
+        (["--topology=v5e:2x2", "--batch_per_chip=0"], "error: --batch_per_chip is 0; it must be at least 1"),
+        (["--topology=v5e:2x2", "--batch_per_chip=2", "--search"], "error: --search finds the batch by itself"),
     ],
 )
 def test_mistakes_are_one_line(config, capsys, flags, message):

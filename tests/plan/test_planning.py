@@ -64,6 +64,25 @@ def test_operations_are_those_of_the_matrices():
         assert step.program.flops == pytest.approx(operations, rel=0.01)
 
 
+def test_a_mean_of_the_parameters_counts_and_is_evaluated_beside_them():
+    run, there = make_run(strategy="data", **SMALL), find("v5e:2x2")
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, ema_decay=0.9))
+    plan = planning.plan(run, there, fast=True)
+    assert plan.mean == plan.parameters
+    assert isinstance(plan.evaluation, Figures)
+    rest = plan.moments + plan.parameters
+    assert dataclasses.replace(plan, hbm=plan.evaluation.peak + rest).fits
+    assert not dataclasses.replace(plan, hbm=plan.evaluation.peak + rest - 1).fits
+
+
+def test_another_batch_does_not_mind_schedules_in_epochs():
+    run = make_run(strategy="data", **SMALL)
+    schedule = config.Schedule("step", unit="epochs", warmup=0.25, boundaries=(20,))
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule=schedule))
+    found = planning.train_only(planning.with_batch(run, 4, 1), find("v5e:2x2"))
+    assert isinstance(found, Figures)
+
+
 def test_frozen_parameters_have_no_gradients():
     there = find("v5e:2x2")
     groups = {"still": config.Group(frozen=True), "moving": config.Group()}
@@ -112,7 +131,8 @@ def test_the_largest_batch_fits_and_twice_as_much_does_not():
     for factor, outcome in ((1, Figures), (2, TooLarge)):
         assert isinstance(planning.train_only(planning.with_batch(run, factor * one.batch_size, 1), there), outcome)
     assert one.flags() == (
-        f"--config.parallel.strategy=data --config.batch_size={one.batch_size} --config.microbatches=1"
+        f"--config.parallel.strategy=data --config.batch_size={one.batch_size} --config.microbatches=1 "
+        f"--config.evaluation.batch_size={one.batch_size}"
     )
 
 
@@ -124,8 +144,11 @@ def test_remat_policies_are_tried_where_the_experiment_has_them():
 
 
 def test_evaluation_gets_as_many_rows_at_a_time_as_training_does():
-    largest = Largest("fsdp", None, 4, 64, None)
-    assert "--config.batch_size=64 --config.microbatches=4 --config.evaluation.batch_size=16" in largest.flags()
+    largest = Largest("fsdp", ("parallel.tensor=0",), None, 4, 64, None)
+    assert (
+        "--config.parallel.tensor=0 --config.batch_size=64 --config.microbatches=4 --config.evaluation.batch_size=16"
+        in largest.flags()
+    )
 
 
 def test_without_remat_policies_there_is_nothing_to_try():

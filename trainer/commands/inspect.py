@@ -5,6 +5,7 @@ from contextlib import closing
 from typing import Any
 
 from trainer.commands.arguments import Arguments
+from trainer.errors import UserError
 
 DESCRIPTION = "Shows a run: settings, labels, devices, checkpoints. --workdir alone is enough. Writes nothing."
 
@@ -73,6 +74,8 @@ def _compiled_text(parts: Any) -> str:
     for name, (step, spec) in steps.items():
         batch = parts.parallel.abstract_batch(spec)
         figures = compile_for(step, (parts.state, batch), len(parts.parallel.devices), {})
-        assert isinstance(figures, Figures), "only TPUs refuse to compile what does not fit"
+        if not isinstance(figures, Figures):
+            needed = f"{figures.needed / 2**30:.2f} GiB on a device"
+            raise UserError(f"the {name} step does not fit: it needs {needed}; `plan` shows for what")
         found[name] = figures
     return machine_text(found)

@@ -43,6 +43,10 @@ def main(arguments: Arguments) -> int:
     options, run = arguments.options, arguments.run
     if not options.topology:
         raise UserError("give --topology=NAME, such as --topology=v5e:4x4,v4:2x2x4")
+    if options.batch_per_chip is not None and options.batch_per_chip < 1:
+        raise UserError(f"--batch_per_chip is {options.batch_per_chip}; it must be at least 1")
+    if options.batch_per_chip is not None and options.search:
+        raise UserError("--search finds the batch by itself: give it or --batch_per_chip")
     strategies = _strategies(options.strategies, run.parallel.strategy, planning.strategies())
     topologies = [find(name, max(1, run.parallel.num_slices)) for name in options.topology.split(",")]
     all_fit = True
@@ -60,7 +64,12 @@ def main(arguments: Arguments) -> int:
             chosen = planning.with_strategy(there, strategy)
             try:
                 if options.search:
-                    found += search(chosen, topology, note=note)
+                    changes = [
+                        f"parallel.{axis}={getattr(chosen.parallel, axis)}"
+                        for axis in ("fsdp", "tensor")
+                        if getattr(chosen.parallel, axis) != getattr(run.parallel, axis)
+                    ]
+                    found += search(chosen, topology, changes=changes, note=note)
                 else:
                     found.append(planning.plan(chosen, topology, fast=options.fast, note=note))
             except UserError as error:  # this strategy is nothing for this run; others may be

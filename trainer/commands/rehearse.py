@@ -40,6 +40,13 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name in ("processes", "devices"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if options.config is None and options.workdir is None:
+        raise UserError("give --config=FILE, or --workdir=DIR with a run in it")
+    if options.command == "evaluate" and options.workdir is None:
+        raise UserError("give --workdir=DIR, whose run is to be evaluated")
+    for name, command in (("profile", "train"), ("step", "evaluate")):
+        if getattr(options, name) is not None and options.command != command:
+            raise UserError(f"--{name} is for --command={command}")
     if options.workdir is None:
         options.workdir = tempfile.mkdtemp(prefix="rehearsal-")
         print(f"no --workdir: the run is in {options.workdir}", flush=True)

@@ -89,7 +89,7 @@ def build_parallel(parallel: config.Parallel, params: Any, devices: Sequence[jax
     """
     devices = _devices(parallel) if devices is None else devices
     if parallel.strategy == "pmap":
-        axis_sizes(parallel, len(devices))  # sizes that pmap does not use are errors
+        axis_sizes(parallel, len(devices), parallel.num_slices or 1)  # sizes that do not divide, or are of no use here
         return Pmapped(devices)
     grid = make_grid(parallel, devices)
     placements = place(params, parallel, {axis: grid.size(axis) for axis in grid.axes})

@@ -47,9 +47,10 @@ class Plan:
       tried: how many layouts were compared.
       parameters: all that the device holds of the parameters.
       moments: of the optimizer's state.
+      mean: of the mean of the parameters, which is evaluated in their place; 0 where none is kept.
       gradients: of all gradients at once, where the model is not frozen; the compiler may need fewer at a time.
       train: the train step.
-      evaluation: the evaluation step; the moments stay where they are meanwhile and are not part of its figures.
+      evaluation: the evaluation step; what it does not read stays where it is meanwhile, and is not in its figures.
       hbm: memory of the device.
     """
 
@@ -58,6 +59,7 @@ class Plan:
     tried: int
     parameters: int
     moments: int
+    mean: int
     gradients: int
     train: Figures | TooLarge
     evaluation: Figures | TooLarge
@@ -65,12 +67,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether both steps fit, evaluation with the moments beside it."""
+        """Whether both steps fit, evaluation with the moments beside it, and the parameters where it reads the mean."""
         train, evaluation = self.train, self.evaluation
         return (
             isinstance(train, Figures)
             and isinstance(evaluation, Figures)
-            and (evaluation.peak + self.moments <= self.hbm)
+            and (evaluation.peak + self.moments + (self.parameters if self.mean else 0) <= self.hbm)
         )
 
 
@@ -90,12 +92,41 @@ def with_strategy(run: config.Run, strategy: str) -> config.Run:
     return dataclasses.replace(run, parallel=dataclasses.replace(parallel, strategy=strategy, fsdp=fsdp, tensor=tensor))
 
 
-def with_batch(run: config.Run, batch_size: int, microbatches: int) -> config.Run:
-    """The run with another batch; evaluation follows where its batch is the same."""
-    follows = run.evaluation.batch_size == run.batch_size
-    evaluation = dataclasses.replace(run.evaluation, batch_size=0) if follows else run.evaluation
-    changed = dataclasses.replace(run, batch_size=batch_size, microbatches=microbatches, evaluation=evaluation)
+def with_batch(run: config.Run, batch_size: int, microbatches: int, evaluated: int | None = None) -> config.Run:
+    """The run with another batch.
+
+    Schedules in epochs or examples become constants: a batch for which they do not fit the steps of the run, which is
+    for its user to mend, takes the memory that it takes.
+
+    Args:
+      run: resolved.
+      batch_size: of training.
+      microbatches: its parts.
+      evaluated: of evaluation; by default the same as of training where it was the same, or else what it was.
+    """
+    if evaluated is None:
+        evaluated = 0 if run.evaluation.batch_size == run.batch_size else run.evaluation.batch_size
+    evaluation = dataclasses.replace(run.evaluation, batch_size=evaluated)
+    optimizer = dataclasses.replace(
+        run.optimizer,
+        schedule=_timeless(run.optimizer.schedule),
+        groups={
+            label: dataclasses.replace(
+                group,
+                schedule=group.schedule and _timeless(group.schedule),
+                decay_schedule=group.decay_schedule and _timeless(group.decay_schedule),
+            )
+            for label, group in run.optimizer.groups.items()
+        },
+    )
+    changed = dataclasses.replace(
+        run, batch_size=batch_size, microbatches=microbatches, evaluation=evaluation, optimizer=optimizer
+    )
     return config.resolve(changed)
+
+
+def _timeless(schedule: config.Schedule) -> config.Schedule:
+    return config.Schedule(peak=schedule.peak) if schedule.unit in ("epochs", "examples") else schedule
 
 
 def row_shards(run: config.Run, topology: Topology) -> int:
@@ -148,6 +179,7 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str
         len(tried),
         sum(map(shard_bytes, jax.tree.leaves(parts.state.params))),
         sum(map(shard_bytes, jax.tree.leaves(parts.state.opt_state))),
+        sum(map(shard_bytes, jax.tree.leaves(parts.state.ema))),
         _gradient_bytes(parts),
         train,
         evaluation,
@@ -210,7 +242,8 @@ def _train(parts: Parts, topology: Topology, layout: Layout, *, fast: bool) -> F
 
 
 def _gradient_bytes(parts: Parts) -> int:
-    """A gradient has its parameter's shape and dtype, and is split as the optimizer's state is."""
+    """A gradient has its parameter's shape, is at least float32 if so reduced, and is split as the moments are."""
+    least = np.float32 if parts.run.parallel.reduce_dtype == "float32" else None
     sizes, placements = parts.parallel.sizes, parts.parallel.placements
     total = 0
     leaves, labels = jax.tree.leaves(parts.state.params), jax.tree.leaves(parts.labels)
@@ -218,5 +251,6 @@ def _gradient_bytes(parts: Parts) -> int:
         if parts.run.optimizer.groups[label].frozen:
             continue
         axes = placements[path].axes if path in placements else ()
-        total += leaf.size * np.dtype(leaf.dtype).itemsize // math.prod(sizes[axis] for axis in axes if axis)
+        dtype = jax.numpy.promote_types(leaf.dtype, least) if least else np.dtype(leaf.dtype)
+        total += leaf.size * dtype.itemsize // math.prod(sizes[axis] for axis in axes if axis)
     return total

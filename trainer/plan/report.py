@@ -13,8 +13,9 @@ from trainer.plan.topology import Topology
 _GIB = 2**30
 
 LEGEND = """\
-GiB (M: MiB) on one device. other: the batch, counts and padding. gradients: all at once; the temporaries hold what is
-needed of them at a time. peak: arguments, temporaries and results; the moments stay beside that of evaluation.
+GiB (M: MiB) on one device. moments: with the mean of the parameters, if one is kept. other: the batch, batch
+statistics, counts and padding. gradients: all at once; the temporaries hold what is needed of them at a time. peak:
+arguments, temporaries and results; what evaluation does not read, such as the moments, stays beside its own.
 MB: 1e6 bytes of arrays exchanged in a step, as large as they are on one device. async: the share beside which other
 work goes on. at least: what a device must send over the published bandwidth of its links, an estimate and not the
 compiler's. GFLOP: 1e9 operations of matrix products and convolutions in a step on one device.
@@ -80,7 +81,7 @@ def machine_text(steps: Mapping[str, Figures]) -> str:
     header = ("step", "arguments", "temporaries", "peak", "collective", "dtype", "MB", "GFLOP", "compiled in")
     rows = []
     for name, found in steps.items():
-        cells = [(e.kind, e.dtype, f"{e.bytes / 1e6:,.2f}") for e in exchanges(found.program.collectives)]
+        cells = [(e.kind, e.dtype, _megabytes(e)) for e in exchanges(found.program.collectives)]
         cells = cells or [("none", "-", "-")]
         flops = f"{'' if found.program.exact else '≥ '}{found.program.flops / 1e9:,.3f}"
         memory = [_gib(found.arguments), _gib(found.temporaries), _gib(found.peak)]
@@ -110,13 +111,17 @@ def _title(topology: Topology) -> str:
 def _rows(topology: Topology, plan: Plan, width: int) -> list[list[str]]:
     rows = []
     for step, found in (("train", plan.train), ("evaluate", plan.evaluation)):
-        state = [_gib(plan.parameters), _gib(plan.moments), _gib(plan.gradients) if step == "train" else "-"]
+        state = [
+            _gib(plan.parameters),
+            _gib(plan.moments + plan.mean),
+            _gib(plan.gradients) if step == "train" else "-",
+        ]
         first = [plan.run.parallel.strategy if step == "train" else "", step, *state]
         if isinstance(found, TooLarge):
             share = f"{found.needed / topology.hbm_bytes:.0%}"
             rows.append([*first, "-", "-", _gib(found.needed), share, *["-"] * 6, f"{found.seconds:.1f} s"])
             continue
-        held = plan.parameters + (plan.moments if step == "train" else 0)
+        held = plan.parameters + plan.moments + plan.mean if step == "train" else plan.mean or plan.parameters
         share = f"{found.peak / topology.hbm_bytes:.0%}"
         memory = [_gib(max(0, found.arguments - held)), _gib(found.temporaries), _gib(found.peak), share]
         program = found.program
@@ -133,10 +138,14 @@ def _exchange(topology: Topology, exchange: Exchange) -> list[str]:
     return [
         exchange.kind,
         exchange.dtype,
-        f"{'' if exchange.exact else '≥ '}{exchange.bytes / 1e6:,.2f}",
+        _megabytes(exchange),
         f"{exchange.asynchronous:.0%}",
         "-" if seconds is None else f"{seconds * 1e3:.2f} ms",
     ]
+
+
+def _megabytes(exchange: Exchange) -> str:
+    return f"{'' if exchange.exact else '≥ '}{exchange.bytes / 1e6:,.2f}"
 
 
 def _notes(topology: Topology, plan: Plan) -> list[str]:
@@ -157,7 +166,9 @@ def _notes(topology: Topology, plan: Plan) -> list[str]:
             header = ("buffers", "each", "together", "shape", "operation or argument")
             notes.append(table(header, cells, right=header[:3]))
     if isinstance(plan.train, Figures) and isinstance(plan.evaluation, Figures) and not plan.fits:
-        notes.append(f"{strategy} evaluate does not fit: its peak and the moments are more than the device holds")
+        notes.append(
+            f"{strategy} evaluate does not fit: its peak and the rest of the state are more than the device holds"
+        )
     return notes
 
 

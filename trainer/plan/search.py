@@ -20,6 +20,7 @@ class Largest:
 
     Attributes:
       strategy: its name.
+      changes: settings of the mesh that this strategy needs other than the config has them, such as "parallel.fsdp=0".
       remat: the policy, or None where the experiment has none.
       microbatches: how many there are.
       batch_size: over all devices; 0 if not even one row a device fits.
@@ -27,6 +28,7 @@ class Largest:
     """
 
     strategy: str
+    changes: tuple[str, ...]
     remat: str | None
     microbatches: int
     batch_size: int
@@ -39,10 +41,10 @@ class Largest:
 
     def flags(self) -> str:
         """What to add to a command line."""
-        flags = [f"parallel.strategy={self.strategy}", f"batch_size={self.batch_size}"]
+        flags = [f"parallel.strategy={self.strategy}", *self.changes, f"batch_size={self.batch_size}"]
         flags += [f"microbatches={self.microbatches}"]
-        if self.microbatches > 1:  # evaluation takes less than training on the same rows, and knows no microbatches
-            flags += [f"evaluation.batch_size={self.batch_size // self.microbatches}"]
+        # It takes less than training on the same rows, and knows no microbatches.
+        flags += [f"evaluation.batch_size={self.batch_size // self.microbatches}"]
         flags += [f"experiment.remat={self.remat}"] if self.remat is not None else []
         return " ".join(f"--config.{flag}" for flag in flags)
 
@@ -51,6 +53,7 @@ def search(
     run: config.Run,
     topology: Topology,
     microbatches: Sequence[int] = (1, 2, 4),
+    changes: Sequence[str] = (),
     note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Largest]:
     """Yields what it finds, one way to run after the other, under the run's own strategy.
@@ -62,6 +65,7 @@ def search(
       run: resolved.
       topology: what to compile for.
       microbatches: the counts to try.
+      changes: for `Largest`.
       note: is told what goes on.
 
     Raises:
@@ -75,7 +79,7 @@ def search(
             rows, figures = _largest(chosen, topology, count, start, lambda text, prefix=prefix: note(prefix + text))
             start = max(1, rows)
             batch_size = rows * count * row_shards(chosen, topology)
-            yield Largest(run.parallel.strategy, remat, count, batch_size, figures)
+            yield Largest(run.parallel.strategy, tuple(changes), remat, count, batch_size, figures)
 
 
 def remat_policies(experiment: Any) -> tuple[str | None, ...]:
@@ -100,7 +104,7 @@ def _largest(
     fits, too_many, best = 0, 2 * _MOST, None
     rows = start
     while rows > fits and rows < too_many:
-        found = train_only(with_batch(run, rows * microbatches * shards, microbatches), topology)
+        found = train_only(with_batch(run, rows * microbatches * shards, microbatches, rows * shards), topology)
         room = topology.hbm_bytes / (found.peak if isinstance(found, Figures) else found.needed)
         note(f"{rows} rows on a device {'fit' if room >= 1 else 'do not fit'} ({found.seconds:.0f} s)")
         if isinstance(found, Figures):
