@@ -145,7 +145,7 @@ def test_table_of_slices_multiplies_out_and_has_the_row_of_the_manifest():
 def commands() -> list[list[str]]:
     """The trainer's command lines with a config that docs/tpu.md and deploy/ show, without `python -m trainer`."""
     container = at(JOBSET, CONTAINER)
-    lines = re.findall(r"python3? -m trainer (\w+(?:\s+\\?\s*--[\w.]+=[^\s…]+)+)", DOC)
+    lines = re.findall(r"python3? -m trainer (\w+(?:\s+\\?\s*--[\w.]+=[^\s…\x22]+)+)", DOC)
     lines += [f"train {text}" for text in re.findall(r"deploy/slurm\.sh (--config=.*)", DOC + SLURM.read_text())]
     split = [[word for word in line.split() if word != "\\"] for line in lines]
     split.append([container["command"][-1], *container["args"]])
@@ -163,7 +163,8 @@ def test_commands_that_are_shown_are_understood(command, monkeypatch):
 
 
 def test_commands_are_found_in_all_three_places():
-    assert [command[0] for command in commands()] == ["plan", "train", "train", "train", "train"]
+    shown = ["prepare", "plan", "prepare", "train", "prepare", "train"]
+    assert [command[0] for command in commands()] == [*shown, "train", "train"]
 
 
 def test_slurm_script_is_bash():
