@@ -6,7 +6,7 @@
 
 18 layers, 2,048 wide, 992,028,672 parameters with an embedding of 32,768 rows; 256 sequences of 2,048 bytes a step: one
 for each chip of a v5e:16x16, four for each of a v5p:4x4x4. One loop goes over the layers, and the backward pass
-computes each again from its input. A step takes 1.2 of 15.75 GiB on a chip of the first, and 4.2 of 95.7 GiB of the
+computes each again from its input. A step takes 1.3 of 15.75 GiB on a chip of the first, and 4.1 of 95.7 GiB of the
 second (`plan --fast`, libtpu 0.0.52).
 
 Cost: 3.6e15 floating-point operations a step, and a third more for what is computed again; 256 TPU v5e do 5.0e16 a

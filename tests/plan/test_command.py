@@ -63,6 +63,7 @@ def test_search_prints_flags_that_the_command_line_takes(tmp_path, capsys):
         (["--topology=v5e:2x3"], "error: no topology 'v5e:2x3'; did you mean '2x4'?"),
         (["--topology=v5e:2x2", "--strategies=fdsp"], "error: no strategy 'fdsp'; did you mean 'fsdp'?"),
         (["--topology=v5e:4x4"], "error: batch_size 8 does not divide over 16 devices"),
+        (["--batch_per_chp=2"], "error: unknown flag --batch_per_chp; did you mean '--batch_per_chip'?"),
         (["--topology=v5e:2x2", "--batch_per_chip=0"], "error: --batch_per_chip is 0; it must be at least 1"),
         (["--topology=v5e:2x2", "--batch_per_chip=2", "--search"], "error: --search finds the batch by itself"),
     ],

@@ -88,7 +88,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
     options, unknown = parser.parse_known_args(own)
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z]+', parser.format_help())))}")
+        raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z_]+', parser.format_help())))}")
     return options, overrides
 
 

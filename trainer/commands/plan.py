@@ -76,9 +76,11 @@ def main(arguments: Arguments) -> int:
                 errors.append((strategy, error))
         if not found:
             raise errors[0][1]
-        print(
-            report.search_text(topology, found) if options.search else report.plans_text(topology, found, options.fast)
-        )
+        if options.search:
+            text = report.search_text(topology, found)
+        else:
+            text = report.plans_text(topology, found, options.fast)
+        print(text, flush=True)  # at once: should the compiler crash with a later topology, this is not lost
         for strategy, error in errors:
             print(f"{strategy} is left out: {error}\n")
         all_fit &= any(one.fits for one in found)
