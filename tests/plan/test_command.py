@@ -77,5 +77,11 @@ def test_mistakes_are_one_line(config, capsys, flags, message):
 def test_inspect_gives_the_figures_of_this_machine(config, capsys):
     assert run(["inspect", config, "--compile"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^train +\d+\.\d+", out, re.MULTILINE)
-    assert "all-reduce" in out
+    [(header, train)] = re.findall(r"(strategy  .*)\n(data .*)", out)  # the columns of `plan`
+    names, values = re.split("  +", header.strip()), re.split("  +", train.strip())
+    shown = dict(zip(names, values, strict=True))
+    parameters = 2 * (4 * 128**2 + 2 * 128 * 256) + 256 * 128 + 5 * 128
+    assert shown["parameters"] == shown["gradients"] == f"{4 * parameters / 2**20:.2f}M"
+    assert shown["moments"] == f"{(8 * parameters + 4) / 2**20:.2f}M"
+    assert (shown["collective"], shown["of HBM"], shown["at least"]) == ("all-reduce", "-", "-")
+    assert float(shown["GFLOP"]) > 0

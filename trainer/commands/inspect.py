@@ -2,10 +2,8 @@
 
 import argparse
 from contextlib import closing
-from typing import Any
 
 from trainer.commands.arguments import Arguments
-from trainer.errors import UserError
 
 DESCRIPTION = "Shows a run: settings, labels, devices, checkpoints. --workdir alone is enough. Writes nothing."
 
@@ -54,7 +52,9 @@ def main(arguments: Arguments) -> int:
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if arguments.options.compile:
-        print(_compiled_text(parts), end="")
+        from trainer.plan import planning, report
+
+        print(report.machine_text(planning.here(parts)))
     else:
         print("memory and operations of the two steps: inspect --compile")
     if workdir is not None and workdir.checkpoints.is_dir():
@@ -62,20 +62,3 @@ def main(arguments: Arguments) -> int:
             best = store.best_step()
             print("checkpoints: " + ", ".join(f"{s} (best)" if s == best else str(s) for s in store.steps()))
     return 0
-
-
-def _compiled_text(parts: Any) -> str:
-    """What `plan` says of TPUs, of the devices that are there."""
-    from trainer.plan.compiling import Figures, compile_for
-    from trainer.plan.report import machine_text
-
-    found = {}
-    steps = {"train": (parts.train_step, parts.spec), "evaluate": (parts.eval_step, parts.eval_spec)}
-    for name, (step, spec) in steps.items():
-        batch = parts.parallel.abstract_batch(spec)
-        figures = compile_for(step, (parts.state, batch), len(parts.parallel.devices), {})
-        if not isinstance(figures, Figures):
-            needed = f"{figures.needed / 2**30:.2f} GiB on a device"
-            raise UserError(f"the {name} step does not fit: it needs {needed}; `plan` shows for what")
-        found[name] = figures
-    return machine_text(found)

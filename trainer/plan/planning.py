@@ -51,7 +51,7 @@ class Plan:
       gradients: of all gradients at once, where the model is not frozen; the compiler may need fewer at a time.
       train: the train step.
       evaluation: the evaluation step; what it does not read stays where it is meanwhile, and is not in its figures.
-      hbm: memory of the device.
+      hbm: memory of the device; 0 where it is not known.
     """
 
     run: config.Run
@@ -173,18 +173,27 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str
         len(topology.devices),
         _options(layout, fast),
     )
-    return Plan(
-        parts.run,
-        layout,
-        len(tried),
-        sum(map(shard_bytes, jax.tree.leaves(parts.state.params))),
-        sum(map(shard_bytes, jax.tree.leaves(parts.state.opt_state))),
-        sum(map(shard_bytes, jax.tree.leaves(parts.state.ema))),
-        _gradient_bytes(parts),
-        train,
-        evaluation,
-        topology.hbm_bytes,
+    return _summed(parts, layout, len(tried), train, evaluation, topology.hbm_bytes)
+
+
+def here(parts: Parts) -> Plan:
+    """The plan of a run on the devices that are there, for which its parts are built."""
+    steps = ((parts.train_step, parts.spec), (parts.eval_step, parts.eval_spec))
+    train, evaluation = (
+        compile_for(step, (parts.state, parts.parallel.abstract_batch(spec)), len(parts.parallel.devices), {})
+        for step, spec in steps
     )
+    return _summed(parts, Layout(parts.run.parallel.torus), 0, train, evaluation, 0)
+
+
+def _summed(
+    parts: Parts, layout: Layout, tried: int, train: Figures | TooLarge, evaluation: Figures | TooLarge, hbm: int
+) -> Plan:
+    params, moments, mean = (
+        sum(map(shard_bytes, jax.tree.leaves(tree)))
+        for tree in (parts.state.params, parts.state.opt_state, parts.state.ema)
+    )
+    return Plan(parts.run, layout, tried, params, moments, mean, _gradient_bytes(parts), train, evaluation, hbm)
 
 
 def train_only(run: config.Run, topology: Topology) -> Figures | TooLarge:
@@ -215,7 +224,7 @@ def best(tried: Mapping[Layout, Figures | TooLarge]) -> Layout:
     """Of layouts that fit, and send within 2 % of the fewest bytes, that which takes the least memory."""
     fitting = {layout: found for layout, found in tried.items() if isinstance(found, Figures)}
     if not fitting:
-        return min(tried, key=lambda layout: tried[layout].needed)  # pyrefly: ignore[missing-attribute]
+        return min(tried, key=lambda layout: tried[layout].needed)  # pyrefly: ignore[missing-attribute] - none fits
     least = min(map(sent_bytes, fitting.values()))
     near = [layout for layout, found in fitting.items() if sent_bytes(found) <= 1.02 * least]
     return min(near, key=lambda layout: fitting[layout].peak)

@@ -1,7 +1,7 @@
 """What was planned, as text: one table for each topology, and what does not fit."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from trainer.observe.tables import table
 from trainer.plan.compiling import Figures, TooLarge
@@ -64,31 +64,15 @@ def exchanges(collectives: Iterable[Collective]) -> list[Exchange]:
 
 def plans_text(topology: Topology, plans: Sequence[Plan], fast: bool) -> str:
     """The table of a topology, the layouts chosen, and the largest buffers of what does not fit."""
-    header = (
-        *("strategy", "step", "parameters", "moments", "gradients", "other", "temporaries", "peak", "of HBM"),
-        *("collective", "dtype", "MB", "async", "at least", "GFLOP", "compiled in"),
-    )
-    rows = [row for plan in plans for row in _rows(topology, plan, len(header))]
     title = _title(topology) + (", compiled with little effort: memory and bytes hold, async does not" if fast else "")
-    left = ("strategy", "step", "collective", "dtype")
-    text = table(header, rows, right=[name for name in header if name not in left])
-    notes = [note for plan in plans for note in _notes(topology, plan)]
-    return "\n".join([title, text, *notes])
+    rows = [row for plan in plans for row in _rows(topology, plan)]
+    notes = [note for plan in plans for note in _notes(plan)]
+    return "\n".join([title, _table(rows), *notes])
 
 
-def machine_text(steps: Mapping[str, Figures]) -> str:
-    """The figures of steps that are compiled for the devices that are there, and what they mean."""
-    header = ("step", "arguments", "temporaries", "peak", "collective", "dtype", "MB", "GFLOP", "compiled in")
-    rows = []
-    for name, found in steps.items():
-        cells = [(e.kind, e.dtype, _megabytes(e)) for e in exchanges(found.program.collectives)]
-        cells = cells or [("none", "-", "-")]
-        flops = f"{'' if found.program.exact else '≥ '}{found.program.flops / 1e9:,.3f}"
-        memory = [_gib(found.arguments), _gib(found.temporaries), _gib(found.peak)]
-        rows.append([name, *memory, *cells[0], flops, f"{found.seconds:.1f} s"])
-        rows += [[*[""] * 4, *more, "", ""] for more in cells[1:]]
-    text = table(header, rows, right=[name for name in header if name not in ("step", "collective", "dtype")])
-    return f"compiled for one device, in GiB (M: MiB); MB: 1e6 bytes exchanged; GFLOP: 1e9 operations\n{text}"
+def machine_text(plan: Plan) -> str:
+    """The same table of the devices that are there."""
+    return "\n".join([_table(_rows(None, plan)) + LEGEND.rstrip(), *_notes(plan)])
 
 
 def search_text(topology: Topology, found: Sequence[Largest]) -> str:
@@ -108,7 +92,18 @@ def _title(topology: Topology) -> str:
     return f"{slices}{topology.name}: {len(topology.devices)} devices of {topology.hbm_bytes / _GIB:.2f} GiB"
 
 
-def _rows(topology: Topology, plan: Plan, width: int) -> list[list[str]]:
+_HEADER = (
+    *("strategy", "step", "parameters", "moments", "gradients", "other", "temporaries", "peak", "of HBM"),
+    *("collective", "dtype", "MB", "async", "at least", "GFLOP", "compiled in"),
+)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    left = ("strategy", "step", "collective", "dtype")
+    return table(_HEADER, rows, right=[name for name in _HEADER if name not in left])
+
+
+def _rows(topology: Topology | None, plan: Plan) -> list[list[str]]:
     rows = []
     for step, found in (("train", plan.train), ("evaluate", plan.evaluation)):
         state = [
@@ -118,23 +113,31 @@ def _rows(topology: Topology, plan: Plan, width: int) -> list[list[str]]:
         ]
         first = [plan.run.parallel.strategy if step == "train" else "", step, *state]
         if isinstance(found, TooLarge):
-            share = f"{found.needed / topology.hbm_bytes:.0%}"
-            rows.append([*first, "-", "-", _gib(found.needed), share, *["-"] * 6, f"{found.seconds:.1f} s"])
+            rows.append(
+                [
+                    *first,
+                    "-",
+                    "-",
+                    _gib(found.needed),
+                    _share(found.needed, plan.hbm),
+                    *["-"] * 6,
+                    f"{found.seconds:.1f} s",
+                ]
+            )
             continue
         held = plan.parameters + plan.moments + plan.mean if step == "train" else plan.mean or plan.parameters
-        share = f"{found.peak / topology.hbm_bytes:.0%}"
-        memory = [_gib(max(0, found.arguments - held)), _gib(found.temporaries), _gib(found.peak), share]
+        memory = [_gib(max(0, found.arguments - held)), _gib(found.temporaries), _gib(found.peak)]
+        memory.append(_share(found.peak, plan.hbm))
         program = found.program
         flops = f"{'' if program.exact else '≥ '}{program.flops / 1e9:,.1f}"
         cells = [_exchange(topology, e) for e in exchanges(program.collectives)] or [["none", *["-"] * 4]]
         rows.append([*first, *memory, *cells[0], flops, f"{found.seconds:.1f} s"])
         rows += [[*[""] * 9, *more, "", ""] for more in cells[1:]]
-    assert all(len(row) == width for row in rows)
     return rows
 
 
-def _exchange(topology: Topology, exchange: Exchange) -> list[str]:
-    seconds = topology.seconds(exchange.sent)
+def _exchange(topology: Topology | None, exchange: Exchange) -> list[str]:
+    seconds = topology.seconds(exchange.sent) if topology else None
     return [
         exchange.kind,
         exchange.dtype,
@@ -148,7 +151,7 @@ def _megabytes(exchange: Exchange) -> str:
     return f"{'' if exchange.exact else '≥ '}{exchange.bytes / 1e6:,.2f}"
 
 
-def _notes(topology: Topology, plan: Plan) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     strategy = plan.run.parallel.strategy
     notes = []
     if plan.tried > 1:
@@ -160,16 +163,20 @@ def _notes(topology: Topology, plan: Plan) -> list[str]:
             notes[-1] += f" and LIBTPU_INIT_ARGS={flags}"
     for step, found in (("train", plan.train), ("evaluate", plan.evaluation)):
         if isinstance(found, TooLarge):
-            sizes = f"{_gib(found.needed)} of {_gib(topology.hbm_bytes)} GiB"
+            sizes = f"{_gib(found.needed)}{f' of {_gib(plan.hbm)}' if plan.hbm else ''} GiB"
             notes.append(f"{strategy} {step} does not fit: {sizes}. Its largest buffers:")
             cells = [(str(b.count), _gib(b.bytes), _gib(b.count * b.bytes), b.shape, b.name) for b in found.buffers]
             header = ("buffers", "each", "together", "shape", "operation or argument")
             notes.append(table(header, cells, right=header[:3]))
-    if isinstance(plan.train, Figures) and isinstance(plan.evaluation, Figures) and not plan.fits:
+    if isinstance(plan.train, Figures) and isinstance(plan.evaluation, Figures) and plan.hbm and not plan.fits:
         notes.append(
             f"{strategy} evaluate does not fit: its peak and the rest of the state are more than the device holds"
         )
     return notes
+
+
+def _share(size: int, hbm: int) -> str:
+    return f"{size / hbm:.0%}" if hbm else "-"
 
 
 def _gib(size: int) -> str:
