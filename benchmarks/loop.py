@@ -19,12 +19,12 @@ import numpy as np
 
 from experiments.image_classification import ImageClassification
 from trainer import config
-from trainer.build import build
-from trainer.data.source import ArraySource
+from trainer.data import ArraySource
 from trainer.data.stream import stream
 from trainer.experiment import RandomAccessSource
 from trainer.loop import train
 from trainer.observe.progress import Progress
+from trainer.program import compile_program
 
 EVERY = 50
 
@@ -62,15 +62,17 @@ def trainer_loop(run: config.Run) -> float:
 
 def bare_loop(run: config.Run) -> float:
     """Seconds a step of a loop that does nothing else."""
-    parts = build(config.resolve(run))
-    batches = list(stream(parts.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps))
-    state = parts.parallel.create(parts.make_state)
+    program = compile_program(config.resolve(run))
+    batches = list(
+        stream(program.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps)
+    )
+    state = program.init()
     for batch in batches[:EVERY]:
-        state, _ = parts.train_step(state, batch)
+        state, _ = program.train_step(state, batch)
     jax.block_until_ready(state)
     start = time.perf_counter()
     for batch in batches[EVERY:]:
-        state, _ = parts.train_step(state, batch)
+        state, _ = program.train_step(state, batch)
     jax.block_until_ready(state)
     return (time.perf_counter() - start) / (len(batches) - EVERY)
 

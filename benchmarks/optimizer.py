@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from trainer.optim.optimizer import build_optimizer, build_treatments
 
 from trainer import config
 from trainer.optim.adabelief import adabelief
-from trainer.optim.optimizer import build_optimizer, build_treatments
 from trainer.optim.schedules import Length
 from trainer.optim.statistics import build_statistics
 

@@ -26,9 +26,9 @@ def compiled(run: config.Run, topology: str, strategy: str, effort: dict[str, st
     """The train step of a run, gradients reduced along one dimension of the torus after the other."""
     there = find(topology)
     layout = Layout(torus=True)
-    parts = built(with_strategy(run, strategy), there, layout)
-    batch = parts.parallel.abstract_batch(parts.spec)
-    return compile_for(parts.train_step, (parts.state, batch), len(there.devices), effort)
+    program = built(with_strategy(run, strategy), there, layout)
+    batch = program.strategy.abstract_batch(program.train_spec)
+    return compile_for(program.train_step, (program.state, batch), len(there.devices), effort)
 
 
 def moved(figures: Figures, kind: str) -> int:

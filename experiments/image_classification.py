@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Key, UInt8
 import experiments.datasets  # noqa: F401 - registers this repository's data sets
 from trainer.config import setting
 from trainer.data import tfds
-from trainer.experiment import Batch, Collections, Mean, Metrics, RandomAccessSource, Variables
+from trainer.experiment import Batch, Collections, RandomAccessSource, Variables, replica_axis
+from trainer.metrics import Mean, Metrics
 
 
 class StridedCNN(nn.Module):
@@ -28,9 +29,7 @@ class StridedCNN(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "rows height width channels"], train: bool, axis_name: str | None
-    ) -> Float[Array, "rows classes"]:
+    def __call__(self, x: Float[Array, "rows height width channels"], train: bool) -> Float[Array, "rows classes"]:
         """Logits of images with values from 0 to 1."""
         for i, width in enumerate(self.widths):
             stride = 1 if i == 0 and x.shape[1] < 16 else 2
@@ -38,7 +37,9 @@ class StridedCNN(nn.Module):
                 width, (3, 3), strides=stride, use_bias=not self.batch_norm, dtype=self.dtype, name=f"conv_{i}"
             )(x)
             if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, axis_name=axis_name, dtype=self.dtype, name=f"norm_{i}")(x)
+                x = nn.BatchNorm(not train, momentum=0.9, axis_name=replica_axis(), dtype=self.dtype, name=f"norm_{i}")(
+                    x
+                )
             x = nn.relu(x)
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
@@ -55,11 +56,8 @@ class MLP(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "rows height width channels"], train: bool, axis_name: str | None
-    ) -> Float[Array, "rows classes"]:
+    def __call__(self, x: Float[Array, "rows height width channels"], train: bool) -> Float[Array, "rows classes"]:
         """Logits of images with values from 0 to 1."""
-        del axis_name  # nothing here is normalised over the batch
         x = x.reshape(len(x), -1)
         for i, width in enumerate(self.widths):
             x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x))
@@ -101,20 +99,19 @@ class ImageClassification:
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
         """Fresh variables of the model."""
-        return self._model().init(key, self._scaled(batch["image"]), train=False, axis_name=None)
+        return self._model().init(key, self._scaled(batch["image"]), train=False)
 
     def loss(
-        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool, axis_name: str | None
+        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
         """Metrics "loss", the cross-entropy in nats, and "accuracy"."""
         images = self._scaled(batch["image"])
         if train and self.max_shift:
-            images = shift(images, batch["row_key"], self.max_shift)
+            images = shift(images, batch["example_key"], self.max_shift)
         logits, collections = self._model().apply(
             variables,
             images,
             train=train,
-            axis_name=axis_name,
             rngs={"dropout": key},
             mutable=[name for name in variables if name != "params"] if train else [],
         )

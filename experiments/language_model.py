@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 import experiments.datasets  # noqa: F401 - registers this repository's data sets
+from experiments.remat import POLICIES
 from experiments.transformer import Transformer
 from trainer.config import setting
-from trainer.data import tfds
-from trainer.data.source import ArraySource
+from trainer.data import ArraySource, tfds
 from trainer.errors import UserError
-from trainer.experiment import Batch, Collections, Mean, Metrics, Variables
-from trainer.remat import POLICIES
+from trainer.experiment import Batch, Collections, Variables
+from trainer.metrics import Mean, Metrics
 
 
 @jax.checkpoint  # so that the backward pass keeps the logits and nothing else of their size, whatever XLA fuses
@@ -79,7 +79,7 @@ class LanguageModel:
     """Whether one loop goes over all blocks, whose parameters are then stacked: quicker to compile, and with `remat`
     far less memory."""
     remat: str = setting("none", choices=tuple(POLICIES))
-    """What the backward pass keeps of each block; see `trainer.remat`."""
+    """What the backward pass keeps of each block; see `experiments.remat`."""
 
     def _model(self, train: bool) -> Transformer:
         if self.width % (2 * self.heads):
@@ -103,13 +103,12 @@ class LanguageModel:
         return self._model(train=False).init(key, batch["tokens"][:, :-1].astype(jnp.int32))
 
     def loss(
-        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool, axis_name: str | None
+        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
         """Metrics "loss", the cross-entropy in nats per byte, the same as "bits_per_byte", and "accuracy".
 
         Each target byte weighs 1; what fills up a window, or a batch, weighs 0.
         """
-        del axis_name  # nothing here is normalised over the batch
         tokens = batch["tokens"].astype(jnp.int32)
         logits = self._model(train).apply(variables, tokens[:, :-1], rngs={"dropout": key})
         losses, hits = score(logits, tokens[:, 1:])

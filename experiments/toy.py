@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from trainer.config import setting
-from trainer.data.source import ArraySource
+from trainer.data import ArraySource
 from trainer.errors import UserError
-from trainer.experiment import Batch, Collections, Mean, Metrics, RandomAccessSource, Variables
+from trainer.experiment import Batch, Collections, RandomAccessSource, Variables
+from trainer.metrics import Mean, Metrics
 
 try:
     from matplotlib.axes import Axes
@@ -133,10 +134,10 @@ class Toy:
         return Race().init(key)
 
     def loss(
-        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool, axis_name: str | None
+        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
         """Metric "loss", the sum; while training also "beale/adam/x", "…/y" and "…/value", and so on."""
-        del key, axis_name
+        del key
         points: Any = Race().apply(variables)
         values, places = {}, {}
         for name, function in FUNCTIONS.items():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from trainer.remat import remat
+from experiments.remat import remat
 
 
 class Projection(nn.Module):

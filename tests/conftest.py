@@ -15,6 +15,7 @@ install_import_hook(
         "trainer.step",
         "trainer.optim",
         "trainer.experiment",
+        "trainer.metrics",
         "experiments.image_classification",
         "experiments.language_model",
         "experiments.toy",

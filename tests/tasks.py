@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from trainer import config
-from trainer.data.source import ArraySource
-from trainer.experiment import Mean
+from trainer.data import ArraySource
+from trainer.experiment import replica_axis
+from trainer.metrics import Mean
 
 
 class Net(nn.Module):
@@ -21,10 +22,10 @@ class Net(nn.Module):
     batch_norm: bool
 
     @nn.compact
-    def __call__(self, x, train, axis_name):
+    def __call__(self, x, train):
         x = nn.Dense(16, use_bias=not self.batch_norm, name="dense")(x)  # BatchNorm would cancel a bias
         if self.batch_norm:
-            x = nn.BatchNorm(not train, momentum=0.9, axis_name=axis_name, name="norm")(x)
+            x = nn.BatchNorm(not train, momentum=0.9, axis_name=replica_axis(), name="norm")(x)
         x = nn.relu(x)
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         return nn.Dense(3, name="head")(x)
@@ -41,15 +42,15 @@ class Task:
     examples: int = 50
 
     def init(self, key, batch):
-        return Net(self.dropout, self.batch_norm).init(key, batch["x"], train=False, axis_name=None)
+        return Net(self.dropout, self.batch_norm).init(key, batch["x"], train=False)
 
-    def loss(self, variables, batch, *, key, train, axis_name):
+    def loss(self, variables, batch, *, key, train):
         x = batch["x"]
         if train and self.noise:
-            x = x + self.noise * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(batch["row_key"])
+            x = x + self.noise * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(batch["example_key"])
         mutable = [name for name in variables if name != "params"] if train else []
         logits, collections = Net(self.dropout, self.batch_norm).apply(
-            variables, x, train=train, axis_name=axis_name, rngs={"dropout": key}, mutable=mutable
+            variables, x, train=train, rngs={"dropout": key}, mutable=mutable
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         losses = jnp.where(batch["label"] == 3, jnp.inf, losses)

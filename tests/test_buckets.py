@@ -7,7 +7,7 @@ from etils import epath
 
 from tests.tasks import make_run
 from trainer import config
-from trainer.observe.metrics import MetricsLog, read_rows
+from trainer.observe.log import MetricsLog, read_rows
 from trainer.workdir import Mirror, Workdir, is_bucket
 
 

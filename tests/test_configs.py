@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trainer.observe.tables import label_table_text
 
 from experiments.datasets.fashion_mnist_local import FOLDER_VARIABLE
 from trainer import config, train
-from trainer.build import build
 from trainer.commands.arguments import load_config
 from trainer.data import tfds
-from trainer.observe.metrics import read_rows
-from trainer.observe.tables import label_table_text
-from trainer.probe import probe
+from trainer.observe.log import read_rows
+from trainer.optim.decay_check import probe
+from trainer.program import compile_program
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -76,7 +76,7 @@ def test_config_states_command_cost_and_expected_result(path):
 
 @each_config
 def test_label_table_is_the_reviewed_one(path, run, request):
-    golden, found = GOLDEN / f"{path.stem}.txt", label_table_text(build(run).rows, run.optimizer)
+    golden, found = GOLDEN / f"{path.stem}.txt", label_table_text(compile_program(run).rows, run.optimizer)
     if request.config.getoption("--update-goldens"):
         golden.write_text(found)
     assert found == golden.read_text(), "if this is meant: pytest tests/test_configs.py --update-goldens"
@@ -88,7 +88,7 @@ def test_every_golden_belongs_to_a_config():
 
 @each_config
 def test_parameters_decay_as_the_labels_say(shrunk):
-    assert [verdict for verdict in probe(build(shrunk)) if not verdict.holds] == []
+    assert [verdict for verdict in probe(compile_program(shrunk)) if not verdict.holds] == []
 
 
 @pytest.mark.slow

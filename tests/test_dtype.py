@@ -20,7 +20,7 @@ def measured(**settings: Any) -> tuple[Any, Any, Any]:
 
     def loss(params: Any) -> Any:
         values = {**variables, "params": params}
-        result = task.loss(values, BATCH, key=jax.random.key(0), train=True, axis_name=None)
+        result = task.loss(values, BATCH, key=jax.random.key(0), train=True)
         return result[0]["loss"].total, result
 
     gradient, result = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])

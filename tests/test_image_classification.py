@@ -51,7 +51,7 @@ def make_batch(rows: int = ROWS) -> dict[str, Any]:
         "image": jnp.asarray(rng.integers(0, 256, (rows, HEIGHT, WIDTH, CHANNELS), np.uint8)),
         "label": jnp.asarray(rng.integers(0, CLASSES, rows, np.int32)),
         "mask": jnp.ones(rows),
-        "row_key": keys(rows),
+        "example_key": keys(rows),
     }
 
 
@@ -59,7 +59,7 @@ def make_batch(rows: int = ROWS) -> dict[str, Any]:
 def compiled(settings: tuple[tuple[str, Any], ...], train: bool) -> Callable[..., Any]:
     """The loss of a task with these settings, compiled once for all tests."""
     task = ImageClassification(**dict(settings))
-    return jax.jit(lambda values, batch, key: task.loss(values, batch, key=key, train=train, axis_name=None))
+    return jax.jit(lambda values, batch, key: task.loss(values, batch, key=key, train=train))
 
 
 def run(task: ImageClassification, values: Any, batch: Any, *, train: bool, seed: int = 0) -> tuple[Any, Any]:
@@ -155,7 +155,7 @@ def test_masked_rows_do_not_count_whatever_their_labels(task):
 )
 def test_a_model_gives_a_row_of_logits_for_each_image(model):
     x = jnp.asarray(images(ROWS))
-    logits, _ = jax.jit(lambda: model.init_with_output(jax.random.key(0), x, train=False, axis_name=None))()
+    logits, _ = jax.jit(lambda: model.init_with_output(jax.random.key(0), x, train=False))()
     assert logits.shape == (ROWS, CLASSES)
     assert len(np.unique(logits)) == ROWS * CLASSES
 
@@ -225,11 +225,11 @@ def test_images_are_shifted_by_their_row_keys_when_training_only():
     still = MODELS["mlp"]
     values = variables(task)
     # Whole pixel values survive the way to float and back.
-    shifted = shift(batch["image"].astype(jnp.float32), batch["row_key"], 2).astype(jnp.uint8)
+    shifted = shift(batch["image"].astype(jnp.float32), batch["example_key"], 2).astype(jnp.uint8)
     trained = total(task, values, batch, train=True)
     np.testing.assert_allclose(trained, total(still, values, {**batch, "image": shifted}, train=True), rtol=1e-6)
-    assert abs(trained - total(task, values, {**batch, "row_key": keys(ROWS, seed=1)}, train=True)) > 1e-3
-    del batch["row_key"]  # an evaluation has none
+    assert abs(trained - total(task, values, {**batch, "example_key": keys(ROWS, seed=1)}, train=True)) > 1e-3
+    del batch["example_key"]  # an evaluation has none
     assert total(task, values, batch, train=False) == total(still, values, batch, train=False)
 
 

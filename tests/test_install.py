@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.observe.metrics import read_rows
+from trainer.observe.log import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ class Line:
     def init(self, key, batch):
         return nn.Dense(1, name="dense").init(key, batch["x"])
 
-    def loss(self, variables, batch, *, key, train, axis_name):
+    def loss(self, variables, batch, *, key, train):
         y = nn.Dense(1, name="dense").apply(variables, batch["x"])
         return {"loss": Mean.of(((y - batch["y"]) ** 2)[:, 0], batch["mask"])}, {}
 

@@ -58,7 +58,7 @@ def _compiled(settings: tuple[tuple[str, Any], ...], train: bool) -> Any:
     """Metrics and the gradient of the loss."""
 
     def loss(values: Any, batch: Any, key: Any) -> Any:
-        metrics, collections = task(**dict(settings)).loss(values, batch, key=key, train=train, axis_name=None)
+        metrics, collections = task(**dict(settings)).loss(values, batch, key=key, train=train)
         assert collections == {}
         return metrics["loss"].total, metrics
 
@@ -242,7 +242,7 @@ def test_the_gradient_of_a_frequent_byte_is_summed_in_float32():
 
     def gradient(dtype: str) -> np.ndarray:
         model = task(length=length, layers=1, dtype=dtype)
-        loss = lambda values: model.loss(values, batch, key=jax.random.key(0), train=True, axis_name=None)  # noqa: E731
+        loss = lambda values: model.loss(values, batch, key=jax.random.key(0), train=True)  # noqa: E731
         total = jax.jit(jax.grad(lambda values: loss(values)[0]["loss"].total))
         return np.asarray(total(values)["params"]["embed"]["embedding"][7])
 
@@ -281,7 +281,7 @@ def test_sharding_by_axis_rules_changes_no_number():
         assert jax.tree.map(lambda x: x.sharding.spec, made) == jax.tree.map(lambda sharding: sharding.spec, shardings)
 
         def loss(values: Any) -> Any:
-            metrics, _ = model.loss(values, batch, key=jax.random.key(0), train=True, axis_name=None)
+            metrics, _ = model.loss(values, batch, key=jax.random.key(0), train=True)
             return metrics["loss"].total, metrics
 
         sharded = jax.jit(jax.grad(loss, has_aux=True))

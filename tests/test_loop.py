@@ -15,12 +15,12 @@ import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config
-from trainer.checkpoint.preemption import Interrupted
-from trainer.checkpoint.store import Store
+from trainer.checkpoint import Store
 from trainer.data.stream import Order
+from trainer.distributed.preemption import Interrupted
 from trainer.errors import UserError
-from trainer.experiment import Mean
 from trainer.loop import DivergedError, train
+from trainer.metrics import Mean
 from trainer.observe.progress import Progress
 from trainer.workdir import Workdir
 
@@ -157,7 +157,7 @@ def test_another_configs_workdir_is_refused_and_left_alone(tmp_path):
 
 def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
     quietly(make_run(2, **settings()), tmp_path / "run")
-    monkeypatch.setattr("trainer.build.label_table", lambda *a: [])
+    monkeypatch.setattr("trainer.program.label_table", lambda *a: [])
     with pytest.raises(UserError, match="the code has changed since the checkpoint at step 2"):
         quietly(make_run(4, **settings()), tmp_path / "run")
 
@@ -168,8 +168,8 @@ class Misbehaving(Task):
 
     what: str = ""
 
-    def loss(self, variables, batch, *, key, train, axis_name):
-        metrics, collections = super().loss(variables, batch, key=key, train=train, axis_name=axis_name)
+    def loss(self, variables, batch, *, key, train):
+        metrics, collections = super().loss(variables, batch, key=key, train=train)
         loss = metrics["loss"]
         wrong: dict[str, Any] = {
             "plain loss": ({"loss": loss.total / loss.weight}, collections),

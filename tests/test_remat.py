@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.remat import POLICIES, remat
 from trainer.errors import UserError
-from trainer.remat import POLICIES, remat
 
 LAYERS = 2
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)), jnp.float32)

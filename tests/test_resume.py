@@ -15,7 +15,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore[missing-module-attribute] - made at import
 
 from trainer import config
-from trainer.checkpoint.store import Store
+from trainer.checkpoint import Store
 from trainer.workdir import Workdir
 
 pytestmark = pytest.mark.slow

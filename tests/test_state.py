@@ -11,9 +11,9 @@ import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config
-from trainer.build import Parts, build
-from trainer.data.source import take
+from trainer.data import take
 from trainer.data.stream import stream
+from trainer.program import Program, compile_program
 from trainer.state import update_ema
 
 UPDATES = 30
@@ -57,16 +57,16 @@ class HalfTask(Task):
 
 
 @functools.cache
-def trained(task: type[Task]) -> tuple[Parts, Any, list[Any]]:
-    """The parts of a run, its last state, and the parameters after each update."""
+def trained(task: type[Task]) -> tuple[Program, Any, list[Any]]:
+    """The program of a run, its last state, and the parameters after each update."""
     optimizer = dataclasses.replace(make_run().optimizer, ema_decay=0.9)
     settings: dict[str, Any] = {"experiment": task(), "optimizer": optimizer}
-    parts = build(config.resolve(make_run(UPDATES, parallel=config.Parallel(devices=1), **settings)))
-    state, history = parts.parallel.create(parts.make_state), []
-    for batch in stream(parts.train_source, seed=0, batch_size=16, start=0, stop=UPDATES):
-        state, _ = parts.train_step(state, parts.parallel.put(batch))
+    program = compile_program(config.resolve(make_run(UPDATES, parallel=config.Parallel(devices=1), **settings)))
+    state, history = program.init(), []
+    for batch in stream(program.train_source, seed=0, batch_size=16, start=0, stop=UPDATES):
+        state, _ = program.train_step(state, program.strategy.shard_batch(batch))
         history.append(jax.device_get(state.params))
-    return parts, state, history
+    return program, state, history
 
 
 @pytest.mark.parametrize("task", [Task, HalfTask])
@@ -79,15 +79,15 @@ def test_a_run_keeps_the_mean_of_its_parameters_in_float32(task):
 
 @pytest.mark.parametrize("task", [Task, HalfTask])
 def test_the_mean_is_evaluated_in_place_of_the_parameters(task):
-    parts, state, _ = trained(task)
-    batch = take(parts.eval_source, np.arange(8)) | {"mask": np.ones(8, np.float32)}
+    program, state, _ = trained(task)
+    batch = take(program.eval_source, np.arange(8)) | {"mask": np.ones(8, np.float32)}
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     mean = jax.tree.map(lambda p, e: e.astype(p.dtype), state.params, state.ema)
-    found = parts.eval_step(state, batch)["loss"].total
+    found = program.eval_step(state, batch)["loss"].total
     without, expected = (
-        parts.run.experiment.loss(
-            {"params": params, **state.collections}, batch, key=jax.random.key(0), train=False, axis_name=None
-        )[0]["loss"].total
+        program.run.experiment.loss({"params": params, **state.collections}, batch, key=jax.random.key(0), train=False)[
+            0
+        ]["loss"].total
         for params in (state.params, mean)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -95,5 +95,5 @@ def test_the_mean_is_evaluated_in_place_of_the_parameters(task):
 
 
 def test_without_a_decay_there_is_no_mean():
-    parts = build(config.resolve(make_run()))
-    assert parts.state.ema is None
+    program = compile_program(config.resolve(make_run()))
+    assert program.state.ema is None

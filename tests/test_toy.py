@@ -14,7 +14,7 @@ from experiments.toy import FUNCTIONS, OPTIMIZERS, Toy, arrival, distances, draw
 from trainer import train
 from trainer.commands import run as run_command
 from trainer.commands.arguments import load_config
-from trainer.observe.metrics import read_rows
+from trainer.observe.log import read_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/toy.py"
@@ -67,7 +67,7 @@ def batch(mask: list[float]) -> dict[str, Any]:
 
 
 def loss(variables: Any, mask: list[float], *, training: bool = True) -> Any:
-    return Toy().loss(variables, batch(mask), key=jax.random.key(0), train=training, axis_name=None)[0]
+    return Toy().loss(variables, batch(mask), key=jax.random.key(0), train=training)[0]
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "ArraySource": "trainer.data.source",
+    "ArraySource": "trainer.data",
     "Experiment": "trainer.experiment",
-    "Mean": "trainer.experiment",
+    "Mean": "trainer.metrics",
     "Run": "trainer.config",
     "TfdsSource": "trainer.data.tfds",
     "TrainState": "trainer.state",

@@ -1,4 +1,4 @@
-"""What the user can mend: reported as one line, with exit code 2."""
+"""Errors: mistakes of the user, which commands show as one line with exit code 2, and those that all processes raise."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,8 +12,16 @@ class NotPreparedError(UserError):
     """A data set that is not on disk yet; commands add how to prepare it."""
 
 
+class CollectiveError(Exception):
+    """An error that every process of a run raises at the same point, so that all can end in good order."""
+
+
+class DivergedError(CollectiveError):
+    """The loss, the gradient or the state of a step is not finite."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Ends an error about an unknown `name`: the closest of the `known` names, then all of them when they are few."""
+    """The end of an error about an unknown `name`: the closest of the `known` names, and all of them if there are few."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""

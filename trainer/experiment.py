@@ -1,42 +1,40 @@
-"""What a task must offer to be trained: the `Experiment` protocol, its batches, and metrics as sums."""
+"""What a task must offer to be trained: the `Experiment` protocol and its batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, Num
+from jaxtyping import Array, Key
+
+from trainer.metrics import Metrics
 
 Batch = Mapping[str, Any]  # name → array whose first axis is the example
 Variables = Mapping[str, Any]  # Linen's: "params", and mutable collections such as "batch_stats"
 Collections = Mapping[str, Any]  # the variables without "params"
 
 
-_Numbers = Num[Array, "*shape"] | Bool[Array, "*shape"]
+_replica_axis: ContextVar[str | None] = ContextVar("replica_axis", default=None)
 
 
-class Mean(NamedTuple):
-    """A mean that is not yet divided: sums can be added over microbatches, replicas and batches without bias.
+def replica_axis() -> str | None:
+    """The axis over which a model may average, as in `nn.BatchNorm(axis_name=replica_axis())`.
 
-    Attributes:
-      total: scalar sum of the weighted values.
-      weight: scalar sum of the weights, 0 or more.
+    Under `jax.pmap` each replica sees only its share of the batch, and this is the name of the pmapped axis while a
+    step is traced. Otherwise arrays are global, and it is None.
     """
-
-    total: Float[Array, ""]
-    weight: Float[Array, ""]
-
-    @classmethod
-    def of(cls, values: _Numbers, weights: _Numbers) -> "Mean":
-        """The mean of `values` under `weights` of the same shape, summed in float32 or better."""
-        dtype = jnp.promote_types(values.dtype, jnp.float32)
-        weights = weights.astype(dtype)
-        # A masked row may hold anything, so its value is replaced and not multiplied: 0·inf would be NaN.
-        values = jnp.where(weights == 0, 0, values.astype(dtype))
-        return cls(jnp.sum(values * weights), jnp.sum(weights))
+    return _replica_axis.get()
 
 
-Metrics = Mapping[str, Mean]
+@contextmanager
+def replica_axis_is(name: str | None) -> Iterator[None]:
+    """Sets what `replica_axis` returns while a step is traced."""
+    token = _replica_axis.set(name)
+    try:
+        yield
+    finally:
+        _replica_axis.reset(token)
 
 
 @runtime_checkable
@@ -59,7 +57,7 @@ class Experiment(Protocol):
     A batch has the example's own entries, stacked along a new first axis of size B, and two that the harness adds:
 
     - `mask`, float32 [B]: 1 for an example, 0 for a row that only fills up the last batch of an evaluation;
-    - `row_key`, PRNG keys [B], while training only: one key for each row of the global batch, whatever the number of
+    - `example_key`, PRNG keys [B], while training only: one key for each row of the global batch, whatever the number of
       devices and microbatches. Random augmentation draws from these.
     """
 
@@ -68,7 +66,7 @@ class Experiment(Protocol):
         ...
 
     def loss(
-        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool, axis_name: str | None
+        self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
         """Metrics of one batch, "loss" among them, and the mutable collections as they are afterwards.
 
@@ -77,8 +75,6 @@ class Experiment(Protocol):
           batch: as above.
           key: a key for this step, for dropout and the like.
           train: whether this is a training step.
-          axis_name: None when the arrays are global (`Sharded`); under `Pmapped` the name of the replica axis, to be
-            handed to `nn.BatchNorm(axis_name=…)`.
         """
         ...
 

@@ -1,5 +1,10 @@
-"""One update and one evaluation, as pure functions of (state, batch)."""
+"""One update and one evaluation, as pure functions of (state, batch).
 
+Under `jax.jit` the arrays are global and XLA adds the communication between devices. Under `jax.pmap` a step sees one
+replica's share of the batch, and sums over `replica_axis` are written out.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,130 +14,147 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.errors import UserError
-from trainer.experiment import Batch, Collections, Experiment, Mean, Metrics
-from trainer.optim.statistics import Statistics
-from trainer.optim.treatment import norm
-from trainer.reduction import sum_in_float32
+from trainer.experiment import Batch, Collections, Experiment, replica_axis_is
+from trainer.metrics import Mean, Metrics
+from trainer.optim import Statistics, global_norm
+from trainer.sharding.reduction import sum_in_float32
 from trainer.state import TrainState, update_ema
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Batch], Metrics]
 
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Everything that an update needs besides its state and its batch.
 
-def train_step(
-    experiment: Experiment,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    key: Key[Array, ""],
-    *,
-    microbatches: int = 1,
-    axis_name: str | None = None,
-    reduce_dtype: str = "float32",
-    place_gradients: Callable[[Any], Any] = lambda gradients: gradients,
-    ema_decay: float = 0.0,
-    frozen: Any = False,
-    statistics: Statistics | None = None,
-    measured: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True),
-) -> TrainStep:
-    """One update.
-
-    The gradient is that of Σ total / Σ weight of the metric "loss", summed over microbatches and replicas and divided
-    once. Beside the experiment's own metrics there are "grad_norm", of that gradient, "learning_rate", and the
-    statistics.
-
-    Args:
+    Attributes:
       experiment: gives the loss.
       optimizer: makes updates of gradients.
-      schedule: only to report the learning rate.
+      learning_rate: the schedule of the run, which is reported only.
       key: all randomness of step k comes from `fold_in(key, k)`.
-      microbatches: parts to process one after the other; part j has the rows j, j + microbatches, …, so that every
-        device keeps its own rows.
-      axis_name: the replica axis when the step runs under `jax.pmap`; the batch is then the replica's share.
-      reduce_dtype: the dtype in which gradients are summed: "float32", or "bfloat16" as `config.Parallel` has it.
-      place_gradients: lays a gradient out over the devices, before it is added up or used.
-      ema_decay: of the mean of the parameters, if the state has one.
-      frozen: a tree of bools like the parameters, or a prefix of one: those whose gradient is 0, at no cost.
-      statistics: numbers to log of gradients, new parameters and new optimizer state.
-      measured: whether the statistics of a step, given its number from 1, are computed; otherwise their weight is 0.
+      microbatches: how many parts of the batch are processed one after the other. Part j has the examples
+        j, j + microbatches, …, so that every device keeps its own examples.
+      replica_axis: the axis of `jax.pmap`; None under `jax.jit`.
+      reduce_dtype: the dtype in which gradients are summed, "float32" or "bfloat16" (see `config.Parallel`).
+      constrain_gradients: gives gradients their sharding, before they are added up or used.
+      ema_decay: of the EMA params; None where none are kept.
+      frozen: a tree of bools like the parameters, or a prefix of one: those that get no gradient and stay as they are.
+      statistics: per-label numbers to log, from gradients, new parameters and new optimizer state.
+      logs: whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
     """
 
-    def loss(params: Any, collections: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Any]:
-        params = jax.tree.map(lambda still, p: jax.lax.stop_gradient(p) if still else p, frozen, params)
-        metrics, collections = _checked(
-            experiment.loss({"params": params, **collections}, batch, key=key, train=True, axis_name=axis_name)
-        )
+    experiment: Experiment
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    key: Key[Array, ""]
+    microbatches: int = 1
+    replica_axis: str | None = None
+    reduce_dtype: str = "float32"
+    constrain_gradients: Callable[[Any], Any] = lambda gradients: gradients
+    ema_decay: float | None = None
+    frozen: Any = False
+    statistics: Statistics | None = None
+    logs: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)
+
+
+def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One update.
+
+    The gradient is that of Σ total / Σ weight of the metric "loss": both are summed over microbatches and replicas and
+    divided once. Besides the experiment's metrics there are "grad_norm", of that gradient, "learning_rate", and the
+    statistics.
+    """
+    axis = settings.replica_axis
+    key, example_key = jax.random.split(jax.random.fold_in(settings.key, state.step))
+    batch = {**batch, "example_key": _per_example_keys(example_key, len(batch["mask"]), axis)}
+    if axis is not None:  # each replica draws its own dropout masks; under jit one mask covers the global arrays
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    # A frozen parameter is None from here on, which JAX takes for no leaf: it has no gradient and no update.
+    trainable = jax.tree.map(lambda frozen, p: None if frozen else p, settings.frozen, state.params)
+
+    def loss(trainable: Any, collections: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Any]:
+        params = jax.tree.map(lambda p, new: p if new is None else new, state.params, trainable)
+        variables = {"params": params, **collections}
+        with replica_axis_is(axis):
+            metrics, collections = _checked(settings.experiment.loss(variables, batch, key=key, train=True))
         return metrics["loss"].total, (metrics, collections)
 
-    def gradient(*arguments: Any) -> tuple[Any, Any]:
-        grads, aux = jax.grad(loss, has_aux=True)(*arguments)
-        return jax.tree.map(_wide, grads) if reduce_dtype == "float32" else grads, aux
+    gradient = _summed_in(settings.reduce_dtype, jax.grad(loss, has_aux=True))
 
-    if reduce_dtype == "float32":
-        gradient = sum_in_float32(gradient)
+    def one_microbatch(collections: Any, batch: Batch, index: Int32[Array, ""]) -> tuple[Any, tuple[Any, Metrics]]:
+        grads, (metrics, collections) = gradient(trainable, collections, batch, jax.random.fold_in(key, index))
+        return collections, (settings.constrain_gradients(grads), metrics)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        step_key, rows_key = jax.random.split(jax.random.fold_in(key, state.step))
-        batch = {**batch, "row_key": _row_keys(rows_key, len(batch["mask"]), axis_name)}
-        step_key = _replica_key(step_key, axis_name)
+    collections, (grads, metrics) = accumulate(one_microbatch, state.collections, batch, settings.microbatches)
+    if axis is not None:
+        grads = _sum_over_replicas(grads, axis, settings.reduce_dtype)
+        metrics = jax.lax.psum(metrics, axis)
+        collections = jax.lax.pmean(collections, axis)  # those that the model did not average itself
+    # A batch in which every example is masked has gradient 0, not 0/0.
+    weight = jnp.maximum(metrics["loss"].weight, jnp.finfo(jnp.float32).tiny)
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
-        def part(collections: Any, inputs: tuple[Batch, Array]) -> tuple[Any, Any]:
-            rows, index = inputs
-            grads, (metrics, collections) = gradient(
-                state.params, collections, rows, jax.random.fold_in(step_key, index)
-            )
-            return collections, (place_gradients(grads), metrics)
+    updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p if u is None else (p + u).astype(p.dtype), state.params, updates)
+    ema = None if settings.ema_decay is None else update_ema(state.ema, params, state.step, settings.ema_decay)
 
-        if microbatches == 1:
-            collections, (grads, metrics) = part(state.collections, (batch, jnp.zeros((), jnp.int32)))
-        else:
-            collections, (grads, metrics) = _sum_over_parts(part, state.collections, batch, microbatches)
-        grads = _sum_gradients(grads, axis_name, reduce_dtype)
-        metrics = sum_over_replicas(metrics, axis_name)
-        if axis_name is not None:  # statistics the model did not share between replicas are averaged
-            collections = jax.lax.pmean(collections, axis_name)
-
-        # A batch in which every row is masked has no gradient: 0, not 0/0.
-        weight = jnp.maximum(metrics["loss"].weight, jnp.finfo(jnp.float32).tiny)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        moved = optax.apply_updates(state.params, updates)
-        # What is frozen is not even added to: XLA:CPU would flush a subnormal number to 0.
-        params = jax.tree.map(lambda still, old, new: old if still else new, frozen, state.params, moved)
-        ema = None if state.ema is None else update_ema(state.ema, params, state.step, ema_decay)
-        metrics = {
-            **metrics,
-            "grad_norm": _single(norm(jax.tree.leaves(grads))),
-            "learning_rate": _single(schedule(state.step)),
-        }
-        if statistics is not None:
-            metrics |= _when(measured(state.step + 1), statistics, grads, params, opt_state)
-        return TrainState(state.step + 1, params, collections, opt_state, ema), metrics
-
-    return update
+    own = {"grad_norm": global_norm(jax.tree.leaves(grads)), "learning_rate": settings.learning_rate(state.step)}
+    metrics = {**metrics, **{name: Mean.single(value) for name, value in own.items()}}
+    if settings.statistics is not None:
+        metrics |= _only_if(settings.logs(state.step + 1), settings.statistics, grads, params, opt_state)
+    return TrainState(state.step + 1, params, collections, opt_state, ema), metrics
 
 
-def eval_step(experiment: Experiment, *, axis_name: str | None = None) -> EvalStep:
-    """The metrics of one batch as sums, with "examples", the number of rows that are not masked.
+def eval_step(experiment: Experiment, replica_axis: str | None, state: TrainState, batch: Batch) -> Metrics:
+    """The metrics of one batch as sums, with "examples", the number of examples that are not masked.
 
-    They are those of the mean of the parameters if the state has one.
+    The EMA params are evaluated if the state has any.
     """
+    params = state.params
+    if state.ema is not None:
+        params = jax.tree.map(lambda p, ema: ema.astype(p.dtype), params, state.ema)
+    variables = {"params": params, **state.collections}
+    with replica_axis_is(replica_axis):
+        metrics, _ = _checked(experiment.loss(variables, batch, key=jax.random.key(0), train=False))
+    metrics = {**metrics, "examples": Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))}
+    return metrics if replica_axis is None else jax.lax.psum(metrics, replica_axis)
 
-    def evaluation(state: TrainState, batch: Batch) -> Metrics:
-        params = state.params
-        if state.ema is not None:
-            params = jax.tree.map(lambda p, mean: mean.astype(p.dtype), params, state.ema)
-        variables = {"params": params, **state.collections}
-        metrics, _ = _checked(
-            experiment.loss(variables, batch, key=jax.random.key(0), train=False, axis_name=axis_name)
-        )
-        examples = Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))
-        return sum_over_replicas({**metrics, "examples": examples}, axis_name)
 
-    return evaluation
+def accumulate(
+    one_microbatch: Callable[[Any, Batch, Int32[Array, ""]], tuple[Any, Any]],
+    collections: Any,
+    batch: Batch,
+    microbatches: int,
+) -> tuple[Any, Any]:
+    """Gradient accumulation: one pass over the microbatches, which carries collections and sums everything else.
+
+    Args:
+      one_microbatch: (collections, microbatch, index) → (collections, tree to sum).
+      collections: before the first microbatch.
+      batch: arrays [B, …]; B is a multiple of `microbatches`.
+      microbatches: 1 or more; 1 makes no loop.
+
+    Returns:
+      The collections after the last microbatch, and the sums.
+    """
+    if microbatches == 1:
+        return one_microbatch(collections, batch, jnp.zeros((), jnp.int32))
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+
+    parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
+    _, shapes = jax.eval_shape(one_microbatch, collections, *jax.tree.map(lambda x: x[0], parts))
+
+    def body(carry: tuple[Any, Any], part: tuple[Batch, Array]) -> tuple[tuple[Any, Any], None]:
+        collections, sums = carry
+        collections, addends = one_microbatch(collections, *part)
+        return (collections, jax.tree.map(jnp.add, sums, addends)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, (collections, zeros), parts)[0]
 
 
 def _checked(result: Any) -> tuple[Metrics, Collections]:
-    """What a loss returned, if it is what the protocol says; runs while a step is traced, so it costs nothing."""
+    """The result of a loss if it is as the protocol says. Runs while a step is traced, so it costs nothing."""
     if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Mapping) for part in result)):
         raise UserError(
             "loss must return a pair of mappings, (metrics, collections); without collections, (metrics, {})"
@@ -149,62 +171,36 @@ def _checked(result: Any) -> tuple[Metrics, Collections]:
     return metrics, collections
 
 
-def _when(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
-    """The statistics if the condition holds; otherwise, at no cost, means without a weight."""
+def _summed_in(reduce_dtype: str, gradient: Callable) -> Callable:
+    """A gradient function whose sums over examples and devices are made in float32 if that is asked for."""
+    if reduce_dtype != "float32":
+        return gradient
+
+    def in_float32(*arguments: Any) -> tuple[Any, Any]:
+        grads, aux = gradient(*arguments)
+        return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), aux
+
+    return sum_in_float32(in_float32)
+
+
+def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
+    if reduce_dtype == "float32":  # to which they were cast
+        return jax.lax.psum(grads, axis)
+    narrow = jax.lax.psum(jax.tree.map(lambda g: g.astype(reduce_dtype), grads), axis)
+    return jax.tree.map(lambda g, s: s.astype(g.dtype), grads, narrow)
+
+
+def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
+    """The statistics if the condition holds; otherwise means with weight 0, which cost nothing."""
 
     def measure(*arguments: Any) -> Metrics:
-        return {name: _single(value) for name, value in statistics(*arguments).items()}
+        return {name: Mean.single(value) for name, value in statistics(*arguments).items()}
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, *arguments))
     return jax.lax.cond(condition, measure, lambda *_: nothing, *arguments)
 
 
-def sum_over_replicas(tree: Any, axis_name: str | None) -> Any:
-    """The sums over the replica axis; `tree` itself where there is none."""
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-
-def _sum_gradients(grads: Any, axis_name: str | None, reduce_dtype: str) -> Any:
-    """The sums over replicas; under `jit` XLA has made them where the gradients were computed."""
-    if axis_name is None or reduce_dtype == "float32":  # to which they were cast
-        return sum_over_replicas(grads, axis_name)
-    narrow = jax.tree.map(lambda g: g.astype(reduce_dtype), grads)
-    return jax.tree.map(lambda g, s: s.astype(g.dtype), grads, sum_over_replicas(narrow, axis_name))
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _sum_over_parts(part: Callable, collections: Any, batch: Batch, microbatches: int) -> tuple[Any, Any]:
-    """Scans `part` over the microbatches, carrying collections and adding up all else that it returns."""
-
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
-
-    parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
-    first = jax.tree.map(lambda x: x[0], parts)
-    _, sums = jax.eval_shape(part, collections, first)
-
-    def body(carry: tuple[Any, Any], inputs: Any) -> tuple[tuple[Any, Any], None]:
-        collections, sums = carry
-        collections, addends = part(collections, inputs)
-        return (collections, jax.tree.map(jnp.add, sums, addends)), None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    return jax.lax.scan(body, (collections, zeros), parts)[0]
-
-
-def _row_keys(key: Key[Array, ""], rows: int, axis_name: str | None) -> Key[Array, " rows"]:
-    """A key for each row, by its place in the global batch."""
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
-
-
-def _replica_key(key: Key[Array, ""], axis_name: str | None) -> Key[Array, ""]:
-    """Under pmap each replica draws its own masks; under jit the global arrays get one mask."""
-    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-
-def _single(value: Any) -> Mean:
-    return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+def _per_example_keys(key: Key[Array, ""], count: int, axis: str | None) -> Key[Array, " examples"]:
+    """A key for each example, by its position in the global batch."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * count
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))

@@ -19,9 +19,9 @@ from tests.tasks import Task
 from trainer import config, train
 from trainer.commands import run
 from trainer.commands.arguments import load_config
-from trainer.data.source import ArraySource
-from trainer.experiment import Mean
-from trainer.observe.metrics import read_rows
+from trainer.data import ArraySource
+from trainer.metrics import Mean
+from trainer.observe.log import read_rows
 from trainer.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ class Linear(Task):
     def init(self, key, batch):
         return {"params": {name: jnp.ones(shape) for name, shape in self.shapes().items()}}
 
-    def loss(self, variables, batch, *, key, train, axis_name):
+    def loss(self, variables, batch, *, key, train):
         logits = batch["x"] @ variables["params"]["kernel"]  # the line to blame
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return {"loss": Mean.of(losses, batch["mask"])}, {}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer.data.source import ArraySource, batch_spec, load, take
+from trainer.data import ArraySource, batch_spec, load, take
 from trainer.errors import UserError
 
 EXAMPLES = 2500  # more than `load` reads at once, and no multiple of it

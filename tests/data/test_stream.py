@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.source import ArraySource
+from trainer.data import ArraySource
 from trainer.data.stream import Batches, Order, once, prefetch, stream
 
 EXAMPLES, BATCH, STEPS = 23, 8, 12  # the stream ends in its fifth epoch, and no epoch ends where a batch does

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from tensorboardX.record_writer import RecordWriter
 
 from experiments.datasets.fashion_mnist_local import DEFAULT_FOLDER, FOLDER_VARIABLE, read_idx
-from trainer.data.source import batch_spec, load, take
+from trainer.data import batch_spec, load, take
 from trainer.data.tfds import TfdsSource, prepare
 from trainer.errors import NotPreparedError, UserError
 

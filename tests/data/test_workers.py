@@ -13,7 +13,7 @@ import grain
 import numpy as np
 import pytest
 
-from trainer.data.source import ArraySource
+from trainer.data import ArraySource
 from trainer.data.stream import Batches, Order, stream
 from trainer.data.workers import read_in_workers
 

@@ -10,10 +10,11 @@ from contextlib import closing
 import jax
 import numpy as np
 
-from trainer.build import build
-from trainer.checkpoint.store import Store
+from trainer import distributed
+from trainer.checkpoint import Store
 from trainer.commands.arguments import add_group_options
-from trainer.parallel import processes
+from trainer.distributed import startup
+from trainer.program import compile_program
 from trainer.rules import paths
 from trainer.workdir import Workdir
 
@@ -24,12 +25,12 @@ def main() -> None:
     parser.add_argument("expected")
     add_group_options(parser)
     options = parser.parse_args()
-    processes.initialize(options.coordinator, options.process, options.processes)
+    startup.initialize(options.coordinator, options.process, options.processes)
     run = Workdir(options.workdir).run()
     assert run is not None
-    parts = build(run)
+    program = compile_program(run)
     with closing(Store(Workdir(options.workdir).checkpoints, run.checkpoint, read_only=True)) as store:
-        state = store.restore(parts.state, store.steps()[-1])
+        state = store.restore(program.state, store.steps()[-1])
     expected = np.load(options.expected)
     split = 0
     for path, leaf in zip(paths(state), jax.tree.leaves(state), strict=True):
@@ -39,12 +40,12 @@ def main() -> None:
     assert len(paths(state)) == len(expected.files)
     shapes = f"{jax.process_count()} processes × {jax.local_device_count()} devices"
     print(f"{len(expected.files)} leaves are the same bit for bit on {shapes}, {split} of them split", flush=True)
-    if processes.index() != processes.count() - 1:
+    if distributed.index() != distributed.count() - 1:
         try:
-            processes.barrier("the missed one", 1)
+            distributed.barrier("the missed one", 1)
         except TimeoutError as error:
             print(error, flush=True)
-    assert processes.gather("all", str(processes.index())) == [str(i) for i in range(processes.count())]
+    assert distributed.gather("all", str(distributed.index())) == [str(i) for i in range(distributed.count())]
 
 
 if __name__ == "__main__":

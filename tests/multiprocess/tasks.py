@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.tasks import Task
-from trainer.data.source import ArraySource
-from trainer.experiment import Mean
+from trainer.data import ArraySource
+from trainer.metrics import Mean
 
 BATCH = 16
 EXAMPLES = 21  # of Task's test split: two batches of 8, and one in which the last of four processes has nothing
@@ -22,11 +22,11 @@ class Traced(Task):
     noise: float = 0.3
     broken_in: int = -1  # the process whose source fails
 
-    def loss(self, variables, batch, *, key, train, axis_name):
-        metrics, collections = super().loss(variables, batch, key=key, train=train, axis_name=axis_name)
+    def loss(self, variables, batch, *, key, train):
+        metrics, collections = super().loss(variables, batch, key=key, train=train)
         one = jnp.ones((), jnp.float32)
         if train:
-            drawn = jax.vmap(jax.random.normal)(batch["row_key"])
+            drawn = jax.vmap(jax.random.normal)(batch["example_key"])
             for row in range(BATCH):
                 metrics[f"id_{row}"] = Mean(batch["id"][row].astype(jnp.float32), one)
                 metrics[f"noise_{row}"] = Mean(drawn[row], one)

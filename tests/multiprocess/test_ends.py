@@ -10,7 +10,7 @@ import pytest
 
 from tests.multiprocess.conftest import CONFIG, Group, free_port, is_alive, rehearse, rows_of
 from trainer import config
-from trainer.checkpoint.store import Store
+from trainer.checkpoint import Store
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from trainer.observe.tables import label_table_text, table
 
 from trainer.config import Group, Optimizer, Schedule
-from trainer.observe.tables import label_table_text, table
-from trainer.optim.labels import label_table
+from trainer.params import label_table
 
 PARAMS = {
     "dense": {"kernel": jax.ShapeDtypeStruct((1200, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((3,), jnp.bfloat16)},

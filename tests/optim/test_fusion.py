@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from trainer.optim.optimizer import build_optimizer, build_treatments
 
 from trainer import config
 from trainer.optim.adabelief import adabelief
-from trainer.optim.optimizer import build_optimizer, build_treatments
 from trainer.optim.schedules import Length
 
 SHAPES = {"kernel": (256, 128), "conv": (3, 3, 32, 64), "bias": (128,)}

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trainer.optim.optimizer import build_optimizer, build_treatments
 
 from trainer import config
 from trainer.optim.adabelief import adabelief
-from trainer.optim.optimizer import build_optimizer, build_treatments
 from trainer.optim.schedules import Length
 from trainer.rules import paths
 

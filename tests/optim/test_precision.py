@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.optim.reference import reference
 from trainer.optim.adabelief import ScaleByBeliefState, adabelief, scale_by_belief
-from trainer.optim.rounding import _carry_but_for_nan, _hash, key_of, store
+from trainer.optim.precision import _carry_but_for_nan, _hash, key_of, store
 
 HALF = ["bfloat16", "float16"]
 LOW: dict[str, Any] = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}

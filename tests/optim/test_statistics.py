@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trainer.optim.optimizer import build_optimizer, build_treatments
 
 from trainer import config
-from trainer.optim.optimizer import build_optimizer, build_treatments
 from trainer.optim.schedules import Length
 from trainer.optim.statistics import build_statistics
 

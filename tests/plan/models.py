@@ -9,8 +9,8 @@ import numpy as np
 from experiments.language_model import LanguageModel
 from tests.tasks import Task
 from trainer import config
-from trainer.data.source import ArraySource
-from trainer.experiment import Mean
+from trainer.data import ArraySource
+from trainer.metrics import Mean
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ class Wide(Task):
     def init(self, key, batch):
         return {"params": {"scale": jnp.ones(2**20)}}
 
-    def loss(self, variables, batch, *, key, train, axis_name):
+    def loss(self, variables, batch, *, key, train):
         rows = jnp.sum(jnp.tanh(batch["x"] * variables["params"]["scale"]), axis=1)
         return {"loss": Mean.of(rows, batch["mask"])}, {}
 

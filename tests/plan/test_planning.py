@@ -26,13 +26,13 @@ SMALL = {"length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
 def test_both_steps_of_every_strategy_compile_for_every_generation(topology, strategy):
     there = find(topology)
     run = make_run(strategy=strategy, **SMALL)
-    parts = planning.built(run, there, Layout(torus=True))
-    for step, spec in ((parts.train_step, parts.spec), (parts.eval_step, parts.eval_spec)):
-        found = compile_for(step, (parts.state, parts.parallel.abstract_batch(spec)), len(there.devices), FAST)
+    program = planning.built(run, there, Layout(torus=True))
+    for step, spec in ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec)):
+        found = compile_for(step, (program.state, program.strategy.abstract_batch(spec)), len(there.devices), FAST)
         assert isinstance(found, Figures)
         assert found.program.exact
-        if step is parts.train_step:
-            held = sum(map(planning.shard_bytes, jax.tree.leaves(parts.state)))
+        if step is program.train_step:
+            held = sum(map(planning.shard_bytes, jax.tree.leaves(program.state)))
             assert found.aliased >= held  # all that is donated is taken over
 
 

@@ -60,8 +60,8 @@ def _run(argv: list[str]) -> int:
         options, overrides = parse_flags(parser, rest)
         if not hasattr(module, "main"):
             return module.start(options, overrides)
-        with _group(options) as together:
-            with together("the command line"):
+        with _group(options) as collective_errors:
+            with collective_errors("the command line"):
                 arguments = find_run(options, overrides)
             return module.main(arguments)
     except UserError as error:
@@ -81,9 +81,10 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
     if "coordinator" not in options:
         yield nullcontext
         return
-    from trainer.parallel import processes
+    from trainer import distributed
+    from trainer.distributed import startup
 
-    processes.initialize(
+    startup.initialize(
         options.coordinator,
         options.process,
         options.processes,
@@ -92,12 +93,12 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
         preemptible=options.preemptible,
     )
     try:
-        with processes.failing_at_once():
-            yield processes.together
-    except processes.ReportedError:
+        with distributed.fail_fast():
+            yield distributed.collective_errors
+    except distributed.ReportedError:
         sys.exit(2)
     except KeyboardInterrupt as error:
-        if processes.is_writer():
+        if distributed.is_primary():
             raise
         sys.exit(128 + getattr(error, "signum", 2))
 

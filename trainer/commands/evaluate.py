@@ -8,7 +8,7 @@ from trainer.commands.arguments import Arguments, add_group_options
 from trainer.errors import UserError
 
 if TYPE_CHECKING:  # imports JAX
-    from trainer.checkpoint.store import Store
+    from trainer.checkpoint import Store
 
 DESCRIPTION = "Evaluates a checkpoint of a run; --workdir alone is enough. Writes nothing."
 
@@ -22,28 +22,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """Prints each metric on a line, how many examples were seen, and of which step."""
-    from trainer.build import build
-    from trainer.checkpoint.manifest import check_manifest
-    from trainer.checkpoint.store import Store
-    from trainer.data.source import load
-    from trainer.evaluate import evaluate
-    from trainer.parallel.processes import check_same, is_writer, together
+    from trainer.checkpoint import Store, check_metadata
+    from trainer.data import load
+    from trainer.distributed import check_same, collective_errors, is_primary
+    from trainer.evaluation import evaluate_split
+    from trainer.program import compile_program
 
-    with together("the run"):
+    with collective_errors("the run"):
         workdir, run = arguments.required_workdir(), arguments.run
         if not workdir.checkpoints.is_dir():
             raise UserError(f"workdir {workdir.path} holds no checkpoint")
         workdir.check(run)
-        parts = build(run)
-        source = load(parts.eval_source, run.loading.in_memory_bytes)
+        program = compile_program(run)
+        source = load(program.eval_source, run.loading.in_memory_bytes)
     with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
-        with together("the checkpoint"):
+        with collective_errors("the checkpoint"):
             step = choose(store, arguments.options.step)
-            check_manifest(store.manifest(step), parts.rows)
+            check_metadata(store.metadata(step), program.params)
         check_same("checkpoint", f"{workdir.path} at step {step}")
-        state = store.restore(parts.state, step)
-    evaluated = evaluate(parts, state, source)
-    if not is_writer():
+        state = store.restore(program.state, step)
+    evaluated = evaluate_split(program, state, source)
+    if not is_primary():
         return 0
     for name, value in evaluated.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

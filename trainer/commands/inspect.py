@@ -27,34 +27,31 @@ def main(arguments: Arguments) -> int:
     import jax
 
     from trainer import config
-    from trainer.build import build
-    from trainer.checkpoint.store import Store
-    from trainer.observe.tables import label_table_text, placement_table_text
-    from trainer.probe import probe, probe_text
+    from trainer.checkpoint import Store
+    from trainer.optim.decay_check import probe, probe_text
+    from trainer.program import compile_program
 
     run, workdir = arguments.run, arguments.workdir
     if workdir is not None:
         workdir.check(run)
-    parts = build(run)
+    program = compile_program(run)
     if arguments.options.probe:
-        verdicts = probe(parts)
+        verdicts = probe(program)
         print(probe_text(verdicts), end="")
         return 0 if all(verdict.holds for verdict in verdicts) else 1
     print(config.to_json(run))
-    print(label_table_text(parts.rows, run.optimizer))
-    if placements := placement_table_text(parts.parallel.placements.values(), parts.parallel.sizes):
-        print(placements)
-    devices = parts.parallel.devices
+    print(program.params)
+    devices = program.strategy.devices
     print(
         f"devices: {len(devices)} × {devices[0].device_kind}, strategy {run.parallel.strategy}, jax {jax.__version__}"
     )
-    print(f"examples: {len(parts.train_source):,} to train on, {len(parts.eval_source):,} to evaluate on")
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.state))
+    print(f"examples: {len(program.train_source):,} to train on, {len(program.eval_source):,} to evaluate on")
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if arguments.options.compile:
         from trainer.plan import planning, report
 
-        print(report.machine_text(planning.here(parts)))
+        print(report.machine_text(planning.here(program)))
     else:
         print("memory and operations of the two steps: inspect --compile")
     if workdir is not None and workdir.checkpoints.is_dir():

@@ -48,7 +48,7 @@ def main(arguments: Arguments) -> int:
     if options.batch_per_chip is not None and options.search:
         raise UserError("--search finds the batch by itself: give it or --batch_per_chip")
     strategies = _strategies(options.strategies, run.parallel.strategy, planning.strategies())
-    topologies = [find(name, max(1, run.parallel.num_slices)) for name in options.topology.split(",")]
+    topologies = [find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]
     all_fit = True
     for topology in topologies:
         there = run

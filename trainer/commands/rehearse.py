@@ -58,7 +58,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def run_group(command: Sequence[str], processes: int, devices: int) -> int:
-    """Runs a command with the flags of `processes.initialize` added, once for each process, and waits for all.
+    """Runs a command with the flags of `distributed.initialize` added, once for each process, and waits for all.
 
     Must be called in the main thread.
     """

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from trainer.commands.arguments import Arguments, add_group_options
-from trainer.errors import UserError
+from trainer.errors import DivergedError, UserError
 
 DESCRIPTION = "Trains a run. The same command on the same workdir goes on from its last checkpoint."
 
@@ -20,10 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """Trains and lets the experiment report; exit code 1 when the loss is no longer finite."""
+    from trainer.distributed import is_primary
     from trainer.experiment import Reports
-    from trainer.loop import DivergedError, train
-    from trainer.observe.metrics import read_rows
-    from trainer.parallel.processes import is_writer
+    from trainer.loop import train
+    from trainer.observe.log import read_rows
     from trainer.workdir import Mirror
 
     path = arguments.required_workdir().path
@@ -31,10 +31,10 @@ def main(arguments: Arguments) -> int:
     try:
         train(arguments.run, path, profile=profile)
     except DivergedError as error:
-        if is_writer():
+        if is_primary():
             print(f"error: {error}", file=sys.stderr)
         return 1
-    if not is_writer():
+    if not is_primary():
         return 0
     experiment = arguments.run.experiment
     if isinstance(experiment, Reports):

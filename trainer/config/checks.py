@@ -33,7 +33,8 @@ def resolve(run: Run) -> Run:
     _check_optimizer(run.optimizer)
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
-    run.evaluation.batch_size = run.evaluation.batch_size or run.batch_size
+    if run.evaluation.batch_size is None:
+        run.evaluation.batch_size = run.batch_size
     best, evaluated = run.checkpoint.best_metric, run.evaluation.every_steps
     if best and (not evaluated or run.checkpoint.every_steps % evaluated):
         raise UserError(
@@ -46,12 +47,12 @@ def resolve(run: Run) -> Run:
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Raises `UserError` for settings that contradict each other or that would do nothing."""
     for name in ("b1", "b2", "ema_decay"):
-        if getattr(optimizer, name) >= 1:
+        if (getattr(optimizer, name) or 0) >= 1:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}; it must be below 1")
     for name in ("eps", "eps_root"):
         if 0 < getattr(optimizer, name) < _SMALLEST:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
-    names = {optimizer.name} | {group.optimizer for group in optimizer.groups.values()} - {""}
+    names = {optimizer.name} | {group.optimizer for group in optimizer.groups.values()} - {None}
     if optimizer.eps == optimizer.eps_root == 0 and names != {"sgd"}:
         raise UserError("optimizer.eps and optimizer.eps_root are both 0: a gradient of zero would be divided by zero")
     if optimizer.rectify and optimizer.amsgrad:
@@ -97,7 +98,7 @@ def check_types(run: Run) -> None:
         if number and maximum is not None and value > maximum:
             raise UserError(f"{path} is {value}; it must be at most {maximum}")
         choices = field.metadata.get("choices")
-        if choices is not None and value not in choices:
+        if choices is not None and value is not None and value not in choices:
             raise UserError(f"{path} is {value!r}{nearest(value, choices)}")
 
 

@@ -26,7 +26,7 @@ def resolve_schedule(schedule: Schedule, path: str, run: Run) -> None:
     Raises:
       UserError: settings contradict each other. What takes the length of the data is checked when it is built.
     """
-    times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
+    times = (schedule.warmup, schedule.end or 0, schedule.descent or 0, *schedule.boundaries)
     to_the_end = schedule.name in DESCENTS and not schedule.end
     steps = schedule.run_steps or run.total_steps
     if to_the_end or (schedule.unit == "percent" and any(times)):
@@ -48,7 +48,7 @@ def check_schedule(schedule: Schedule, path: str, length: float) -> None:
     if name == "step" and not schedule.boundaries:
         raise UserError(f"{path}.boundaries is empty; a step schedule needs the {unit} after which it steps down")
     if name == "wsd" and not schedule.descent:
-        raise UserError(f"{path}.descent is 0; a wsd schedule needs the {unit} of its descent")
+        raise UserError(f"{path}.descent is None; a wsd schedule needs the {unit} of its descent")
     if not schedule.power:
         raise UserError(f"{path}.power is 0; it must be above 0")
     if name in DESCENTS and schedule.final > schedule.peak:
@@ -72,7 +72,7 @@ def _check_used(schedule: Schedule, path: str) -> None:
 
 def _check_unit(schedule: Schedule, path: str) -> None:
     names = ("warmup", "end", "descent", *["boundaries"] * len(schedule.boundaries))
-    times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
+    times = (schedule.warmup, schedule.end or 0, schedule.descent or 0, *schedule.boundaries)
     for name, time in zip(names, times, strict=True):
         if schedule.unit == "percent" and time > 100:
             raise UserError(f"{path}.{name} has {time:.12g} percent; of a run there are at most 100")
@@ -87,7 +87,7 @@ def _check_order(schedule: Schedule, path: str, length: float) -> None:
     if warmup >= whole:
         raise UserError(f"{path}.warmup is {warmup:.12g}, but the whole schedule has only {whole:.12g} {unit}{hint}")
     # The tolerance is for sums such as 0.1 + 0.2.
-    if warmup + schedule.descent > whole * (1 + 1e-9):
+    if warmup + (schedule.descent or 0) > whole * (1 + 1e-9):
         raise UserError(
             f"{path}.descent is {schedule.descent:.12g}, but the warm-up leaves only {whole - warmup:.12g} of "
             f"{whole:.12g} {unit}{hint}"

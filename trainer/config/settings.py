@@ -48,9 +48,9 @@ class Schedule:
     examples, or percent of the run. Each is rounded to the nearest update."""
     warmup: float = setting(0.0, minimum=0)
     """How long the value rises linearly from 0 to `peak`."""
-    end: float = setting(0.0, minimum=0)
-    """When a descent reaches `final`, counted from the first update, warm-up included; 0 means the end of the run."""
-    descent: float = setting(0.0, minimum=0)
+    end: float | None = setting(None, minimum=0)
+    """When a descent reaches `final`, counted from the first update, warm-up included; None for the end of the run."""
+    descent: float | None = setting(None, minimum=0)
     """How long the descent of `wsd` takes, up to `end`."""
     boundaries: tuple[float, ...] = setting(())
     """When `step` multiplies by `factor`, counted from the first update."""
@@ -58,8 +58,8 @@ class Schedule:
     """What `step` multiplies by."""
     power: float = setting(1.0, minimum=0)
     """Exponent of `polynomial`, above 0: peak − final is multiplied by (share of the descent that is left) ** power."""
-    run_steps: int = setting(0, minimum=0)
-    """Length in updates of the run that the schedule is made for; 0 means `total_steps`. Resolving fills it in when the
+    run_steps: int | None = setting(None, minimum=1)
+    """Length in updates of the run that the schedule is made for; None for `total_steps`. Resolving fills it in when the
     schedule depends on it, so that a run which goes on with more steps does not change what it has already done."""
 
 
@@ -71,22 +71,22 @@ class Group:
     """How strongly parameters decay; see `Optimizer.decay`."""
     decay_schedule: Schedule | None = setting(None)
     """The same as a schedule, instead of a number."""
-    optimizer: str = setting("", choices=("", "adabelief", "adam", "sgd"))
-    """Another optimizer for this group, with the same b1, b2, eps and eps_root; "" for that of the run."""
+    optimizer: str | None = setting(None, choices=("adabelief", "adam", "sgd"))
+    """Another optimizer for this group, with the same b1, b2, eps and eps_root; None for that of the run."""
     schedule: Schedule | None = setting(None)
     """Another learning rate for this group; None for that of the run."""
     lr_multiplier: float = setting(1.0, minimum=0)
     """What the group's learning rate is multiplied by."""
     frozen: bool = setting(False)
     """Whether nothing happens to the parameters; no gradients are computed for them, and no moments kept."""
-    clip_norm: float = setting(0.0, minimum=0)
-    """Largest norm of the gradient of the whole group, which is scaled down to it; 0 for none."""
+    clip_norm: float | None = setting(None, minimum=0)
+    """Largest norm of the gradient of the whole group, which is scaled down to it; None for any."""
     every_steps: int = setting(1, minimum=1)
     """The group is updated at the first step and then once in so many; the gradients between are not used."""
-    mu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
-    """How the first moment is stored; "" as `Optimizer.mu_dtype` says."""
-    nu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
-    """How the second moment is stored; "" as `Optimizer.nu_dtype` says."""
+    mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
+    """Dtype in which the first moment is stored; None for `Optimizer.mu_dtype`."""
+    nu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
+    """Dtype in which the second moment is stored; None for `Optimizer.nu_dtype`."""
 
 
 @dataclasses.dataclass
@@ -116,16 +116,16 @@ class Optimizer:
     decay: str = setting("decoupled", choices=("decoupled", "fixed", "coupled"))
     """`decoupled` subtracts learning rate · weight_decay · parameter at each update; `fixed` leaves out the learning
     rate; `coupled` adds weight_decay · parameter to the gradient."""
-    clip_norm: float = setting(0.0, minimum=0)
-    """Largest norm of the whole gradient, which is scaled down to it, before groups clip theirs; 0 for none."""
-    mu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
-    """How first moments are stored; "" as the parameters are, but at least float32. Bfloat16 is rounded stochastically,
-    so that nothing gets lost on average."""
-    nu_dtype: str = setting("", choices=("", "float32", "bfloat16"))
-    """How second moments are stored, likewise."""
-    ema_decay: float = setting(0.0, minimum=0)
-    """Decay per update, below 1, of a mean of the parameters, which is kept beside them and evaluated in their place;
-    0 for none. The first 1 / (1 − decay) updates count equally."""
+    clip_norm: float | None = setting(None, minimum=0)
+    """Largest norm of the whole gradient, which is scaled down to it, before groups clip theirs; None for any."""
+    mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
+    """Dtype in which first moments are stored; None for that of the parameters, but at least float32. Bfloat16 is rounded
+    stochastically, so that the mean over many updates is exact."""
+    nu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
+    """Dtype in which second moments are stored, likewise."""
+    ema_decay: float | None = setting(None, minimum=0)
+    """Decay per update, below 1, of an exponential moving average of the parameters (EMA params), which is evaluated in
+    their place; None to keep none. The first 1 / (1 − decay) updates count equally."""
     labels: tuple[tuple[str, str], ...] = setting(((".*", "default"),))
     """Ordered (regex, label) rules over whole parameter paths; the first match decides."""
     groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"default": Group()})
@@ -138,10 +138,10 @@ class Evaluation:
 
     split: str = setting("test", may_change=True)
     """The split given to the experiment's `source`."""
-    every_steps: int = setting(0, minimum=0, may_change=True)
-    """Updates between evaluations; 0 means at the end only. The end is always evaluated."""
-    batch_size: int = setting(0, minimum=0, may_change=True)
-    """Examples per evaluation batch over all devices; 0 means the run's `batch_size`."""
+    every_steps: int | None = setting(None, minimum=1, may_change=True)
+    """Updates between evaluations; None for the end only. The end is always evaluated."""
+    batch_size: int | None = setting(None, minimum=1, may_change=True)
+    """Examples per evaluation batch over all devices; None for the run's `batch_size`."""
 
 
 @dataclasses.dataclass
@@ -152,8 +152,9 @@ class Checkpoint:
     """Updates between checkpoints. The end is always saved."""
     keep_last: int = setting(2, minimum=1, may_change=True)
     """How many of the newest checkpoints to keep."""
-    best_metric: str = setting("", may_change=True)
-    """Also keep the checkpoint with the best value of this evaluation metric, such as "test/accuracy"; "" for none."""
+    best_metric: str | None = setting(None, may_change=True)
+    """Also keep the checkpoint with the best value of this evaluation metric, such as "test/accuracy"; None to keep the
+    newest only."""
     best_mode: str = setting("max", choices=("max", "min"), may_change=True)
     """Whether the best value is the largest or the smallest."""
 
@@ -194,14 +195,14 @@ class Parallel:
     """`data`: parameters and optimizer state whole on every device; `zero1`: the optimizer's state split; `fsdp`:
     parameters, too; `tensor`: parameters split by rules or logical axes, and the computation with them; the products;
     `pmap`: the classical replicated step. Batches are split over data and fsdp."""
-    devices: int = setting(0, minimum=0, may_change=True)
-    """How many devices to use, from the first; 0 means all, of all processes."""
-    fsdp: int = setting(0, minimum=0, may_change=True)
-    """Devices over which `zero1` and `fsdp` split; 0 means all of a slice that tensor leaves. Others repeat it."""
-    tensor: int = setting(0, minimum=0, may_change=True)
-    """Devices over which `tensor` splits; 0 means all of a slice, and 2 in a product."""
-    num_slices: int = setting(0, minimum=0, may_change=True)
-    """Slices that only the data axis spans, since the network between them is slow; 0 means as many as there are."""
+    devices: int | None = setting(None, minimum=1, may_change=True)
+    """How many devices to use, from the first; None for all, of all processes."""
+    fsdp: int | None = setting(None, minimum=1, may_change=True)
+    """Size of the mesh axis over which `zero1` and `fsdp` shard; None for all devices of a slice that tensor leaves."""
+    tensor: int | None = setting(None, minimum=1, may_change=True)
+    """Size of the mesh axis over which `tensor` shards; None for all devices of a slice, and 2 in a product."""
+    num_slices: int | None = setting(None, minimum=1, may_change=True)
+    """Slices, which only the data axis spans, since the network between them is slow; None for as many as there are."""
     torus: bool = setting(True, may_change=True)
     """Whether fsdp gets a mesh axis for each dimension of the torus that the chips form, so that gradients are reduced
     and scattered along one after the other; a ring over all is the alternative. Means nothing elsewhere."""
@@ -242,7 +243,7 @@ class Run:
     batch_size: int = setting(128, minimum=1)
     """Examples per update, over all devices and microbatches."""
     microbatches: int = setting(1, minimum=1)
-    """Parts into which each batch is split to save memory; their sums are divided once. BatchNorm sees one part
+    """Program into which each batch is split to save memory; their sums are divided once. BatchNorm sees one part
     at a time, so with it the number of parts changes the result."""
     seed: int = setting(0, minimum=0, maximum=2**32 - 1)
     """Everything random follows from it: initial parameters, order of the data, dropout, augmentation."""

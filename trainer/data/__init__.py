@@ -1,1 +1,97 @@
-"""Examples to batches: sources, their order, and the stream of a run."""
+"""Sources of examples: arrays in memory, and reading many examples of any source as one batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.experiment import RandomAccessSource
+
+_READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, small beside the whole
+
+
+class ArraySource:
+    """Examples that lie in memory as arrays, one for each entry, with the example as their first axis."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keeps the arrays in the widths that JAX uses: 64-bit numbers become 32-bit ones.
+
+        Raises:
+          UserError: the arrays do not have one length, 1 or more.
+        """
+        self.arrays = {name: _narrow(np.asarray(array)) for name, array in arrays.items()}
+        lengths = {name: len(array) for name, array in self.arrays.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise UserError(f"a source needs entries of one length, 1 or more, not {lengths}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at `indices` as one batch."""
+        return {name: array.take(indices, axis=0) for name, array in self.arrays.items()}
+
+
+def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples of any source at `indices`, stacked along a new first axis, in the widths that JAX uses."""
+    if isinstance(source, ArraySource):
+        return source.take(indices)
+    return _stack(_read(source, [int(i) for i in indices]))
+
+
+def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
+    """`source` decoded once into memory if it takes at most `limit_bytes` there, else `source` itself."""
+    if isinstance(source, ArraySource):
+        return source
+    example = _stack([source[0]])
+    if len(source) * sum(array.nbytes for array in example.values()) > limit_bytes:
+        return source
+    arrays = {name: np.empty((len(source), *array.shape[1:]), array.dtype) for name, array in example.items()}
+    for start in range(0, len(source), _READ_AT_ONCE):
+        stop = min(start + _READ_AT_ONCE, len(source))
+        for name, part in _stack(_read(source, list(range(start, stop)))).items():
+            arrays[name][start:stop] = part
+    return ArraySource(arrays)
+
+
+def batch_spec(source: RandomAccessSource, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of the source, the mask included.
+
+    Raises:
+      UserError: an entry is not numeric, so that no device can hold it.
+    """
+    example = _stack([source[0]])
+    for name, array in example.items():
+        if name in ("mask", "example_key"):
+            raise UserError(f"entry {name!r} of the data has a name that the harness uses: give it another")
+        if not (array.dtype.kind in "iufcb" or jax.dtypes.issubdtype(array.dtype, np.inexact)):
+            raise UserError(f"entry {name!r} of the data is {array.dtype}, which no device can hold: leave it out")
+    example["mask"] = np.ones((1,), np.float32)
+    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in example.items()}
+
+
+def _read(source: RandomAccessSource, indices: list[int]) -> Sequence[Mapping[str, Any]]:
+    many = getattr(source, "__getitems__", None)
+    return many(indices) if many else [source[i] for i in indices]
+
+
+def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    def stack(name: str) -> np.ndarray:
+        arrays = [np.asarray(example[name]) for example in examples]
+        shapes = sorted({array.shape for array in arrays})
+        if len(shapes) > 1:
+            raise UserError(f"entry {name!r} of the data has examples of different shapes: {shapes[0]}, {shapes[1]}")
+        return _narrow(np.stack(arrays))
+
+    return {name: stack(name) for name in examples[0]}
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    # Python's int and most label features are int64; JAX would narrow them at every transfer.
+    numeric = array.dtype.kind in "iufcb"
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if numeric else array

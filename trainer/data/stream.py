@@ -7,7 +7,7 @@ from itertools import chain
 import grain
 import numpy as np
 
-from trainer.data.source import ArraySource, take
+from trainer.data import ArraySource, take
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from trainer.optim.fused import ScaleByBeliefState, fused
-from trainer.optim.scalings import Belief
-from trainer.optim.treatment import Treatment
+from trainer.optim.treatment import ParamGroup
+from trainer.optim.update_rules import Belief
 
 __all__ = ["ScaleByBeliefState", "adabelief", "scale_by_belief"]
 
@@ -85,7 +85,7 @@ def adabelief(
       nesterov: looks one step ahead: m̂ = b1 · m / (1 − b1^(t+1)) + (1 − b1) · g / (1 − b1^t).
       decay: "decoupled", as above; "fixed" is not multiplied by the learning rate, p − α·d − λ·p; "coupled" is added to
         the gradient before anything else.
-      rectify: RAdam's rectification (see `trainer.optim.scalings.rectification`): d = r · √(1 − b2^t) · m̂ / (√s + eps)
+      rectify: RAdam's rectification (see `trainer.optim.update_rules.rectification`): d = r · √(1 − b2^t) · m̂ / (√s + eps)
         from the update on in which the variance is tractable.
       sgd_fallback: what rectification does until then: d = m̂, or nothing but decay.
       amsgrad: divides by the largest s so far.
@@ -110,8 +110,8 @@ def adabelief(
             "static_args='weight_decay_mask'"
         )
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
-    plain = Treatment(scaling, learning_rate, **dtypes)
-    decayed = Treatment(scaling, learning_rate, weight_decay, decay, **dtypes)
+    plain = ParamGroup(scaling, learning_rate, **dtypes)
+    decayed = ParamGroup(scaling, learning_rate, weight_decay, decay, **dtypes)
     if weight_decay is None or weight_decay_mask is None:
         return fused(decayed, amsgrad=amsgrad, seed=seed)
 
@@ -156,7 +156,7 @@ def scale_by_belief(
     """
     scaling = _belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback, amsgrad)
     # The update of a learning rate of −1 is the direction itself.
-    treatment = Treatment(scaling, -1.0, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    treatment = ParamGroup(scaling, -1.0, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     return fused(treatment, amsgrad=amsgrad, seed=seed)
 
 

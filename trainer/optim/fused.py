@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from trainer.optim.rounding import key_of, storage_dtype, store
-from trainer.optim.scalings import Momentum
+from trainer.optim.precision import key_of, storage_dtype, store
 from trainer.optim.treatment import Leaf, Scalars, Treatments, check_precision, is_none, per_leaf, rates, with_scalars
+from trainer.optim.update_rules import Momentum
 
 
 class ScaleByBeliefState(NamedTuple):

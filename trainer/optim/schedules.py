@@ -38,7 +38,7 @@ def build_schedule(schedule: config.Schedule, length: Length, path: str = "optim
     """
     exact = _in_steps(schedule, length, path)
     peak, final = exact.peak, exact.final
-    warmup, end, descent = int(exact.warmup), int(exact.end), int(exact.descent)
+    warmup, end, descent = int(exact.warmup), int(exact.end or 0), int(exact.descent or 0)
     pieces: list[tuple[int, optax.Schedule]] = []  # (first count, function of the counts since then)
     if warmup:
         pieces.append((0, optax.linear_schedule(0.0, peak, warmup)))
@@ -93,9 +93,9 @@ def _in_steps(schedule: config.Schedule, length: Length, path: str) -> config.Sc
             raise UserError(f"{path}.{name} has {time:.12g} {schedule.unit}, which is no step ({measure})")
         return count
 
-    warmup, end, descent = (steps(name, getattr(schedule, name)) for name in ("warmup", "end", "descent"))
-    whole = end or run
-    if descent > 1 and warmup + descent == whole + 1:  # both were rounded up
+    warmup, end, descent = (steps(name, getattr(schedule, name) or 0) or None for name in ("warmup", "end", "descent"))
+    warmup, whole = warmup or 0, end or run
+    if descent and descent > 1 and warmup + descent == whole + 1:  # both were rounded up
         descent -= 1
     boundaries = tuple(steps("boundaries", boundary) for boundary in schedule.boundaries)
     exact = dataclasses.replace(schedule, unit="steps", warmup=warmup, end=end, descent=descent, boundaries=boundaries)

@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Float
 
 from trainer.optim.fused import ScaleByBeliefState, prepare, take_apart
-from trainer.optim.scalings import Momentum, one_minus_power, square
 from trainer.optim.treatment import Leaf, Scalars, norm, rates, with_scalars
+from trainer.optim.update_rules import Momentum, one_minus_power, square
 
 Statistics = Callable[[optax.Updates, optax.Params, ScaleByBeliefState], dict[str, Float[Array, ""]]]
 

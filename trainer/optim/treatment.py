@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
 
-from trainer.optim.rounding import STORED, compute_dtype, storage_dtype
-from trainer.optim.scalings import Corrections, Scaling, square
+from trainer.optim.precision import STORED, compute_dtype, storage_dtype
+from trainer.optim.update_rules import Corrections, Scaling, square
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Treatment:
+class ParamGroup:
     """What happens to the leaves of a group. Two leaves are of one group if their treatment is the same object.
 
     Attributes:
@@ -42,7 +42,7 @@ class Treatment:
 
 
 Treatments = Any
-"""A tree of `Treatment` like the parameters, or a prefix of it, or a function of the parameters that gives one."""
+"""A tree of `ParamGroup` like the parameters, or a prefix of it, or a function of the parameters that gives one."""
 
 
 class Scalars(NamedTuple):
@@ -93,7 +93,7 @@ def per_leaf(treatments: Treatments, tree: Any) -> list[Any]:
     prefix = treatments(tree) if callable(treatments) else treatments
     found: list[Any] = []
 
-    def extend(treatment: Treatment | None, below: Any) -> None:
+    def extend(treatment: ParamGroup | None, below: Any) -> None:
         found.extend([treatment] * len(jax.tree.leaves(below, is_leaf=is_none)))
 
     jax.tree.map(extend, prefix, tree, is_leaf=is_none)
@@ -106,14 +106,14 @@ def with_scalars(
     """Each leaf with the scalars of its treatment in the update after `count` others; None if it is not treated."""
     treated = [leaf for leaf in leaves if leaf.treated]
     clip = None if clip_norm is None else _clip(treated, clip_norm, None)
-    groups: dict[Treatment, list[Leaf]] = {}
+    groups: dict[ParamGroup, list[Leaf]] = {}
     for leaf in treated:
         groups.setdefault(leaf.treatment, []).append(leaf)
     found = {treatment: _scalars(treatment, count, group, clip) for treatment, group in groups.items()}
     return [(leaf, found[leaf.treatment] if leaf.treated else None) for leaf in leaves]
 
 
-def _scalars(treatment: Treatment, count: Int32[Array, ""], group: Sequence[Leaf], clip: Array | None) -> Scalars:
+def _scalars(treatment: ParamGroup, count: Int32[Array, ""], group: Sequence[Leaf], clip: Array | None) -> Scalars:
     def value(number: Any) -> Array:
         return jnp.asarray(number(count) if callable(number) else number)
 
@@ -143,7 +143,7 @@ def norm(leaves: Sequence[Any]) -> Float[Array, ""]:
     return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
-def rates(treatment: Treatment, scalars: Scalars) -> tuple[Array, Array | None]:
+def rates(treatment: ParamGroup, scalars: Scalars) -> tuple[Array, Array | None]:
     """By what an update multiplies the direction and the parameter before it subtracts them; None for no decay."""
     rate, decay = scalars.learning_rate, scalars.weight_decay
     if decay is None or treatment.decay == "coupled":
@@ -151,7 +151,7 @@ def rates(treatment: Treatment, scalars: Scalars) -> tuple[Array, Array | None]:
     return rate, decay if treatment.decay == "fixed" else rate * decay
 
 
-def check_precision(treatment: Treatment, dtype: Any) -> None:
+def check_precision(treatment: ParamGroup, dtype: Any) -> None:
     """Raises `ValueError` for a number that is lost in the dtype in which a leaf of `dtype` is computed or stored."""
     for name in ("mu_dtype", "nu_dtype"):
         asked = getattr(treatment, name)

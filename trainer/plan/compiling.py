@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from trainer.plan.program import Program, read
+from trainer.plan.collectives import HloProgram, read
 
 # Compiles about six times faster, with nearly the same memory and communication; it overlaps less.
 FAST = {"xla_optimization_level": "EFFORT_O0"}
@@ -35,7 +35,7 @@ class Figures:
     aliased: int
     temporaries: int
     peak: int
-    program: Program
+    program: HloProgram
     seconds: float
 
 

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from trainer import config
-from trainer.build import Parts, build
-from trainer.parallel.mesh import axis_sizes
 from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
 from trainer.plan.topology import Topology
-from trainer.rules import paths
+from trainer.program import Program, compile_program
+from trainer.sharding.mesh import axis_sizes
 
 # Above this size in MiB XLA splits matrix products into loops that compute and send in turn; raised, it never does.
 UNSPLIT = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -87,8 +86,8 @@ def with_strategy(run: config.Run, strategy: str) -> config.Run:
     parallel = run.parallel
     if strategy == parallel.strategy:
         return run
-    fsdp = parallel.fsdp if "fsdp" in strategy or "zero1" in strategy else 0
-    tensor = parallel.tensor if "tensor" in strategy else 0
+    fsdp = parallel.fsdp if "fsdp" in strategy or "zero1" in strategy else None
+    tensor = parallel.tensor if "tensor" in strategy else None
     return dataclasses.replace(run, parallel=dataclasses.replace(parallel, strategy=strategy, fsdp=fsdp, tensor=tensor))
 
 
@@ -101,11 +100,11 @@ def with_batch(run: config.Run, batch_size: int, microbatches: int, evaluated: i
     Args:
       run: resolved.
       batch_size: of training.
-      microbatches: its parts.
+      microbatches: its program.
       evaluated: of evaluation; by default the same as of training where it was the same, or else what it was.
     """
     if evaluated is None:
-        evaluated = 0 if run.evaluation.batch_size == run.batch_size else run.evaluation.batch_size
+        evaluated = None if run.evaluation.batch_size == run.batch_size else run.evaluation.batch_size
     evaluation = dataclasses.replace(run.evaluation, batch_size=evaluated)
     optimizer = dataclasses.replace(
         run.optimizer,
@@ -129,8 +128,8 @@ def _timeless(schedule: config.Schedule) -> config.Schedule:
     return config.Schedule(peak=schedule.peak) if schedule.unit in ("epochs", "examples") else schedule
 
 
-def row_shards(run: config.Run, topology: Topology) -> int:
-    """Into how many parts a batch is split.
+def batch_shards(run: config.Run, topology: Topology) -> int:
+    """Into how many program a batch is split.
 
     Raises:
       UserError: the strategy's axes do not divide the devices.
@@ -154,46 +153,46 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str
     Raises:
       UserError: the run does not fit the topology's number of devices.
     """
-    parts_of: dict[Layout, Parts] = {}
+    parts_of: dict[Layout, Program] = {}
     tried: dict[Layout, Figures | TooLarge] = {}
     for layout in _layouts(run, topology, tried):
         note(f"layout {len(tried) + 1}, to compare")
         parts_of[layout] = built(run, topology, layout)
         tried[layout] = _train(parts_of[layout], topology, layout, fast=True)
     layout = best(tried) if tried else Layout(run.parallel.torus)
-    parts = parts_of.get(layout) or built(run, topology, layout)
+    program = parts_of.get(layout) or built(run, topology, layout)
     note("train step")
     train = tried.get(layout)
     if not fast or train is None:
-        train = _train(parts, topology, layout, fast=fast)
+        train = _train(program, topology, layout, fast=fast)
     note("evaluation step")
     evaluation = compile_for(
-        parts.eval_step,
-        (parts.state, parts.parallel.abstract_batch(parts.eval_spec)),
+        program.eval_step,
+        (program.state, program.strategy.abstract_batch(program.eval_spec)),
         len(topology.devices),
         _options(layout, fast),
     )
-    return _summed(parts, layout, len(tried), train, evaluation, topology.hbm_bytes)
+    return _summed(program, layout, len(tried), train, evaluation, topology.hbm_bytes)
 
 
-def here(parts: Parts) -> Plan:
-    """The plan of a run on the devices that are there, for which its parts are built."""
-    steps = ((parts.train_step, parts.spec), (parts.eval_step, parts.eval_spec))
+def here(program: Program) -> Plan:
+    """The plan of a run on the devices that are there, for which its program are built."""
+    steps = ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec))
     train, evaluation = (
-        compile_for(step, (parts.state, parts.parallel.abstract_batch(spec)), len(parts.parallel.devices), {})
+        compile_for(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})
         for step, spec in steps
     )
-    return _summed(parts, Layout(parts.run.parallel.torus), 0, train, evaluation, 0)
+    return _summed(program, Layout(program.run.parallel.torus), 0, train, evaluation, 0)
 
 
 def _summed(
-    parts: Parts, layout: Layout, tried: int, train: Figures | TooLarge, evaluation: Figures | TooLarge, hbm: int
+    program: Program, layout: Layout, tried: int, train: Figures | TooLarge, evaluation: Figures | TooLarge, hbm: int
 ) -> Plan:
     params, moments, mean = (
         sum(map(shard_bytes, jax.tree.leaves(tree)))
-        for tree in (parts.state.params, parts.state.opt_state, parts.state.ema)
+        for tree in (program.state.params, program.state.opt_state, program.state.ema)
     )
-    return Plan(parts.run, layout, tried, params, moments, mean, _gradient_bytes(parts), train, evaluation, hbm)
+    return Plan(program.run, layout, tried, params, moments, mean, _gradient_bytes(program), train, evaluation, hbm)
 
 
 def train_only(run: config.Run, topology: Topology) -> Figures | TooLarge:
@@ -235,31 +234,29 @@ def sent_bytes(figures: Figures) -> float:
     return sum(c.sent for c in figures.program.collectives)
 
 
-def built(run: config.Run, topology: Topology, layout: Layout) -> Parts:
-    """The parts of a run, on the devices of a topology."""
-    parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=0)
-    return build(dataclasses.replace(run, parallel=parallel), topology.devices)
+def built(run: config.Run, topology: Topology, layout: Layout) -> Program:
+    """The program of a run, on the devices of a topology."""
+    parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=None)
+    return compile_program(dataclasses.replace(run, parallel=parallel), topology.devices)
 
 
 def _options(layout: Layout, fast: bool) -> dict[str, str]:
     return {**layout.options, **(FAST if fast else {})}
 
 
-def _train(parts: Parts, topology: Topology, layout: Layout, *, fast: bool) -> Figures | TooLarge:
-    batch = parts.parallel.abstract_batch(parts.spec)
-    return compile_for(parts.train_step, (parts.state, batch), len(topology.devices), _options(layout, fast))
+def _train(program: Program, topology: Topology, layout: Layout, *, fast: bool) -> Figures | TooLarge:
+    batch = program.strategy.abstract_batch(program.train_spec)
+    return compile_for(program.train_step, (program.state, batch), len(topology.devices), _options(layout, fast))
 
 
-def _gradient_bytes(parts: Parts) -> int:
-    """A gradient has its parameter's shape, is at least float32 if so reduced, and is split as the moments are."""
-    least = np.float32 if parts.run.parallel.reduce_dtype == "float32" else None
-    sizes, placements = parts.parallel.sizes, parts.parallel.placements
+def _gradient_bytes(program: Program) -> int:
+    """A gradient has its parameter's shape, is at least float32 if so reduced, and is sharded as the moments are."""
+    least = np.float32 if program.run.parallel.reduce_dtype == "float32" else None
     total = 0
-    leaves, labels = jax.tree.leaves(parts.state.params), jax.tree.leaves(parts.labels)
-    for path, leaf, label in zip(paths(parts.state.params), leaves, labels, strict=True):
-        if parts.run.optimizer.groups[label].frozen:
+    for param in program.params.rows:
+        if program.run.optimizer.groups[param.label].frozen:
             continue
-        axes = placements[path].axes if path in placements else ()
-        dtype = jax.numpy.promote_types(leaf.dtype, least) if least else np.dtype(leaf.dtype)
-        total += leaf.size * dtype.itemsize // math.prod(sizes[axis] for axis in axes if axis)
+        dtype = jax.numpy.promote_types(param.dtype, least) if least else np.dtype(param.dtype)
+        shards = math.prod(program.strategy.sizes[axis] for axis in param.spec.axes if axis)
+        total += param.size * dtype.itemsize // shards
     return total

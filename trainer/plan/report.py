@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from trainer.observe.tables import table
+from trainer.observe import table
+from trainer.plan.collectives import KINDS, Collective
 from trainer.plan.compiling import Figures, TooLarge
 from trainer.plan.planning import UNSPLIT, Plan
-from trainer.plan.program import KINDS, Collective
 from trainer.plan.search import Largest
 from trainer.plan.topology import Topology
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer import config
 from trainer.plan.compiling import Figures
-from trainer.plan.planning import row_shards, train_only, with_batch
+from trainer.plan.planning import batch_shards, train_only, with_batch
 from trainer.plan.topology import Topology
 
 _MOST = 2**16  # rows of a microbatch on a device: as good as no limit
@@ -78,7 +78,7 @@ def search(
             prefix = f"{policy}{count} microbatch{'es' if count > 1 else ''}, "
             rows, figures = _largest(chosen, topology, count, start, lambda text, prefix=prefix: note(prefix + text))
             start = max(1, rows)
-            batch_size = rows * count * row_shards(chosen, topology)
+            batch_size = rows * count * batch_shards(chosen, topology)
             yield Largest(run.parallel.strategy, tuple(changes), remat, count, batch_size, figures)
 
 
@@ -100,7 +100,7 @@ def _largest(
     run: config.Run, topology: Topology, microbatches: int, start: int, note: Callable[[str], None]
 ) -> tuple[int, Figures | None]:
     """The most rows of a microbatch on a device that fit, and their figures; (0, None) if none do."""
-    shards = row_shards(run, topology)
+    shards = batch_shards(run, topology)
     fits, too_many, best = 0, 2 * _MOST, None
     rows = start
     while rows > fits and rows < too_many:

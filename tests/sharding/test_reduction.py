@@ -1,0 +1,236 @@
+"""Gradients of 16-bit computations are summed in float32, exactly; nothing else changes.
+
+All numbers are small integers, and kernels are such that rows stay so: every product and every activation is exact in
+bfloat16, every sum over rows is exact in float32, and many are not in bfloat16, which has 8 bits.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from trainer import config
+from trainer.data import ArraySource, take
+from trainer.metrics import Mean
+from trainer.program import compile_program
+from trainer.sharding.reduction import sum_in_float32
+
+ROWS, WIDTH = 1024, 4
+
+
+def integers(seed: int, low: int, high: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(low, high + 1, (ROWS, WIDTH)).astype(np.float32)
+
+
+INPUTS, COTANGENT = integers(0, -4, 4), integers(1, -3, 5)
+
+
+def identity(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.eye(*shape, dtype=dtype)
+
+
+def ones(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.ones(shape, dtype)
+
+
+class Block(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.Dense(WIDTH, dtype=self.dtype, kernel_init=identity, name="dense")(x), None
+
+
+class Model(nn.Module):
+    """A bias-carrying layer of each kind, by name."""
+
+    kind: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return getattr(self, self.kind)(jnp.asarray(x, self.dtype))
+
+    def kernel(self, init=identity):
+        return self.param("kernel", init, (WIDTH, WIDTH))
+
+    def dense(self, x):
+        return Block(self.dtype, name="block")(x)[0]
+
+    def scan(self, x):
+        block = nn.remat(Block, prevent_cse=False)
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers(self.dtype, name="layers")(x, None)[0]
+
+    def shared_scan(self, x):
+        layers = nn.scan(Block, variable_broadcast="params", split_rngs={"params": False}, length=3)
+        return layers(self.dtype, name="layers")(x, None)[0]
+
+    def remat(self, x):
+        return nn.remat(Block)(self.dtype, name="block")(x)[0]
+
+    def jit(self, x):
+        return nn.jit(Block)(self.dtype, name="block")(x)[0]
+
+    def cast_outside_of_jit(self, x):
+        return jax.jit(jnp.matmul)(x, self.kernel().astype(self.dtype))
+
+    def cond(self, x):
+        kernel = self.kernel()
+        branches = (lambda k: x @ k.astype(self.dtype), lambda k: x @ -k.astype(self.dtype))
+        return jax.lax.cond(kernel.sum() > 0, *branches, kernel)
+
+    def einsum(self, x):
+        return jnp.einsum("rd,de->re", x, self.kernel().astype(self.dtype))
+
+    def scaled(self, x):
+        return x @ (self.kernel() * 2.0).astype(self.dtype)
+
+    def used_twice(self, x):
+        layer = nn.Dense(WIDTH, dtype=self.dtype, kernel_init=identity, name="dense")
+        return layer(layer(x))
+
+    def reshaped(self, x):
+        x = nn.DenseGeneral((2, 2), dtype=self.dtype, kernel_init=ones, name="split")(x)
+        return nn.DenseGeneral(WIDTH, (-2, -1), dtype=self.dtype, kernel_init=ones, name="join")(x)
+
+    def embed(self, x):
+        tokens = (x[:, 0] > 0).astype(jnp.int32)  # each of two thousands of times
+        return nn.Embed(2, WIDTH, dtype=self.dtype, embedding_init=ones, name="embed")(tokens)
+
+    def conv(self, x):
+        return nn.Conv(WIDTH, (3,), dtype=self.dtype, kernel_init=ones, name="conv")(x[:, :, None])[:, 0]
+
+
+KINDS = ["dense", "scan", "shared_scan", "remat", "jit", "cast_outside_of_jit", "cond", "einsum", "scaled"]
+KINDS += ["used_twice", "reshaped", "embed", "conv"]
+
+
+def loss(params: Any, x: Any, cotangent: Any, kind: str, dtype: Any) -> jax.Array:
+    result: Any = Model(kind, dtype).apply(params, x)
+    return jnp.sum(result.astype(jnp.float32) * cotangent)
+
+
+def gradient(kind: str, dtype: Any, wrap=lambda gradient: gradient) -> list[np.ndarray]:
+    """Of rows that lie on eight devices, as it comes from `jax.jit`."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    params = Model(kind, jnp.float32).init(jax.random.key(0), INPUTS)
+    function = wrap(jax.grad(functools.partial(loss, kind=kind, dtype=dtype)))
+    compiled = jax.jit(function, in_shardings=(whole, rows, rows), out_shardings=whole)
+    return jax.tree.leaves(jax.device_get(compiled(params, INPUTS, COTANGENT)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_over_rows_and_devices_are_exact(kind):
+    exact = gradient(kind, jnp.float32)
+    for found, expected in zip(gradient(kind, jnp.bfloat16, sum_in_float32), exact, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    rounded = gradient(kind, jnp.bfloat16)  # what JAX does
+    assert max(np.abs(a - b).max() for a, b in zip(rounded, exact, strict=True)) >= 1
+
+
+def test_gradients_of_a_dense_layer_are_those_of_integers():
+    kernel, bias = INPUTS.astype(np.int64).T @ COTANGENT.astype(np.int64), COTANGENT.astype(np.int64).sum(0)
+    found = gradient("dense", jnp.bfloat16, sum_in_float32)
+    assert sorted(array.tolist() for array in found if array.ndim == 1) == [bias.tolist()]
+    assert [array.tolist() for array in found if array.ndim == 2] == [kernel.tolist()]
+    assert np.abs(bias).max() > 256  # more than 8 bits hold
+
+
+class Residual(nn.Module):
+    """Dense layers in bfloat16 between norms in float32, on a stream of bfloat16."""
+
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, dtype=self.dtype, name="first")(x)
+        for i in range(2):
+            y = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
+            x = x + nn.Dense(8, dtype=self.dtype, name=f"dense_{i}")(nn.gelu(y))
+        return nn.Dense(3, name="head")(x.astype(jnp.float32))
+
+
+def program(model: nn.Module, wrap=lambda gradient: gradient) -> tuple[Any, Any]:
+    x = jax.random.normal(jax.random.key(1), (64, 4))
+    params = model.init(jax.random.key(0), x)
+    apply: Any = model.apply
+    both = wrap(jax.value_and_grad(lambda params: jnp.sum(apply(params, x) ** 2)))
+    return jax.make_jaxpr(both)(params), jax.device_get(jax.jit(both)(params))
+
+
+def test_what_was_not_cast_keeps_its_bits_and_no_work_is_added():
+    before, (value, gradients) = program(Residual())
+    after, (found_value, found) = program(Residual(), sum_in_float32)
+    assert found_value == value
+    for name in ("norm_0", "norm_1", "head"):
+        jax.tree.map(np.testing.assert_array_equal, found["params"][name], gradients["params"][name])
+    for name in ("first", "dense_0", "dense_1"):
+        assert (found["params"][name]["kernel"] != gradients["params"][name]["kernel"]).any()
+
+    def products(program: Any) -> int:  # each that is rewritten is there for CPUs and for all else
+        text = str(program)
+        return len(re.findall(r"= dot_general\[", text)) - len(re.findall(r"= platform_index\[", text))
+
+    assert products(after) == products(before)
+
+
+def test_the_program_of_a_float32_model_does_not_change():
+    assert str(program(Residual(jnp.float32), sum_in_float32)[0]) == str(program(Residual(jnp.float32))[0])
+
+
+@dataclasses.dataclass
+class Task:
+    """`Model` as an experiment; the metric's weight is 1, so that gradients are sums."""
+
+    kind: str = "dense"
+    param_dtype: str = "float32"
+
+    def init(self, key, batch):
+        params = Model(self.kind, jnp.float32).init(key, batch["x"])
+        return jax.tree.map(lambda p: p.astype(self.param_dtype), params)
+
+    def loss(self, variables, batch, *, key, train):
+        total = loss(variables, batch["x"], batch["cotangent"], self.kind, jnp.bfloat16)
+        weight = batch["mask"][0] * jnp.where(batch["first"][0], 1.0, 0.0)
+        return {"loss": Mean(total, weight)}, {}
+
+    def source(self, split):
+        return ArraySource({"x": INPUTS, "cotangent": COTANGENT, "first": np.arange(ROWS) == 0})
+
+
+def norm_of_gradient(strategy: str, reduce_dtype: str = "float32", **settings: Any) -> float:
+    run = config.Run(
+        Task(**settings),
+        total_steps=1,
+        batch_size=ROWS,
+        optimizer=config.Optimizer(name="sgd"),
+        parallel=config.Parallel(strategy, reduce_dtype=reduce_dtype, min_shard_size=0),
+    )
+    parts = compile_program(config.resolve(run))
+    batch = take(program.train_source, np.arange(ROWS)) | {"mask": np.ones(ROWS, np.float32)}
+    _, metrics = program.train_step(program.init(), program.strategy.shard_batch(batch))
+    return float(metrics["grad_norm"].total)
+
+
+EXACT = np.sqrt(sum(np.sum(np.square(x)) for x in (INPUTS.T @ COTANGENT, COTANGENT.sum(0, dtype=np.float64))))
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap"])
+def test_a_step_sums_in_float32_whatever_the_strategy_and_the_dtype_of_parameters(strategy, param_dtype):
+    assert norm_of_gradient(strategy, param_dtype=param_dtype) == pytest.approx(EXACT, rel=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ["data", "pmap"])
+def test_a_step_sums_in_bfloat16_where_that_is_asked_for(strategy):
+    error = abs(norm_of_gradient(strategy, "bfloat16") / EXACT - 1)
+    assert 1e-5 < error < 2**-7

@@ -1,0 +1,190 @@
+"""Checkpoints on disk: Orbax, asynchronous, the last ones and the best."""
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from trainer import config
+from trainer.errors import UserError
+from trainer.params import ParamTable
+from trainer.rules import path_of
+from trainer.state import TrainState
+from trainer.workdir import Folder
+
+
+class Store:
+    """The checkpoints of one run.
+
+    A save copies the state to the host and returns; the writing goes on in the background. A save that was cut off
+    leaves a folder that no later start takes for a checkpoint.
+    """
+
+    def __init__(self, directory: Folder, settings: config.Checkpoint, *, read_only: bool = False) -> None:
+        """Opens `directory`, and makes it unless `read_only`."""
+        self._best = settings.best_metric
+        self._directory = directory
+        kept: list[Any] = [policies.LatestN(settings.keep_last)]
+        best: dict[str, Any] = {}
+        if self._best:
+            # NaN compares as neither better nor worse; it must never be kept as the best.
+            worst = -math.inf if settings.best_mode == "max" else math.inf
+
+            def metric(metrics: dict[str, float]) -> float:
+                value = metrics.get(self._best, worst)
+                return worst if math.isnan(value) else value
+
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=metric,
+                    reverse=settings.best_mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+            # Without best_fn the metrics would be forgotten when the directory is opened again.
+            best = {"best_fn": metric, "best_mode": settings.best_mode}
+        self._manager = ocp.CheckpointManager(
+            directory.absolute() if isinstance(directory, Path) else directory,
+            # Named, so that metadata can be read before anything was saved or restored.
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                create=not read_only,
+                read_only=read_only,
+                **best,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, or None if none is kept for that."""
+        return self._manager.best_step() if self._best else None
+
+    def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Starts to save `state` under the metadata's step; `metrics` are what the best is chosen by."""
+        self._manager.save(
+            metadata["step"],
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)),
+            metrics=metrics,
+            force=True,  # the loop decides when
+        )
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The metadata of a step."""
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+
+    def restore(self, like: TrainState, step: int) -> TrainState:
+        """The state at `step`, with the shardings of `like` (arrays or `jax.ShapeDtypeStruct`).
+
+        Raises:
+          UserError: the checkpoint's leaves are not those of `like` in path, shape or dtype.
+        """
+        # Orbax would cast another dtype and accept a missing leaf without a word.
+        with self._readable(step):
+            found = _leaves(self._manager.item_metadata(step)["state"].tree)
+        _check_like(step, _leaves(like), found)
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+
+    @contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """One line in place of the many that Orbax and TensorStore write when files are damaged or missing."""
+        _drop_late_reads()  # before the first of them can fail
+        try:
+            yield
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            earlier = [s for s in self.steps() if s < step]
+            then = f"go on from step {earlier[-1]}" if earlier else "begin anew"
+            raise UserError(
+                f"checkpoint {step} cannot be read ({type(error).__name__}: {reason}); "
+                f"remove {self._directory / str(step)} to {then}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for every save and raises what went wrong; without it, a failed save could go unseen."""
+        self._manager.close()
+
+
+def _drop_late_reads() -> None:
+    """Drops what TensorStore's other reads report after the first has failed and Orbax has closed its event loop."""
+    if not isinstance(sys.unraisablehook, _LateReadsDropped):
+        sys.unraisablehook = _LateReadsDropped(sys.unraisablehook)
+
+
+class _LateReadsDropped:
+    def __init__(self, report: Callable[[Any], Any]) -> None:
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._report(unraisable)
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    return {path_of(keys): (tuple(leaf.shape), str(leaf.dtype)) for keys, leaf in leaves}
+
+
+def _check_like(step: int, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    for path in [*wanted, *found]:
+        if wanted.get(path) != found.get(path):
+            there, here = found.get(path, "missing"), wanted.get(path, "missing")
+            raise UserError(
+                f"the checkpoint at step {step} does not fit this run: {path} is {there} there, {here} here"
+            )
+
+
+_PACKAGES = ("belief-trainer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def make_metadata(run: config.Run, params: ParamTable, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint, as JSON values: step, resolved config, fingerprint of the parameters, versions."""
+    return {"step": step, "config": config.to_json(run), "params": params.fingerprint(), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the bits of a run; a package that is not installed as one is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # trainer/ run from a bare checkout
+            continue
+    return found
+
+
+def check_metadata(metadata: dict[str, Any], params: ParamTable) -> list[str]:
+    """What changed in versions since the checkpoint, one text each.
+
+    Raises:
+      UserError: the model's parameters or labels are not those of the checkpoint.
+    """
+    if metadata["params"] != params.fingerprint():
+        raise UserError(
+            f"the code has changed since the checkpoint at step {metadata['step']}: its label table (labels.txt in the "
+            "workdir) is not that of the model now (see `inspect`); choose another --workdir"
+        )
+    now = versions()
+    return [
+        f"{package} was {old}, is {now.get(package, 'missing')}"
+        for package, old in metadata["versions"].items()
+        if now.get(package) != old
+    ]

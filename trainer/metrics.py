@@ -1,0 +1,44 @@
+"""Metrics as sums: they add up over microbatches, replicas and batches, and are divided once, at the end."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Num
+
+_Numbers = Num[Array, "*shape"] | Bool[Array, "*shape"]
+
+
+class Mean(NamedTuple):
+    """A mean before its division: two sums that can be added over any parts of the data without bias.
+
+    Attributes:
+      total: scalar sum of the weighted values.
+      weight: scalar sum of the weights, 0 or more.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    @classmethod
+    def of(cls, values: _Numbers, weights: _Numbers) -> "Mean":
+        """The mean of `values` under `weights` of the same shape, summed in float32 or wider."""
+        dtype = jnp.promote_types(values.dtype, jnp.float32)
+        weights = weights.astype(dtype)
+        # A masked example may hold anything, so its value is replaced and not multiplied: 0·inf would be NaN.
+        values = jnp.where(weights == 0, 0, values.astype(dtype))
+        return cls(jnp.sum(values * weights), jnp.sum(weights))
+
+    @classmethod
+    def single(cls, value: object) -> "Mean":
+        """A number that is computed once for the whole batch, such as a learning rate, in float32."""
+        return cls(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+
+    def compute(self) -> float:
+        """The one division; NaN when nothing was counted. Waits for the device."""
+        total, weight = float(np.asarray(self.total)), float(np.asarray(self.weight))
+        return total / weight if weight else float("nan")
+
+
+Metrics = Mapping[str, Mean]

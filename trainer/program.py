@@ -1,0 +1,236 @@
+"""From a resolved run to its program: everything that the run computes, checked before any file is touched."""
+
+import dataclasses
+import functools
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer import config
+from trainer.data import batch_spec
+from trainer.errors import UserError, nearest
+from trainer.experiment import Batch, Experiment, RandomAccessSource
+from trainer.metrics import Metrics
+from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
+from trainer.optim.treatment import ParamGroup
+from trainer.params import ParamTable, label_tree, param_table
+from trainer.sharding import Strategy, build_strategy, check_divides
+from trainer.state import TrainState, init_state
+from trainer.step import StepSettings, eval_step, train_step
+
+BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Due(NamedTuple):
+    """What happens after a step."""
+
+    log: Any
+    evaluate: Any
+    save: Any
+    stop: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a run computes.
+
+    Attributes:
+      run: the resolved description.
+      train_source: the examples to train on, not loaded yet.
+      eval_source: the examples to evaluate on.
+      train_spec: shapes and dtypes of a global batch of training.
+      eval_spec: those of a batch of evaluation.
+      params: the table of parameters.
+      groups: the parameter group of each label.
+      optimizer: makes updates of gradients.
+      strategy: how the steps spread over the devices.
+      state: the state in shapes, dtypes and shardings.
+      init: makes the first state on the devices.
+      train_step: the compiled update, (state, device batch) → (state, metrics). It donates the state.
+      eval_step: the compiled evaluation, (state, device batch) → metrics.
+    """
+
+    run: config.Run
+    train_source: RandomAccessSource
+    eval_source: RandomAccessSource
+    train_spec: BatchSpec
+    eval_spec: BatchSpec
+    params: ParamTable
+    groups: Mapping[str, ParamGroup]
+    optimizer: optax.GradientTransformation
+    strategy: Strategy
+    state: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], Metrics]
+
+    def due(self, step: Any) -> Due:
+        """What is due after a step, counted from 1; `step` may be traced, and then so is the answer."""
+        return due(self.run, step)
+
+
+def due(run: config.Run, step: Any) -> Due:
+    """As `Program.due`: the only place where it is decided."""
+    last = step == run.total_steps
+
+    def every(steps: int | None) -> Any:
+        return last if steps is None else last | (step % steps == 0)
+
+    return Due(
+        every(run.logging.every_steps), every(run.evaluation.every_steps), every(run.checkpoint.every_steps), last
+    )
+
+
+def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The program of a resolved run. XLA compiles each step when it is first called.
+
+    Args:
+      run: the description.
+      devices: those to compile for, which need not be there; by default those that `run.parallel` chooses here.
+
+    Raises:
+      UserError: data that is not there, batches that do not divide over the devices, labels that do not cover the
+        parameters, a model and a batch that do not fit each other.
+    """
+    experiment = run.experiment
+    train_source, eval_source = (_source(experiment, split) for split in (run.loading.split, run.evaluation.split))
+    train_spec, eval_spec = (
+        batch_spec(source, size)
+        for source, size in ((train_source, run.batch_size), (eval_source, run.evaluation.batch_size or run.batch_size))
+    )
+    # Two independent streams of keys, so that no step's key is that of the initial parameters.
+    init_key, step_key = jax.random.split(jax.random.key(run.seed))
+    boxed = _boxed_params(experiment, init_key, train_spec)
+    strategy = build_strategy(run.parallel, boxed, devices)
+    check_divides(run, strategy.batch_shards)
+
+    params = nn.unbox(boxed)
+    labels = label_tree(params, run.optimizer.labels, run.optimizer.groups)
+    schedules = build_schedules(run, len(train_source))
+    groups = build_groups(run.optimizer, schedules)
+    optimizer = build_optimizer(run.optimizer, groups, labels, run.seed)
+    settings = StepSettings(
+        experiment,
+        optimizer,
+        schedules["optimizer.schedule"],
+        step_key,
+        microbatches=run.microbatches,
+        replica_axis=strategy.axis_name,
+        reduce_dtype=run.parallel.reduce_dtype,
+        constrain_gradients=strategy.constrain_gradients,
+        ema_decay=run.optimizer.ema_decay,
+        frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
+        statistics=build_statistics(groups, labels, run.optimizer.clip_norm),
+        logs=lambda step: due(run, step).log,
+    )
+
+    def init() -> TrainState:
+        ema = run.optimizer.ema_decay is not None
+        return init_state(experiment, optimizer, init_key, _zeros(train_spec), ema=ema)
+
+    state = strategy.abstract_state(init)
+    program = Program(
+        run,
+        train_source,
+        eval_source,
+        train_spec,
+        eval_spec,
+        param_table(params, labels, run.optimizer, strategy.specs),
+        groups,
+        optimizer,
+        strategy,
+        state,
+        functools.partial(strategy.init_state, init),
+        strategy.compile_train(functools.partial(train_step, settings), state),
+        strategy.compile_eval(functools.partial(eval_step, experiment, strategy.axis_name), state),
+    )
+    _check_steps(program)
+    return program
+
+
+def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
+    """The parameters as `init` returns them, in shapes, with the boxes that name logical axes."""
+    with _model_errors(spec):
+        variables = jax.eval_shape(lambda: dict(experiment.init(key, _zeros(spec))))
+    if not jax.tree.leaves(variables.get("params")):
+        raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
+    return variables["params"]
+
+
+def _check_steps(program: Program) -> None:
+    """Traces both steps, which checks everything that can be checked without computing."""
+    run, state, strategy = program.run, program.state, program.strategy
+    with _model_errors(program.train_spec):
+        after, _ = jax.eval_shape(program.train_step, state, strategy.abstract_batch(program.train_spec))
+    _check_unchanged(state, after)
+    with _model_errors(program.eval_spec):
+        metrics = jax.eval_shape(program.eval_step, state, strategy.abstract_batch(program.eval_spec))
+    best, known = run.checkpoint.best_metric, [f"{run.evaluation.split}/{name}" for name in metrics]
+    if best is not None and best not in known:
+        raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{nearest(best, known)}")
+
+
+def _zeros(spec: BatchSpec) -> Batch:
+    return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
+
+
+@contextmanager
+def _model_errors(spec: BatchSpec) -> Iterator[None]:
+    """Turns an exception of a model that is traced into one line with the line of the model and the batch."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
+        # The last frame outside of libraries is the line of the model or of the experiment.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = Path(__file__).parent
+        users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
+        where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+        message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        if isinstance(error, NameError):
+            if "unbound axis name" not in message:
+                raise
+            raise UserError(
+                f"the model averages over an axis that is not there{where}: {message}; in the model write "
+                "axis_name=replica_axis(), from trainer.experiment, in place of the name"
+            ) from error
+        batch = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in spec.items())
+        raise UserError(
+            f"the model does not fit its batch{where}: {type(error).__name__}: {message}; the batch has {batch} "
+            "(--traceback shows the whole error)"
+        ) from error
+
+
+def _check_unchanged(before: TrainState, after: TrainState) -> None:
+    """A step must return the state that it was given, in structure, shapes and dtypes."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        names = [", ".join(sorted(state.collections)) or "none" for state in (before, after)]
+        raise UserError(f"the loss must return the mutable collections it was given: {names[0]}, not {names[1]}")
+    flat = jax.tree_util.tree_leaves_with_path(before)
+    for (path, old), new in zip(flat, jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"a step turns {name} from {old.dtype}{list(old.shape)} into {new.dtype}{list(new.shape)}")
+
+
+def _source(experiment: Experiment, split: str) -> RandomAccessSource:
+    """The examples of a split, if they are as the protocol says."""
+    name = f"{type(experiment).__name__}.source({split!r})"
+    try:
+        source = experiment.source(split)
+    except KeyError as error:
+        raise UserError(f"{name}: KeyError: {error}; is there such a split? (--traceback shows where)") from error
+    if not isinstance(source, RandomAccessSource):
+        raise UserError(f"{name} is a {type(source).__name__}, which has no length and indices")
+    if not len(source):
+        raise UserError(f"{name} has no example")
+    if not isinstance(source[0], Mapping):
+        raise UserError(f"{name} holds examples of type {type(source[0]).__name__}; a mapping from names is expected")
+    return source

@@ -1,0 +1,204 @@
+"""A session: an opened workdir with its lock, state, batches, metrics, checkpoints and signals."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+
+import jax
+import jax.numpy as jnp
+
+from trainer import distributed
+from trainer.checkpoint import Store, check_metadata, make_metadata
+from trainer.data import load
+from trainer.data.stream import prefetch, stream
+from trainer.distributed.preemption import Interrupted, Preemption
+from trainer.errors import DivergedError, UserError
+from trainer.evaluation import evaluate_split
+from trainer.experiment import Batch, RandomAccessSource
+from trainer.metrics import Metrics
+from trainer.observe.log import MetricsLog, NoLog
+from trainer.observe.profile import Profile
+from trainer.observe.progress import Progress
+from trainer.program import Due, Program
+from trainer.recorder import Recorder
+from trainer.state import TrainState
+from trainer.workdir import Workdir
+
+
+class Session:
+    """What a training loop asks of the outside world, in the order of `trainer.loop.train`."""
+
+    def __init__(
+        self,
+        program: Program,
+        start: int,
+        sources: tuple[RandomAccessSource, RandomAccessSource],
+        store: Store,
+        log: MetricsLog | NoLog,
+        progress: Progress,
+        profile: Profile,
+        preemption: Preemption,
+    ) -> None:
+        """Continues the run of `program` after step `start`; `open_session` makes the parts."""
+        self.program, self.start = program, start
+        self._train_source, self._eval_source = sources
+        self._store, self._log, self._progress, self._profile = store, log, progress, profile
+        self._preemption = preemption
+        self._recorder = Recorder(program, start, log, progress)
+        self._step = start
+        self._evaluated: dict[str, float] | None = None
+        self._signum: int | None = None
+
+    def initial_state(self) -> TrainState:
+        """The state of the newest checkpoint, or a fresh one."""
+        if self.start:
+            return self._store.restore(self.program.state, self.start)
+        return self.program.init()
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Each step that is left, counted from 1, with its batch on the devices."""
+        run, strategy = self.program.run, self.program.strategy
+        batches = stream(
+            self._train_source,
+            seed=run.seed,
+            batch_size=run.batch_size,
+            start=self.start,
+            stop=run.total_steps,
+            rows=strategy.local_examples(run.batch_size),
+            threads=run.loading.threads,
+            workers=run.loading.workers,
+        )
+        for self._step, batch in enumerate(prefetch(batches, strategy.shard_batch), self.start + 1):
+            with self._profile.step(self._step):
+                yield self._step, batch
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""
+        self._profile.dispatched(step, metrics)
+        self._recorder.add(step, metrics)
+
+    def due(self, step: int) -> Due:
+        """What is due after a step; a signal makes it the last one. Ask once a step."""
+        due = self.program.due(step)
+        self._evaluated, self._signum = None, self._preemption.stops_after(step)
+        return due if self._signum is None else due._replace(save=True, stop=True)
+
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluates the state after the newest step, and writes the result in that step's row."""
+        self._evaluated = self._recorder.flush_with(lambda: evaluate_split(self.program, state, self._eval_source))
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save the state after the newest step, once all metrics up to it are on disk.
+
+        Raises:
+          DivergedError: the state holds NaN or Inf.
+        """
+        self._recorder.flush()
+        with self._recorder.paused():
+            # Loss and gradient of this step may be finite, and the parameters after it not.
+            if not _all_finite(state):
+                raise DivergedError(f"the state after step {self._step} holds NaN or Inf")
+            self._log.sync()
+            self._store.save(state, make_metadata(self.program.run, self.program.params, self._step), self._evaluated)
+
+    def finish(self) -> None:
+        """Waits for the last save; raises `Interrupted` if a signal ended the run."""
+        self._store.wait()
+        if self._signum is not None:
+            # A process that got no signal only knows that there was one; SIGINT has the smallest number.
+            signals = distributed.gather("signal", str(int(self._signum)))
+            raise Interrupted(self._step, min(map(int, signals)))
+
+
+@contextmanager
+def open_session(
+    program: Program,
+    workdir: str | PathLike[str],
+    progress: Progress,
+    *,
+    profile: tuple[int, int] | None = None,
+    handle_signals: bool = True,
+) -> Iterator[Session]:
+    """Opens a workdir for the run of `program`; all processes of the run open it together.
+
+    Args:
+      program: the run.
+      workdir: a folder that is new, empty, or holds this run.
+      progress: shows the run.
+      profile: the first and the last step, counted from 1, to write a profile of; None for none.
+      handle_signals: whether SIGINT and SIGTERM save the state and end the run.
+
+    Raises:
+      UserError: the run cannot be started; a checkpoint that is there is left as it is.
+      DivergedError: a step gave NaN or Inf; the last checkpoint is from before it.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    folder, run, table = Workdir(workdir), program.run, str(program.params)
+    with ExitStack() as stack:
+        with distributed.collective_errors("the workdir and the data"):
+            if distributed.is_primary():
+                folder.check(run)
+                stack.enter_context(folder.locked())
+                if not folder.has_checkpoint():
+                    folder.write(run, table)  # first, so that a kill at any moment leaves a folder to launch again
+            limit = run.loading.in_memory_bytes
+            sources = (load(program.train_source, limit), load(program.eval_source, limit))
+        store = Store(folder.checkpoints, run.checkpoint)
+        stack.callback(store.close)
+        with distributed.collective_errors("the checkpoint"):
+            start, notes = _newest(program, store)
+            if profile is not None and not start < profile[0] <= profile[1] <= run.total_steps:
+                raise UserError(
+                    f"the profile is of steps {profile[0]} to {profile[1]}; this launch makes steps {start + 1} to "
+                    f"{run.total_steps}"
+                )
+        distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
+        stack.callback(progress.end_line)
+        for text in (table, *notes):
+            progress.message(text)
+        log: MetricsLog | NoLog = NoLog()
+        if distributed.is_primary():
+            folder.write(run, table)  # not before: a checkpoint that does not fit must leave everything as it is
+            log = stack.enter_context(MetricsLog(folder.path, start))
+        stack.enter_context(_naming_the_last_checkpoint(store))
+        profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
+        stack.callback(profiler.close)
+        # Until here there is nothing to save, and Ctrl-C may act at once.
+        preemption = stack.enter_context(Preemption(handle_signals))
+        # Last: an exception on this process alone must not wait for the others in what is closed above.
+        stack.enter_context(distributed.fail_fast())
+        session = Session(program, start, sources, store, log, progress, profiler, preemption)
+        yield session
+        session.finish()
+
+
+def _newest(program: Program, store: Store) -> tuple[int, list[str]]:
+    """The step of the newest checkpoint, 0 if there is none, and what to tell of it.
+
+    Raises:
+      UserError: the checkpoint is not one of this model.
+    """
+    steps = store.steps()
+    if not steps:
+        return 0, []
+    changes = check_metadata(store.metadata(steps[-1]), program.params)
+    notes = [f"note: {change} since the checkpoint; the numbers may differ in their last bits" for change in changes]
+    done = " (finished: nothing is left to do)" if steps[-1] >= program.run.total_steps else ""
+    return steps[-1], [*notes, f"resumed from step {steps[-1]}{done}"]
+
+
+@contextmanager
+def _naming_the_last_checkpoint(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except DivergedError as error:
+        store.wait()
+        steps = store.steps()
+        last = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        raise DivergedError(f"{error}; the run is stopped, {last}") from None
+
+
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
