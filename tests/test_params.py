@@ -37,7 +37,7 @@ def test_parameter_without_a_rule_is_named():
 
 
 def test_rule_that_decides_nothing_is_named():
-    with pytest.raises(UserError, match=r"label rule 'norm/\.\*' decides nothing: no path matches it"):
+    with pytest.raises(UserError, match=r"label rule 'norm/\.\*' matches no parameter; paths look like"):
         label_tree(params(), ((r"norm/.*", "plain"), *RULES), GROUPS)
 
 

@@ -39,7 +39,7 @@ def test_first_matching_rule_decides():
 
 @pytest.mark.parametrize("part", ["kernel", "encoder", "encoder/kern", "ncoder/kernel", "/"])
 def test_part_of_a_path_does_not_match(part):
-    with pytest.raises(UserError, match=r"'.*' decides nothing: no path matches it; paths look like encoder/bias"):
+    with pytest.raises(UserError, match=r"'.*' matches no parameter; paths look like encoder/bias"):
         assign([(part, "part"), (".*", "rest")], TREE)
 
 
@@ -59,17 +59,17 @@ def test_many_unmatched_leaves_are_counted():
 
 
 def test_rule_that_matches_nothing_is_named_with_its_reason():
-    with pytest.raises(UserError, match=r"rule 'decoder/\.\*' decides nothing: no path matches it; paths look like"):
+    with pytest.raises(UserError, match=r"rule 'decoder/\.\*' matches no parameter; paths look like"):
         assign([(r"decoder/.*", "decoder"), (r".*", "rest")], TREE)
 
 
 def test_rule_shadowed_by_earlier_ones_is_named_with_its_reason():
-    with pytest.raises(UserError, match=r"rule 'head/bias' decides nothing: earlier .* it matches \(head/bias\)$"):
+    with pytest.raises(UserError, match=r"rule 'head/bias' matches no parameter that is left: earlier rules match head/bias$"):
         assign([(r".*/kernel", "decayed"), (r".*/bias", "plain"), (r"head/bias", "head")], TREE)
 
 
 def test_same_regex_twice_is_an_error_even_with_the_same_value():
-    with pytest.raises(UserError, match=r"earlier rules decide all it matches \(encoder/bias, encoder/kernel"):
+    with pytest.raises(UserError, match=r"earlier rules match encoder/bias, encoder/kernel"):
         assign([(r".*", "rest"), (r".*", "rest")], TREE)
 
 

@@ -1,4 +1,4 @@
-"""The mean of the parameters over the updates, against NumPy in float64."""
+"""EMA params, against NumPy in float64."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def reference(history: np.ndarray, decay: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999])
-def test_mean_is_that_of_float64(decay):
+def test_ema_params_are_those_of_float64(decay):
     history = np.random.default_rng(0).normal(size=(UPDATES, 5)).astype(np.float32)
     mean = {"w": jnp.full(5, 3.0)}  # which does not count
     for step, params in enumerate(history):

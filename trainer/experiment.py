@@ -56,9 +56,9 @@ class Experiment(Protocol):
 
     A batch has the example's own entries, stacked along a new first axis of size B, and two that the harness adds:
 
-    - `mask`, float32 [B]: 1 for an example, 0 for a row that only fills up the last batch of an evaluation;
-    - `example_key`, PRNG keys [B], while training only: one key for each row of the global batch, whatever the number of
-      devices and microbatches. Random augmentation draws from these.
+    - `mask`, float32 [B]: 1 for an example, 0 for padding of the last batch of an evaluation;
+    - `example_key`, PRNG keys [B], while training only: a key for each example of the global batch, whatever the number
+      of devices and microbatches, from which random augmentation draws.
     """
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
@@ -68,12 +68,15 @@ class Experiment(Protocol):
     def loss(
         self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
-        """Metrics of one batch, "loss" among them, and the mutable collections as they are afterwards.
+        """Metrics of one batch, "loss" among them, and the mutable collections after it.
+
+        A model may sow "intermediates", which are dropped. Another sown collection, such as "losses", is popped here
+        and added to the loss, and left out of what `init` returns.
 
         Args:
           variables: "params" and the collections.
           batch: as above.
-          key: a key for this step, for dropout and the like.
+          key: a key for this step, for dropout for example.
           train: whether this is a training step.
         """
         ...
@@ -88,21 +91,21 @@ class Prepares(Protocol):
     """An experiment whose data must be written to disk once, by `python -m trainer prepare`."""
 
     def prepare(self) -> None:
-        """Writes what `source` reads. A second call is quick and changes nothing."""
+        """Writes the data that `source` reads. A second call is quick and changes nothing."""
         ...
 
 
 @runtime_checkable
 class Reports(Protocol):
-    """An experiment that shows what a run came to, in pictures for example."""
+    """An experiment that writes files about a finished run, such as pictures."""
 
     def report(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Sequence[Path]:
-        """Writes files and returns them; those of an earlier call are replaced.
+        """Writes files, over those of an earlier call, and returns their paths.
 
-        The command `train` calls this when the run is finished; from Python, `train` does not.
+        The command `train` calls this when the run is finished; the function `train` does not.
 
         Args:
           folder: the workdir.
-          rows: those of `metrics.jsonl`, each with "step" and the metrics of that step by names such as "train/loss".
+          rows: the rows of `metrics.jsonl`: each has "step" and metrics by names such as "train/loss".
         """
         ...

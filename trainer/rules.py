@@ -30,22 +30,20 @@ def assign(rules: Rules, tree: Any, *, what: str = "rule") -> Any:
       what: how to call a rule in error messages, such as "label rule".
 
     Raises:
-      UserError: a regex does not compile, a leaf is matched by no rule, or a rule decides no leaf, because nothing
-        matches it or because earlier rules took all that it matches.
+      UserError: a regex does not compile, no rule matches a leaf, or a rule matches no leaf that earlier rules leave.
     """
     compiled = [_compile(pattern, what) for pattern, _ in rules]
     names = paths(tree)
-    deciders = [next((i for i, regex in enumerate(compiled) if regex.fullmatch(name)), None) for name in names]
-    unmatched = [name for name, decider in zip(names, deciders, strict=True) if decider is None]
+    matches = [next((i for i, regex in enumerate(compiled) if regex.fullmatch(name)), None) for name in names]
+    unmatched = [name for name, match in zip(names, matches, strict=True) if match is None]
     if unmatched:
         raise UserError(f"no {what} matches {_some(unmatched)}; rules match whole paths, and '.*' matches every one")
     for i, regex in enumerate(compiled):
-        if i not in deciders:
+        if i not in matches:
             taken = [name for name in names if regex.fullmatch(name)]
-            reason = f"earlier rules decide all it matches ({_some(taken)})" if taken else "no path matches it"
-            example = "" if taken else f"; paths look like {_some(names)}"
-            raise UserError(f"{what} {regex.pattern!r} decides nothing: {reason}{example}")
-    return jax.tree.unflatten(jax.tree.structure(tree), [rules[i][1] for i in deciders if i is not None])
+            rest = f" that is left: earlier rules match {_some(taken)}" if taken else f"; paths look like {_some(names)}"
+            raise UserError(f"{what} {regex.pattern!r} matches no parameter{rest}")
+    return jax.tree.unflatten(jax.tree.structure(tree), [rules[i][1] for i in matches if i is not None])
 
 
 def _compile(pattern: str, what: str) -> re.Pattern[str]:

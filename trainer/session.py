@@ -64,13 +64,14 @@ class Session:
             batch_size=run.batch_size,
             start=self.start,
             stop=run.total_steps,
-            rows=strategy.local_examples(run.batch_size),
+            local_examples=strategy.local_examples(run.batch_size),
             threads=run.loading.threads,
             workers=run.loading.workers,
         )
-        for self._step, batch in enumerate(prefetch(batches, strategy.shard_batch), self.start + 1):
-            with self._profile.step(self._step):
-                yield self._step, batch
+        for step, batch in enumerate(prefetch(batches, strategy.shard_batch), self.start + 1):
+            self._step = step
+            with self._profile.step(step):
+                yield step, batch
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""

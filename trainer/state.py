@@ -21,7 +21,7 @@ class TrainState:
       params: the trained parameters.
       collections: every other variable collection of the model, such as "batch_stats"; empty for many models.
       opt_state: the optimizer's state, moments and counts.
-      ema: a mean of the parameters over the updates, in float32 or wider; None where none is kept.
+      ema: EMA params, an exponential moving average of the parameters in float32 or wider; None where none is kept.
     """
 
     step: Int32[Array, ""]
@@ -39,35 +39,32 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with or without a mean. Pure: run it under `jax.jit` or `jax.eval_shape`."""
+    """The state before the first step, with EMA params if `ema`. Pure: call it in `jax.jit` or `jax.eval_shape`."""
     variables = dict(nn.unbox(experiment.init(key, batch)))
     params = variables.pop("params")
-    mean = jax.tree.map(_at_least_float32, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), mean)
+    variables.pop("intermediates", None)  # sown, and different at every call
+    averages = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), averages)
 
 
 def update_ema(ema: Any, params: Any, step: Int32[Array, ""], decay: float) -> Any:
-    """The mean after an update: e + (p − e)·(1 − d), where d = min(decay, t / (t + 1)) after t updates before it.
+    """The EMA params after an update: e + (p − e)·(1 − d), where d = min(decay, t / (t + 1)) after t earlier updates.
 
-    So the first 1 / (1 − decay) updates count equally, and the initial parameters not at all.
+    So the first 1 / (1 − decay) updates count equally, and the initial parameters do not count.
 
     Args:
-      ema: the mean before.
+      ema: the EMA params before, in float32 or wider.
       params: the parameters after the update.
       step: t.
       decay: at least 0, below 1.
     """
-    share = jnp.maximum(1 - decay, 1 / (step + 1))
+    weight = jnp.maximum(1 - decay, 1 / (step + 1))
 
-    def moved(mean: Any, param: Any) -> Any:
-        wide = param.astype(mean.dtype)
-        if param.dtype != mean.dtype:  # XLA would leave out the rounding that it finds between two casts
+    def average(ema: Any, param: Any) -> Any:
+        wide = param.astype(ema.dtype)
+        if param.dtype != ema.dtype:  # XLA would leave out the rounding between two casts
             info = jnp.finfo(param.dtype)
             wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
-        return mean + (wide - mean) * share.astype(mean.dtype)
+        return ema + (wide - ema) * weight.astype(ema.dtype)
 
-    return jax.tree.map(moved, ema, params)
-
-
-def _at_least_float32(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.tree.map(average, ema, params)

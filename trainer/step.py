@@ -75,7 +75,7 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
         variables = {"params": params, **collections}
         with replica_axis_is(axis):
             metrics, collections = _checked(settings.experiment.loss(variables, batch, key=key, train=True))
-        return metrics["loss"].total, (metrics, collections)
+        return metrics["loss"].total, (metrics, _carried(state.collections, collections))
 
     gradient = _summed_in(settings.reduce_dtype, jax.grad(loss, has_aux=True))
 
@@ -169,6 +169,28 @@ def _checked(result: Any) -> tuple[Metrics, Collections]:
         if jnp.shape(mean.total) or jnp.shape(mean.weight):
             raise UserError(f"metric {name!r} is not a pair of sums: {jnp.shape(mean.total)}, {jnp.shape(mean.weight)}")
     return metrics, collections
+
+
+def _carried(given: Collections, returned: Collections) -> Collections:
+    """The returned collections without sown intermediates, if they have the structure of those that `init` returned."""
+    returned = {name: collection for name, collection in returned.items() if name != "intermediates"}
+    for name in sorted(given.keys() | returned.keys()):
+        if name not in given:
+            raise UserError(
+                f"loss returns the collection {name!r}, which init does not: if the model sows it, pop it from the "
+                f"collections and use it in the loss, as in collections.pop({name!r}); else return it from init as well"
+            )
+        if name not in returned:
+            raise UserError(
+                f"init returns the collection {name!r}, which loss does not: return it from loss as apply gives it "
+                f"(mutable=[{name!r}]), or leave it out in init if the model sows it"
+            )
+        if jax.tree.structure(given[name]) != jax.tree.structure(returned[name]):
+            raise UserError(
+                f"loss returns the collection {name!r} with other entries than init: a sown collection grows with "
+                "every call, so leave it out in init and pop it in loss"
+            )
+    return returned
 
 
 def _summed_in(reduce_dtype: str, gradient: Callable) -> Callable:
