@@ -28,7 +28,7 @@ def evaluate_split(program: Program, state: TrainState, source: RandomAccessSour
     fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
     limit = 0 if fake else 2
     size = program.eval_spec["mask"].shape[0]
-    batches = once(source, size, rows=strategy.local_examples(size), threads=program.run.loading.threads)
+    batches = once(source, size, local_examples=strategy.local_examples(size), threads=program.run.loading.threads)
     for batch in prefetch(batches, strategy.shard_batch):
         in_flight.append(program.eval_step(state, batch))
         if len(in_flight) > limit:

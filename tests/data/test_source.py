@@ -11,8 +11,8 @@ import pytest
 from trainer.data import ArraySource, batch_spec, load, take
 from trainer.errors import UserError
 
-EXAMPLES = 2500  # more than `load` reads at once, and no multiple of it
-BYTES = EXAMPLES * (3 * 4 + 1 + 4)  # of the arrays below in the widths that JAX uses
+EXAMPLES = 2500  # more than `load` reads at once, and no multiple of that
+BYTES = EXAMPLES * (3 * 4 + 1 + 4)  # of the arrays below in the dtypes that JAX uses
 
 
 class CountingSource:
@@ -103,16 +103,59 @@ def test_load_decodes_a_source_that_fits_into_memory_once(kind):
     loaded = load(source, BYTES)
     assert isinstance(loaded, ArraySource)
     assert_same(loaded.arrays, expected(np.arange(EXAMPLES)))
-    assert source.reads[0] == 2  # once more to see how large it is
-    assert (source.reads[1:] == 1).all()
+    assert (source.reads[:16] >= 3).all()  # also read to compare two readings, and the first to see how large it is
+    assert (source.reads[16:] == 1).all()
+    reads = source.reads.sum()
     take(loaded, np.arange(EXAMPLES))
-    assert source.reads.sum() == EXAMPLES + 1
+    assert source.reads.sum() == reads
 
 
 def test_load_reads_in_large_chunks_where_it_can():
     source = ManySource()
     load(source, BYTES)
     assert source.calls <= 4
+
+
+class RandomSource(CountingSource):
+    """An augmentation on the host: each reading of an example adds noise, flips it at random, or draws NaN or 0."""
+
+    def __init__(self, kind: str, *, seeded: bool = False) -> None:
+        super().__init__(40)
+        self.kind, self.seeded = kind, seeded
+        self.rng = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        example = super().__getitem__(index)
+        rng = np.random.default_rng(index) if self.seeded else self.rng
+        x: Any = example["x"]
+        x = {
+            "noise": lambda: x + 0.1 * rng.normal(size=3),
+            "flip": lambda: x[:: rng.choice([-1, 1])],
+            "nan": lambda: np.where(rng.random(3) < 0.5, np.nan, x),
+            "size": lambda: np.resize(x, 2 + int(self.reads.sum() > 17)),
+        }[self.kind]()
+        return {**example, "x": x}
+
+
+@pytest.mark.parametrize("kind", ["noise", "flip", "nan", "size"])
+def test_load_refuses_a_source_whose_randomness_it_would_freeze_and_says_what_to_use(kind):
+    with pytest.raises(UserError, match=r"entry 'x' of the data differs each .* loading\.in_memory_bytes=0 ") as refusal:
+        load(RandomSource(kind), BYTES)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["noise", "flip", "nan"])
+def test_load_takes_a_source_that_draws_the_same_numbers_for_the_same_example_nan_included(kind):
+    loaded = load(RandomSource(kind, seeded=True), BYTES)
+    assert isinstance(loaded, ArraySource)
+    again = RandomSource(kind, seeded=True)
+    assert_same(loaded.arrays, take(again, np.arange(40)))
+
+
+def test_load_leaves_a_random_source_that_is_not_kept_in_memory_as_it_is():
+    source = RandomSource("noise")
+    assert load(source, 0) is source
+    assert (take(source, np.arange(9))["x"] != take(source, np.arange(9))["x"]).all()
 
 
 @pytest.mark.parametrize("limit", [0, BYTES - 1])

@@ -120,14 +120,14 @@ ROWS = [[7], [0, 1, 2, 3], [0, 2, 4, 6], [1, 2, 5, 7], list(range(BATCH))]
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_stream_of_some_rows_is_those_rows_of_every_batch(source, rows):
     expected = [{name: array[rows] for name, array in batch.items()} for batch in whole(source)]
-    assert_same(whole(source, rows=np.array(rows)), expected)
+    assert_same(whole(source, local_examples=np.array(rows)), expected)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_once_of_some_rows_is_those_rows_of_every_batch_and_of_its_mask(source, rows):
     expected = [{name: array[rows] for name, array in batch.items()} for batch in once(source, BATCH)]
     assert len(expected) == 3
-    assert_same(list(once(source, BATCH, rows=np.array(rows))), expected)
+    assert_same(list(once(source, BATCH, local_examples=np.array(rows))), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

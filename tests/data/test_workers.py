@@ -73,7 +73,7 @@ def test_workers_give_the_batches_of_threads_from_any_start_bit_for_bit_and_end_
 def test_rows_that_processes_read_with_workers_make_up_the_global_batch(processes):
     # Every other row for each, as chips of a torus lie: not one run after the other.
     rows = [np.arange(place, BATCH, processes) for place in range(processes)]
-    read = [stream(Source(), seed=0, batch_size=BATCH, start=0, stop=5, rows=r, workers=1) for r in rows]
+    read = [stream(Source(), seed=0, batch_size=BATCH, start=0, stop=5, local_examples=r, workers=1) for r in rows]
     for parts, expected in zip(zip(*read, strict=True), whole()[:5], strict=True):
         for name, array in expected.items():
             joined = np.empty_like(array)

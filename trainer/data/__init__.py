@@ -1,4 +1,4 @@
-"""Sources of examples: arrays in memory, and reading many examples of any source as one batch."""
+"""Sources of examples: arrays in memory, and many examples of any source as one batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,15 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 
-_READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, small beside the whole
+_READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, few beside a data set
+_READ_TWICE = 16  # examples; a fair coin for each of them falls alike both times once in 65,536 launches
 
 
 class ArraySource:
-    """Examples that lie in memory as arrays, one for each entry, with the example as their first axis."""
+    """Examples in memory: one array for each entry, whose first axis is the example."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps the arrays in the widths that JAX uses: 64-bit numbers become 32-bit ones.
+        """Keeps the arrays in the dtypes that JAX uses: 64-bit numbers become 32-bit ones.
 
         Raises:
           UserError: the arrays do not have one length, 1 or more.
@@ -38,20 +39,17 @@ class ArraySource:
 
 
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples of any source at `indices`, stacked along a new first axis, in the widths that JAX uses."""
+    """The examples of any source at `indices`, stacked along a new first axis, in the dtypes that JAX uses."""
     if isinstance(source, ArraySource):
         return source.take(indices)
     return _stack(_read(source, [int(i) for i in indices]))
 
 
 def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
-    """`source` decoded once into memory if it takes at most `limit_bytes` there, else `source` itself."""
-    if isinstance(source, ArraySource):
+    """`source` decoded into memory if `fits_in_memory`, else `source` itself."""
+    if isinstance(source, ArraySource) or not fits_in_memory(source, limit_bytes):
         return source
-    example = _stack([source[0]])
-    if len(source) * sum(array.nbytes for array in example.values()) > limit_bytes:
-        return source
-    arrays = {name: np.empty((len(source), *array.shape[1:]), array.dtype) for name, array in example.items()}
+    arrays = {name: np.empty((len(source), *x.shape[1:]), x.dtype) for name, x in _stack([source[0]]).items()}
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
         for name, part in _stack(_read(source, list(range(start, stop)))).items():
@@ -59,11 +57,32 @@ def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
     return ArraySource(arrays)
 
 
+def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
+    """Whether the decoded source takes at most `limit_bytes`.
+
+    Raises:
+      UserError: it does, and its first examples differ when they are read again. In memory they would never change.
+    """
+    if isinstance(source, ArraySource):
+        return True
+    if len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) > limit_bytes:
+        return False
+    first, second = (_stack([source[i] for i in range(min(len(source), _READ_TWICE))]) for _ in range(2))
+    for name in first:
+        if not np.array_equal(first[name], second[name], equal_nan=True):
+            raise UserError(
+                f"entry {name!r} of the data differs each time an example is read, and a split that is kept in memory "
+                "is read once, which would freeze this randomness: loading.in_memory_bytes=0 reads every epoch again, "
+                "or draw it on the device, in loss, from batch['example_key']"
+            )
+    return True
+
+
 def batch_spec(source: RandomAccessSource, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch of the source, the mask included.
 
     Raises:
-      UserError: an entry is not numeric, so that no device can hold it.
+      UserError: no device can hold an entry, because it is not numeric, or its name is one that the harness uses.
     """
     example = _stack([source[0]])
     for name, array in example.items():
@@ -92,6 +111,6 @@ def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
-    # Python's int and most label features are int64; JAX would narrow them at every transfer.
+    # Python's int and most label features are int64, which JAX would cast to int32 at every transfer.
     numeric = array.dtype.kind in "iufcb"
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if numeric else array

@@ -1,4 +1,4 @@
-"""Worker processes that read and decode, by Grain: those of a batch that threads of one process cannot keep up with."""
+"""Grain's worker processes, for sources that the threads of one process cannot decode fast enough."""
 
 import multiprocessing
 import os
@@ -16,15 +16,15 @@ from absl import flags
 
 from trainer.experiment import Batch
 
-_SECONDS = 300.0  # far more than a start, or a batch, ever takes
-_CLOSING_SECONDS = 60.0  # Grain itself kills a worker that does not end in half of it
+_SECONDS = 300.0  # far more than a start or a batch takes
+_CLOSING_SECONDS = 60.0  # Grain kills a worker that does not end in half of this time
 
 
 def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float = _SECONDS) -> Iterator[Batch]:
-    """The batches of `dataset` in their order, made in `workers` processes that end with this one.
+    """The batches of `dataset`, in order, made in worker processes that end with this one.
 
-    The first comes after a few seconds. The program must be guarded by `if __name__ == "__main__":`, since the workers
-    import it.
+    The first batch comes after a few seconds. The workers import the program, so `if __name__ == "__main__":` must
+    guard it.
 
     Args:
       dataset: what to read; it must be picklable.
@@ -33,21 +33,21 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
 
     Raises:
       RuntimeError: a worker was killed or did not start, or no batch came in time.
-      Exception: what the source raises in a worker is raised here.
+      Exception: the source raised it in a worker.
     """
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which nobody sets here
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags of its own, which nobody sets here
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
-    others = multiprocessing.active_children()
-    resource_tracker.ensure_running()  # or it starts with the first worker, and lets signals through again
+    others = set(multiprocessing.active_children())
+    resource_tracker.ensure_running()  # or the first worker starts it, which unblocks signals again
     requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
     closed = threading.Event()
 
     def read() -> None:
-        # A signal to all processes is for the one that trains: it finishes its step, and needs batches for it. Workers
-        # inherit this from their first moment.
+        # Only the training process answers a signal to the process group: it needs batches to finish its step. Workers
+        # inherit the blocked signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             with closing(iter(dataset)) as batches:
@@ -57,7 +57,7 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
             answers.put(error)
         closed.set()
 
-    # Grain waits without end for a worker that hangs, or was killed half way through a batch: wait in a thread.
+    # Grain waits for ever for a worker that hangs or was killed in the middle of a batch, so a thread waits for Grain.
     threading.Thread(target=read, name="batches of the workers", daemon=True).start()
     try:
         while True:
@@ -65,9 +65,8 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
             try:
                 answer = answers.get(timeout=seconds)
             except queue.Empty:
-                for worker in multiprocessing.active_children():
-                    if worker not in others:
-                        worker.kill()  # or closing would wait for them
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.kill()  # or closing would wait for it
                 raise RuntimeError(
                     f"no batch came from the {workers} worker processes in {seconds:g} s: the source hangs, or the "
                     "machine has no memory left; loading.workers=0 reads in threads"
@@ -84,14 +83,14 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
             yield answer
     finally:
         requests.put(False)
-        if not sys.is_finalizing():  # then the thread runs no more, and Grain has closed already
+        if not sys.is_finalizing():  # then threads run no more, and Grain has closed already
             closed.wait(_CLOSING_SECONDS)
 
 
 def _begin(worker: int, workers: int) -> None:
     """Runs first in each worker."""
     del worker, workers
-    jax.config.update("jax_platforms", "cpu")  # a source that computes must not ask for the accelerators
+    jax.config.update("jax_platforms", "cpu")  # a source that uses JAX must not take the accelerators
 
     def end_with_the_parent() -> None:
         parent = multiprocessing.parent_process()
