@@ -1,24 +1,75 @@
-"""A Flax/Linen training harness. From Python: `from trainer import train`."""
+"""A Flax/Linen training harness. Usage: `import trainer`, then `trainer.train(run, workdir)`."""
 
 import importlib
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_EXPORTS = {
-    "ArraySource": "trainer.data",
-    "Experiment": "trainer.experiment",
-    "Mean": "trainer.metrics",
-    "Run": "trainer.config",
-    "TfdsSource": "trainer.data.tfds",
-    "TrainState": "trainer.state",
-    "UserError": "trainer.errors",
-    "adabelief": "trainer.optim.adabelief",
-    "train": "trainer.loop",
-}
-__all__ = list(_EXPORTS)
+if TYPE_CHECKING:
+    from trainer.config import Checkpoint as Checkpoint
+    from trainer.config import Evaluation as Evaluation
+    from trainer.config import Group as Group
+    from trainer.config import Loading as Loading
+    from trainer.config import Logging as Logging
+    from trainer.config import Optimizer as Optimizer
+    from trainer.config import Parallel as Parallel
+    from trainer.config import Run as Run
+    from trainer.config import Schedule as Schedule
+    from trainer.config import setting as setting
+    from trainer.data import ArraySource as ArraySource
+    from trainer.data.tfds import TfdsSource as TfdsSource
+    from trainer.distributed import Interrupted as Interrupted
+    from trainer.errors import CollectiveError as CollectiveError
+    from trainer.errors import DivergedError as DivergedError
+    from trainer.errors import NotPreparedError as NotPreparedError
+    from trainer.errors import UserError as UserError
+    from trainer.evaluation import evaluate as evaluate
+    from trainer.experiment import Experiment as Experiment
+    from trainer.experiment import replica_axis as replica_axis
+    from trainer.loop import train as train
+    from trainer.metrics import Mean as Mean
+    from trainer.optim.adabelief import adabelief as adabelief
+    from trainer.optim.adabelief import from_optax as from_optax
+    from trainer.optim.adabelief import scale_by_belief as scale_by_belief
+    from trainer.state import TrainState as TrainState
+else:
+    # The imports above, made when a name is first used: JAX takes a second, for which `--help` should not wait.
+    _EXPORTS = {
+        "trainer.config": "Checkpoint Evaluation Group Loading Logging Optimizer Parallel Run Schedule setting",
+        "trainer.data": "ArraySource",
+        "trainer.data.tfds": "TfdsSource",
+        "trainer.distributed": "Interrupted",
+        "trainer.errors": "CollectiveError DivergedError NotPreparedError UserError",
+        "trainer.evaluation": "evaluate",
+        "trainer.experiment": "Experiment replica_axis",
+        "trainer.loop": "train",
+        "trainer.metrics": "Mean",
+        "trainer.optim.adabelief": "adabelief from_optax scale_by_belief",
+        "trainer.state": "TrainState",
+    }
+    _MODULES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+    __all__ = sorted(_MODULES)
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+        globals()[name] = value = getattr(importlib.import_module(_MODULES[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return __all__
 
 
-def __getattr__(name: str) -> Any:
-    # Importing JAX takes a second; `--help` and mistyped flags should not wait for it.
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'trainer' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+def _report_namesakes() -> None:
+    """Writes one line to stderr if Coqui's `trainer` is installed, whose import package has the same name."""
+    patterns = ("trainer-*.*-info", "coqui_tts_trainer-*.*-info")
+    found = sorted({path.stem for entry in sys.path for pattern in patterns for path in Path(entry).glob(pattern)})
+    if found and importlib.import_module("multiprocessing").parent_process() is None:  # not in every worker process
+        print(
+            f"note: {', '.join(found)} also provides an import package `trainer`; this one is belief-trainer's, from "
+            f"{Path(__file__).parent}: keep them in separate environments",
+            file=sys.stderr,
+        )
+
+
+_report_namesakes()
