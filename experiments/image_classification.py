@@ -1,4 +1,4 @@
-"""Image classification: a small strided CNN or an MLP on any TFDS data set with "image" and "label"."""
+"""Image classification: a small strided CNN or an MLP, on any TFDS data set with "image" and "label"."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ from trainer.metrics import Mean, Metrics
 
 
 class StridedCNN(nn.Module):
-    """3×3 convolutions with stride 2 (the first with stride 1 on images below 16 pixels), then a hidden layer.
+    """3×3 convolutions with stride 2 (the first has stride 1 on images below 16 pixels), then a hidden layer.
 
-    Strides instead of pooling: the gradient of max_pool made such a network eight times slower on CPUs.
+    It strides instead of pooling: on CPUs the gradient of max_pool makes such a network eight times slower.
     """
 
     widths: tuple[int, ...]
@@ -29,7 +29,9 @@ class StridedCNN(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows height width channels"], train: bool) -> Float[Array, "rows classes"]:
+    def __call__(
+        self, x: Float[Array, "examples height width channels"], train: bool
+    ) -> Float[Array, "examples classes"]:
         """Logits of images with values from 0 to 1."""
         for i, width in enumerate(self.widths):
             stride = 1 if i == 0 and x.shape[1] < 16 else 2
@@ -56,7 +58,9 @@ class MLP(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows height width channels"], train: bool) -> Float[Array, "rows classes"]:
+    def __call__(
+        self, x: Float[Array, "examples height width channels"], train: bool
+    ) -> Float[Array, "examples classes"]:
         """Logits of images with values from 0 to 1."""
         x = x.reshape(len(x), -1)
         for i, width in enumerate(self.widths):
@@ -67,30 +71,30 @@ class MLP(nn.Module):
 
 @dataclasses.dataclass
 class ImageClassification:
-    """Cross-entropy on images that are scaled to [0, 1] and, while training, shifted at random."""
+    """Cross-entropy on images, scaled to [0, 1] and, while training, shifted at random."""
 
     dataset: str = setting("digits")
     """Name of a TFDS data set, such as "digits", "fashion_mnist_local" or "mnist"."""
-    data_dir: str = setting("", may_change=True)
-    """Where TFDS data lies; "" for TFDS's default, TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    data_dir: str | None = setting(None, may_change=True)
+    """The folder of TFDS data sets; None for TFDS's default, TFDS_DATA_DIR or ~/tensorflow_datasets."""
     classes: int = setting(10, minimum=2)
-    """Number of labels, which are 0 … classes − 1."""
+    """Number of classes; labels are 0 … classes − 1."""
     max_value: float = setting(255.0, minimum=1)
-    """The pixel value that becomes 1."""
+    """The largest pixel value, which is scaled to 1."""
     model: str = setting("cnn", choices=("cnn", "mlp"))
-    """`cnn`: StridedCNN; `mlp`: MLP."""
+    """`cnn` is StridedCNN, `mlp` is MLP."""
     widths: tuple[int, ...] = setting((32, 64))
     """Channels of the convolutions, or units of the dense layers."""
     hidden: int = setting(128, minimum=1)
     """Units of the CNN's hidden layer."""
     dropout: float = setting(0.0, minimum=0, maximum=1)
-    """Share of units left out while training."""
+    """Dropout rate while training, the share of units that are set to 0."""
     batch_norm: bool = setting(False)
-    """Whether the CNN normalises over the batch."""
+    """Whether the CNN has BatchNorm after each convolution."""
     max_shift: int = setting(0, minimum=0)
-    """Training images are moved by up to this many pixels in both directions, zeros coming in."""
+    """Training images are shifted by at most this many pixels along both axes and padded with zeros."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
-    """What the model computes in. Parameters, batch statistics and loss are float32 in any case."""
+    """Dtype of the activations. Parameters, batch statistics and loss are always float32."""
 
     def _model(self) -> nn.Module:
         if self.model == "mlp":
@@ -128,14 +132,16 @@ class ImageClassification:
         """Writes the data set as ArrayRecord."""
         tfds.prepare(self.dataset, self.data_dir)
 
-    def _scaled(self, images: UInt8[Array, "rows height width channels"]) -> Float[Array, "rows height width channels"]:
+    def _scaled(
+        self, images: UInt8[Array, "examples height width channels"]
+    ) -> Float[Array, "examples height width channels"]:
         return images.astype(jnp.float32) / self.max_value
 
 
 def shift(
-    images: Float[Array, "rows height width channels"], keys: Key[Array, " rows"], most: int
-) -> Float[Array, "rows height width channels"]:
-    """Each image moved by −most … most pixels along both axes, drawn from its own key; zeros come in."""
+    images: Float[Array, "examples height width channels"], keys: Key[Array, " examples"], most: int
+) -> Float[Array, "examples height width channels"]:
+    """Each image shifted by −most … most pixels along both axes, drawn from its own key, and padded with zeros."""
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
 

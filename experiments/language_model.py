@@ -1,4 +1,4 @@
-"""Language modelling: a decoder-only transformer that predicts each byte of a text from those before it."""
+"""Language modelling: a decoder-only transformer that predicts each byte of a text from the bytes before it."""
 
 import dataclasses
 import math
@@ -19,24 +19,24 @@ from trainer.experiment import Batch, Collections, Variables
 from trainer.metrics import Mean, Metrics
 
 
-@jax.checkpoint  # so that the backward pass keeps the logits and nothing else of their size, whatever XLA fuses
+@jax.checkpoint  # the backward pass then keeps the logits and no other array of their size, whatever XLA fuses
 def score(
-    logits: Float[Array, "rows length vocab"], targets: Int[Array, "rows length"]
-) -> tuple[Float[Array, "rows length"], Bool[Array, "rows length"]]:
+    logits: Float[Array, "examples length vocab"], targets: Int[Array, "examples length"]
+) -> tuple[Float[Array, "examples length"], Bool[Array, "examples length"]]:
     """The cross-entropy in nats of each target, and whether no other token has a higher logit."""
-    # A sum instead of a lookup: its gradient is no scatter, and a vocabulary split over devices stays where it is.
+    # A sum instead of a lookup: its gradient has no scatter, and logits sharded over the vocabulary are not gathered.
     chosen = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen, chosen >= logits.max(-1)
 
 
 def windows(texts: Sequence[bytes], length: int) -> dict[str, np.ndarray]:
-    """Every byte of each text but its first as the target of one window of `length` + 1 bytes.
+    """Cuts texts into windows of `length` + 1 bytes, so that every byte but a text's first is one window's target.
 
-    Windows of a text overlap by one byte. Its last one is filled up with zeros.
+    Consecutive windows of a text overlap by one byte. The last window of a text is padded with zeros.
 
     Returns:
-      "tokens", uint8 [windows, length + 1], and "targets", int32 [windows], how many of the last `length` are bytes of
-      the text, 1 … length.
+      "tokens", uint8 [windows, length + 1], and "targets", int32 [windows], the number of targets in each window,
+      1 … length. The targets of a window are the bytes after its first.
     """
     tokens, targets = [], []
     for text in texts:
@@ -54,32 +54,32 @@ class LanguageModel:
     """Cross-entropy of the next byte, on the texts of a TFDS data set."""
 
     dataset: str = setting("shakespeare")
-    """Name of a TFDS data set with a feature "text"; a split is read into memory as a whole."""
-    data_dir: str = setting("", may_change=True)
-    """Where TFDS data lies; "" for TFDS's default, TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    """Name of a TFDS data set with a feature "text"; a split is read into memory."""
+    data_dir: str | None = setting(None, may_change=True)
+    """The folder of TFDS data sets; None for TFDS's default, TFDS_DATA_DIR or ~/tensorflow_datasets."""
     length: int = setting(64, minimum=1)
-    """Bytes that are predicted in each sequence, each from all before it in the sequence."""
+    """Sequence length: the number of bytes to predict in a window."""
     vocab: int = setting(256, minimum=256)
-    """Rows of the embedding. Bytes need 256; more of them are for planning, to have the sizes of published models."""
+    """Vocabulary size of the embedding. Bytes need 256; a larger one gives `plan` the sizes of published models."""
     width: int = setting(128, minimum=2)
-    """Units of the stream that blocks read and add to."""
+    """Units of the residual stream."""
     layers: int = setting(2, minimum=1)
     """Number of blocks."""
     heads: int = setting(4, minimum=1)
-    """Attention heads, each of width / heads units, an even number."""
+    """Number of attention heads; each has width / heads units, an even number."""
     mlp_width: int = setting(512, minimum=1)
     """Hidden units of the MLP."""
     activation: str = setting("gelu", choices=("gelu", "swiglu"))
-    """`gelu`, or `swiglu`: a third kernel gates the hidden units through SiLU."""
+    """Activation of the MLP: `gelu`, or `swiglu`, in which a third kernel gates the hidden units through SiLU."""
     dropout: float = setting(0.0, minimum=0, maximum=1)
-    """Share of the units of each attention's and MLP's result that is left out while training."""
+    """Dropout rate while training, on the result of each attention and MLP."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
-    """What activations are computed in. Parameters, norms, softmax, logits and loss are float32 in any case."""
+    """Dtype of the activations. Parameters, norms, softmax, logits and loss are always float32."""
     scan: bool = setting(False)
-    """Whether one loop goes over all blocks, whose parameters are then stacked: quicker to compile, and with `remat`
-    far less memory."""
+    """Whether `nn.scan` runs the blocks, with stacked parameters. It compiles faster, and with `remat` takes far less
+    memory."""
     remat: str = setting("none", choices=tuple(POLICIES))
-    """What the backward pass keeps of each block; see `experiments.remat`."""
+    """The activations of each block that the backward pass keeps; see `experiments.remat`."""
 
     def _model(self, train: bool) -> Transformer:
         if self.width % (2 * self.heads):
@@ -99,15 +99,15 @@ class LanguageModel:
         )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Fresh parameters, each boxed with its logical axes."""
+        """Fresh parameters, each in a box with its logical axes."""
         return self._model(train=False).init(key, batch["tokens"][:, :-1].astype(jnp.int32))
 
     def loss(
         self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
-        """Metrics "loss", the cross-entropy in nats per byte, the same as "bits_per_byte", and "accuracy".
+        """Metrics "loss", the cross-entropy in nats per byte, "bits_per_byte", the same in bits, and "accuracy".
 
-        Each target byte weighs 1; what fills up a window, or a batch, weighs 0.
+        Each target byte has weight 1; padding of a window or of a batch has weight 0.
         """
         tokens = batch["tokens"].astype(jnp.int32)
         logits = self._model(train).apply(variables, tokens[:, :-1], rngs={"dropout": key})
@@ -118,7 +118,7 @@ class LanguageModel:
         return {"loss": loss, "bits_per_byte": bits, "accuracy": Mean.of(hits, weights)}, {}
 
     def source(self, split: str) -> ArraySource:
-        """The windows of all texts of a split, in the order in which the data set holds the texts."""
+        """The windows of all texts of a split, in the order of the texts in the data set."""
         texts = tfds.TfdsSource(self.dataset, split, ("text",), self.data_dir)
         examples = texts.__getitems__(range(len(texts)))
         return ArraySource(windows([example["text"] for example in examples], self.length))

@@ -1,4 +1,4 @@
-"""Rematerialisation by name: what the backward pass of a Linen module keeps, and what it computes again."""
+"""Rematerialisation policies by name: the activations of a Linen module that the backward pass keeps."""
 
 import flax.linen as nn
 import jax
@@ -11,21 +11,22 @@ POLICIES = {
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""From the most memory to the least. `none` keeps all that gradients need; `dots` the results of matrix products;
-`dots_no_batch` those of products with parameters, so that of attention nothing is kept; `full` only the inputs."""
+"""From the most memory to the least. `none` keeps every activation that gradients need. `dots` keeps the results of
+matrix products. `dots_no_batch` keeps the results of products with parameters, so no attention weights. `full` keeps
+only the inputs. The backward pass computes the others again."""
 
 
 def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-    """The module class with its calls rematerialised; parameters, their paths and results stay what they are.
+    """Rematerialises the calls of a module class; parameters, their paths and results are unchanged.
 
     Args:
       module: a class whose `__call__` takes arrays only.
-      policy: a name in POLICIES; `none` gives `module` itself.
-      scanned: whether `nn.scan` goes over the class. Its loop keeps XLA from merging the second computation with the
-        first by itself; anywhere else that takes barriers, which cost a little.
+      policy: a name in POLICIES; `none` returns `module` itself.
+      scanned: whether the class is used under `nn.scan`. A loop keeps XLA from merging the recomputation with the
+        forward pass; elsewhere that needs barriers, which cost a little time.
 
     Raises:
-      UserError: there is no such policy.
+      UserError: the policy is unknown.
     """
     if policy not in POLICIES:
         raise UserError(f"no remat policy {policy!r}{nearest(policy, POLICIES)}")

@@ -23,7 +23,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError as error:  # now, and not when the picture is due
+except ModuleNotFoundError as error:  # an error now, and not after the training
     raise UserError(
         f"experiments/toy.py needs Matplotlib for its picture: pip install -e '.[examples]' ({error})"
     ) from error
@@ -34,11 +34,11 @@ class Function:
     """A function to minimise; its smallest value is 0.
 
     Attributes:
-      formula: for people, in TeX.
-      value: for x and y that are numbers, or arrays of JAX or NumPy.
-      start: where every optimizer starts.
-      minimum: where the function is 0.
-      corner: the smallest x and y of the 4 × 3 units that are drawn.
+      formula: its title in the picture, in TeX.
+      value: the function of x and y, which are numbers, JAX arrays or NumPy arrays.
+      start: the point at which every optimizer starts.
+      minimum: the point at which the function is 0.
+      corner: the smallest x and y of the drawn area, which is 4 × 3 units large.
     """
 
     formula: str
@@ -65,13 +65,13 @@ def _rosenbrock(x: Any, y: Any) -> Any:
 
 
 FUNCTIONS = {
-    # The start is near the x axis, so that soon y changes its sign at every step while x goes on: the case in which the
-    # paper explains why AdaBelief's steps are long in x and short in y.
+    # The start is near the x axis, so y soon changes its sign at every step while x moves on. The paper explains with
+    # this case why AdaBelief's steps are long in x and short in y.
     "abs": Function("$|x| + |y|$", _abs, (-2.5, 0.25), (0.0, 0.0), (-3.0, -1.5)),
-    # Its curvature is 4 across and 0.4 along, neither of which is along an axis, so that no scaling of x and y can even
-    # them out. The paper's other valleys, such as |x|/10 + |y|, have a kink instead of a curvature.
+    # The curvature is 4 across the valley and 0.4 along it. The valley is diagonal, so no scaling of x and y makes the
+    # curvatures equal. The paper's other valleys, such as |x|/10 + |y|, have a kink instead of a curvature.
     "valley": Function("Valley: $(x + y)^2 + (x - y)^2 / 10$", _valley, (2.5, 0.0), (0.0, 0.0), (-1.0, -2.0)),
-    # These two start where they usually do (Moré, Garbow and Hillstrom, 1981).
+    # The next two have their usual starting points (Moré, Garbow and Hillstrom, 1981).
     "rosenbrock": Function(
         "Rosenbrock: $(1 - x)^2 + 100 (y - x^2)^2$", _rosenbrock, (-1.2, 1.0), (1.0, 1.0), (-2.0, -1.0)
     ),
@@ -81,7 +81,7 @@ FUNCTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How the trajectories of an optimizer are drawn."""
+    """Title and line style of an optimizer's trajectories."""
 
     title: str
     colour: str
@@ -89,8 +89,8 @@ class Style:
     width: float
 
 
-# Colours that everybody can tell apart (Okabe and Ito). Each is drawn over the one before and is thinner, so that all
-# are seen where they coincide.
+# Colours that colour-blind readers can tell apart (Okabe and Ito). Each line is drawn over the one before and is
+# thinner, so that all lines are visible where they coincide.
 OPTIMIZERS = {
     "sgd": Style("SGD with momentum", "#0072B2", "s", 4.0),
     "adam": Style("Adam", "#E69F00", "^", 2.5),
@@ -99,7 +99,7 @@ OPTIMIZERS = {
 
 
 class Points(nn.Module):
-    """A point for each optimizer, all with one start."""
+    """A point for each optimizer, all with the same start."""
 
     start: tuple[float, float]
 
@@ -120,13 +120,13 @@ class Race(nn.Module):
 
 @dataclasses.dataclass
 class Toy:
-    """Minimises the sum of every function at the point of every optimizer: each gradient is that of one function.
+    """Minimises the sum of all functions at the points of all optimizers; each gradient is that of one function.
 
-    What happens to a parameter such as `rosenbrock/adam` is up to the labels and groups of the config.
+    The labels and groups of the config choose the optimizer of each parameter, such as `rosenbrock/adam`.
     """
 
     tolerance: float = setting(0.01, minimum=1e-6, may_change=True)
-    """How near the minimum an optimizer has arrived; for the picture only."""
+    """Distance from the minimum within which an optimizer has arrived; used in the picture only."""
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
         """Every point at its start."""
@@ -136,21 +136,21 @@ class Toy:
     def loss(
         self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
-        """Metric "loss", the sum; while training also "beale/adam/x", "…/y" and "…/value", and so on."""
+        """Metric "loss", the sum; while training also "beale/adam/x", "…/y", "…/value" and so on for every point."""
         del key
         points: Any = Race().apply(variables)
-        values, places = {}, {}
+        values, positions = {}, {}
         for name, function in FUNCTIONS.items():
             for optimizer, (x, y) in points[name].items():
                 path = f"{name}/{optimizer}"
                 values[f"{path}/value"] = function.value(x, y)
-                places |= {f"{path}/x": x, f"{path}/y": y}
-        metrics = {"loss": sum(values.values())} | (values | places if train else {})
+                positions |= {f"{path}/x": x, f"{path}/y": y}
+        metrics = {"loss": sum(values.values())} | (values | positions if train else {})
         mask = batch["mask"]
         return {name: Mean.of(jnp.broadcast_to(value, mask.shape), mask) for name, value in metrics.items()}, {}
 
     def source(self, split: str) -> RandomAccessSource:
-        """One example, which nothing depends on."""
+        """One example, which the loss does not use."""
         del split
         return ArraySource({"nothing": np.zeros(1, np.float32)})
 
@@ -162,34 +162,34 @@ class Toy:
 
 
 def trajectory(rows: Sequence[Mapping[str, Any]], function: str, optimizer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [T] and where they began [T, 2], of the steps that are in the rows and of the first."""
+    """The first step and the steps in `rows` [T], and the points at which each of these steps began [T, 2]."""
     names = [f"train/{function}/{optimizer}/{axis}" for axis in "xy"]
-    places = {1: FUNCTIONS[function].start}
-    places |= {row["step"]: tuple(row[name] for name in names) for row in rows if names[0] in row}
-    return np.array(list(places)), np.array(list(places.values()))
+    points = {1: FUNCTIONS[function].start}
+    points |= {row["step"]: tuple(row[name] for name in names) for row in rows if names[0] in row}
+    return np.array(list(points)), np.array(list(points.values()))
 
 
 def distances(points: np.ndarray, function: str) -> np.ndarray:
-    """How far points [T, 2] are from the minimum."""
+    """Distances [T] of points [T, 2] from the minimum."""
     return np.linalg.norm(points - np.array(FUNCTIONS[function].minimum), axis=1)
 
 
 def arrival(steps: np.ndarray, distances: np.ndarray, tolerance: float) -> int | None:
-    """The first step from which on all distances are within the tolerance; None if not even the last one is."""
+    """The first step from which on all distances are within the tolerance; None if the last distance is not."""
     (outside,) = np.nonzero(~(distances <= tolerance))
     first = outside[-1] + 1 if len(outside) else 0
     return int(steps[first]) if first < len(steps) else None
 
 
 def draw(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
-    """A column for each function: its trajectories, and below them how far from the minimum they are at each step."""
+    """A column for each function: its trajectories, and below them their distance from the minimum at each step."""
     figure = Figure(figsize=(17, 8), layout="constrained")
     figure.suptitle("From the circle to the star, with marks at the steps that are marked below", fontsize=14)
-    grid = figure.subplots(2, len(FUNCTIONS))
-    for (name, function), (plane, course) in zip(FUNCTIONS.items(), grid.T, strict=True):
+    axes = figure.subplots(2, len(FUNCTIONS))
+    for (name, function), (plane, course) in zip(FUNCTIONS.items(), axes.T, strict=True):
         _draw_function(plane, function)
         _draw_trajectories(plane, course, rows, name, tolerance)
-    grid[1, 0].set_ylabel("distance from the star")
+    axes[1, 0].set_ylabel("distance from the star")
     return figure
 
 
@@ -197,13 +197,13 @@ def _draw_function(plane: Axes, function: Function) -> None:
     left, bottom = function.corner
     x, y = np.meshgrid(np.linspace(left, left + 4, 401), np.linspace(bottom, bottom + 3, 301))
     height = np.log10(np.maximum(function.value(x, y), 1e-3))
-    # Beyond what there is to colour, so that even the highest is light grey.
+    # Above the highest value, so that even the highest value is light grey.
     darkest = height.max() + 1.5 * (height.max() - height.min())
     plane.contourf(x, y, height, levels=16, cmap="Greys", vmax=darkest)
     plane.contour(x, y, height, levels=16, colors="white", linestyles="solid", linewidths=0.8)
-    place = {"color": "white", "markeredgecolor": "black", "zorder": 4}
-    plane.plot(*function.start, "o", markersize=10, **place)
-    plane.plot(*function.minimum, "*", markersize=16, **place)
+    mark = {"color": "white", "markeredgecolor": "black", "zorder": 4}
+    plane.plot(*function.start, "o", markersize=10, **mark)
+    plane.plot(*function.minimum, "*", markersize=16, **mark)
     plane.set(xlim=(left, left + 4), ylim=(bottom, bottom + 3), aspect="equal", title=function.formula)
 
 
@@ -224,7 +224,7 @@ def _draw_trajectories(
         plane.plot(*points.T, **look)
         course.plot(steps, away[optimizer], **look, label=f"{style.title}: {f'{arrived:,}' if arrived else 'not yet'}")
     course.axhline(tolerance, color="black", linestyle=":")
-    # Two empty decades above are for the legend.
+    # The two decades above the data hold the legend.
     course.set(xlim=(0, 1.04 * last), ylim=(tolerance / 10, 200), yscale="log", xticks=ticks, xlabel="step")
     course.grid(alpha=0.3)
     course.legend(title=f"within {tolerance:g} of the star from step", loc="upper right")

@@ -1,4 +1,4 @@
-"""A decoder-only transformer in Linen: rotary positions, logical axes on every kernel, layers as a loop if wanted."""
+"""A decoder-only transformer in Linen, with rotary positions, logical axes on every kernel, and optional `nn.scan`."""
 
 import math
 from typing import Any
@@ -12,15 +12,15 @@ from experiments.remat import remat
 
 
 class Projection(nn.Module):
-    """The product of x with a kernel of two dimensions, in the dtype of x, without a bias.
+    """A dense layer without a bias, in the dtype of x, whose kernel has two dimensions.
 
-    Two, since TPUs lay arrays out in tiles of 8 × 128: kernels whose last dimension is that of a head take up to twice
-    their size.
+    TPUs store arrays in tiles of 8 × 128: a kernel with three dimensions, the last of them that of a head, takes up to
+    twice its size.
 
     Attributes:
-      features: size of the last dimension of the result.
+      features: size of the result's last dimension.
       axes: the kernel's logical axes.
-      gain: variance of the result over that of x when the kernel is fresh.
+      gain: ratio of the result's variance to that of x for a fresh kernel.
     """
 
     features: int
@@ -28,8 +28,8 @@ class Projection(nn.Module):
     gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length features"]:
-        """Each position by itself."""
+    def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length features"]:
+        """Projects each position by itself."""
         fresh = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param("kernel", nn.with_logical_partitioning(fresh, self.axes), shape)
@@ -43,8 +43,8 @@ class Attention(nn.Module):
     gain: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length width"]:
-        """What each position takes from itself and those before it."""
+    def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length width"]:
+        """Each position attends to itself and to the positions before it."""
         width = x.shape[-1]
         query, key, value = (
             nn.with_logical_constraint(
@@ -53,21 +53,21 @@ class Attention(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        # Its products are summed, and its softmax taken, in float32.
+        # Sums of products and the softmax are in float32.
         mixed = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
         return Projection(width, ("heads", "embed"), self.gain, name="out")(mixed.reshape(x.shape))
 
 
 class MLP(nn.Module):
-    """A hidden layer, plain or gated."""
+    """Two dense layers, with GELU between them or gated (SwiGLU)."""
 
     units: int
     activation: str
     gain: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length width"]:
-        """Each position by itself."""
+    def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length width"]:
+        """Transforms each position by itself."""
         hidden = Projection(self.units, ("embed", "mlp"), name="up")(x)
         if self.activation == "swiglu":
             hidden *= nn.silu(Projection(self.units, ("embed", "mlp"), name="gate")(x))
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalised stream and added to it."""
+    """Attention and MLP; each reads the normalised residual stream and adds to the stream."""
 
     heads: int
     mlp_width: int
@@ -88,8 +88,10 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows length width"], _: None) -> tuple[Float[Array, "rows length width"], None]:
-        """The stream as `nn.scan` carries it: x and nothing in, x and nothing out."""
+    def __call__(
+        self, x: Float[Array, "examples length width"], _: None
+    ) -> tuple[Float[Array, "examples length width"], None]:
+        """The residual stream after the block, as `nn.scan` carries it: (x, None) in and out."""
         layers = {
             "attention": Attention(self.heads, self.gain, name="attention"),
             "mlp": MLP(self.mlp_width, self.activation, self.gain, name="mlp"),
@@ -102,7 +104,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks between an embedding and its transpose, which is the output head: the two are tied."""
+    """An embedding, blocks, and an output head that shares the embedding's table (tied weights)."""
 
     vocab: int
     width: int
@@ -117,15 +119,15 @@ class Transformer(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "rows length"]) -> Float[Array, "rows length vocab"]:
-        """Logits, float32, of the token after each."""
+    def __call__(self, tokens: Int[Array, "examples length"]) -> Float[Array, "examples length vocab"]:
+        """Logits, float32, of the token after each position."""
         fresh = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         table = nn.Embed(self.vocab, self.width, embedding_init=fresh, name="embed").embedding.astype(self.dtype)
         x = lookup(table, tokens) * math.sqrt(self.width)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
 
         block = remat(Block, self.remat, scanned=self.scan)
-        # The stream is a sum over two results a layer; with this gain it does not grow with the depth.
+        # Each layer adds two results to the stream; with this gain its variance does not grow with the depth.
         settings = (self.heads, self.mlp_width, self.activation, 1 / (2 * self.layers), self.dropout, self.train)
         if self.scan:
             scanned = nn.scan(
@@ -145,11 +147,13 @@ class Transformer(nn.Module):
 
 
 @jax.custom_vjp
-def lookup(table: Float[Array, "vocab width"], tokens: Int[Array, "rows length"]) -> Float[Array, "rows length width"]:
-    """Rows of the table.
+def lookup(
+    table: Float[Array, "vocab width"], tokens: Int[Array, "examples length"]
+) -> Float[Array, "examples length width"]:
+    """The embedding of each token.
 
-    Its gradient is a product with a matrix of zeros and ones: it is added up in float32, where a scatter would do so
-    in the table's dtype, and XLA reduces and scatters it over devices as it does that of any kernel.
+    The gradient is a product with a one-hot matrix instead of a scatter. The product is summed in float32, a scatter
+    would be summed in the table's dtype, and XLA shards the product's reduction over devices as that of any kernel.
     """
     return table[tokens]
 
@@ -161,7 +165,7 @@ def _looked_up(table: Array, tokens: Array) -> tuple[Array, tuple[Array, int]]:
 def _table_gradient(saved: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
     tokens, vocab = saved
     chosen = jax.nn.one_hot(tokens, vocab, dtype=gradient.dtype)
-    # Rows stay where they are: XLA would gather those of all devices, since this matrix costs nothing anywhere.
+    # Keeps examples sharded: XLA would gather the examples of all devices, since a one-hot matrix is cheap everywhere.
     chosen = nn.with_logical_constraint(chosen, ("batch", "length", "vocab"))
     return jnp.einsum("rlv,rlw->vw", chosen, gradient), None
 
@@ -170,14 +174,14 @@ lookup.defvjp(_looked_up, _table_gradient)
 
 
 def norm(name: str, dtype: Any) -> nn.RMSNorm:
-    """x over the root of its mean square, computed in float32, times a scale."""
+    """RMSNorm, computed in float32, with a scale whose logical axis is "embed"."""
     return nn.RMSNorm(dtype=dtype, scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), name=name)
 
 
-def rotary(x: Float[Array, "rows length heads head_dim"]) -> Float[Array, "rows length heads head_dim"]:
-    """Each pair (i, i + head_dim/2) of the entry at position t turned by t · 10000 ** (−2i/head_dim) radians.
+def rotary(x: Float[Array, "examples length heads head_dim"]) -> Float[Array, "examples length heads head_dim"]:
+    """Rotary embedding: at position t, rotates the pair (i, i + head_dim/2) by t · 10000 ** (−2i/head_dim) radians.
 
-    The product of two turned vectors depends on their distance and not on where they stand.
+    The dot product of two rotated vectors depends on the distance of their positions and not on the positions.
     """
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)

@@ -1,4 +1,4 @@
-"""TFDS builders for data that ships in packages. Importing this registers them by name."""
+"""TFDS builders for data that ships in packages. Importing this package registers them by name."""
 
 from experiments.datasets.digits import Digits
 from experiments.datasets.fashion_mnist_local import FashionMnistLocal

@@ -28,8 +28,8 @@ _PREFIXES = {"train": "train", "test": "t10k"}
 class FashionMnistLocal(tfds.core.GeneratorBasedBuilder):
     """Image uint8 [28, 28, 1], label 0 … 9.
 
-    The folder with the four gz files is /usr/share/datasets/fashion-mnist, where Debian's package puts them, or
-    what the environment variable FASHION_MNIST_DIR says.
+    The four gz files are read from the folder that the environment variable FASHION_MNIST_DIR names, by default
+    /usr/share/datasets/fashion-mnist, where the Debian package puts them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -58,12 +58,13 @@ class FashionMnistLocal(tfds.core.GeneratorBasedBuilder):
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A gz-compressed IDX file of unsigned bytes, the format of MNIST.
+    """Reads a gz-compressed IDX file of unsigned bytes, the format of MNIST.
 
-    Two zero bytes, the type (8 for uint8), the number of dimensions, each dimension as a big-endian uint32, the data.
+    The file holds two zero bytes, the type (8 for uint8), the number of dimensions, each dimension as a big-endian
+    uint32, and the data.
 
     Raises:
-      UserError: the file is missing or is no such file.
+      UserError: the file is missing or has another format.
     """
     if not path.is_file():
         raise UserError(f"no file {path}")

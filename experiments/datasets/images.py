@@ -1,4 +1,4 @@
-"""What all data sets of small labelled images say of themselves."""
+"""The TFDS info of data sets of small labelled images."""
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -11,8 +11,8 @@ def image_info(
     labels: list[str],
     homepage: str,
 ) -> tfds.core.DatasetInfo:
-    """The info of images, uint8 of `shape`, with one of `labels` each."""
-    # Tensor and not Image: encoding PNG would need TensorFlow.
+    """The info of a data set of images, uint8 of `shape`, each with one of `labels`."""
+    # Tensor instead of Image, which would need TensorFlow to encode PNG.
     image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
     return tfds.core.DatasetInfo(
         builder=builder,

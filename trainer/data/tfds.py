@@ -16,14 +16,14 @@ class TfdsSource:
     imported or not.
     """
 
-    def __init__(self, name: str, split: str, features: Sequence[str], data_dir: str = "") -> None:
+    def __init__(self, name: str, split: str, features: Sequence[str], data_dir: str | None = None) -> None:
         """Opens the split; no example is read yet.
 
         Args:
           name: the data set, such as "mnist" or "mnist:3.0.1".
           split: "train", "test", or a slice such as "train[:90%]".
           features: the entries to decode; the others are skipped.
-          data_dir: where data sets lie; "" for TFDS's own default, TFDS_DATA_DIR or ~/tensorflow_datasets.
+          data_dir: where data sets lie; None for TFDS's own default, TFDS_DATA_DIR or ~/tensorflow_datasets.
 
         Raises:
           NotPreparedError: the data set is not there.
@@ -70,14 +70,14 @@ class TfdsSource:
         return {feature: example[feature] for feature in self._features}
 
 
-def prepare(name: str, data_dir: str = "") -> None:
+def prepare(name: str, data_dir: str | None = None) -> None:
     """Writes a data set as ArrayRecord, if it is not there yet. Its builder must be imported, or TFDS's own."""
     if _prepared(name, data_dir) is not None:
         return
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()  # hundreds of lines in a log
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         raise UserError(f"TFDS knows no data set {name!r}{nearest(name, known)}") from error
@@ -86,10 +86,10 @@ def prepare(name: str, data_dir: str = "") -> None:
     builder.download_and_prepare()
 
 
-def _prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
+def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder | None:
     """The builder of the files on disk, or None."""
     try:
-        builder = tfds.core.load.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+        builder = tfds.core.load.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         return None
     except ValueError as error:  # no name at all, or the data set lies in several places
@@ -97,5 +97,5 @@ def _prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
     return builder if builder.info.splits else None
 
 
-def _where(data_dir: str) -> str:
+def _where(data_dir: str | None) -> str:
     return data_dir or str(tfds.core.constants.DATA_DIR)
