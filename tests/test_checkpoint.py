@@ -26,13 +26,13 @@ def save_all(store: Store, metrics: dict[int, float | None]) -> None:
     store.wait()
 
 
-def test_restores_every_bit_and_the_manifest(tmp_path):
+def test_restores_every_bit_and_its_metadata(tmp_path):
     saved = state(7, w=jnp.asarray(np.random.default_rng(0).normal(size=5), jnp.float32))
     store = Store(tmp_path, config.Checkpoint())
     store.save(saved, {"step": 7, "config": "…"})
     store.close()
     again = Store(tmp_path, config.Checkpoint(), read_only=True)
-    assert again.manifest(7) == {"step": 7, "config": "…"}
+    assert again.metadata(7) == {"step": 7, "config": "…"}
     jax.tree.map(np.testing.assert_array_equal, again.restore(saved, 7), saved)
 
 

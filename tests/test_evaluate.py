@@ -1,6 +1,8 @@
 """Evaluation against a mean over all examples in float64, whatever the batch, the devices and the strategy."""
 
 import dataclasses
+from io import StringIO
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,13 @@ import pytest
 from tests.tasks import Net, Task, make_run
 from trainer import config
 from trainer.data import ArraySource
-from trainer.evaluation import divide, evaluate
-from trainer.program import Program
+from trainer.errors import UserError
+from trainer.evaluation import evaluate, evaluate_split
+from trainer.loop import train
+from trainer.metrics import Mean
+from trainer.observe.log import read_rows
+from trainer.observe.progress import Progress
+from trainer.program import Program, compile_program
 from trainer.state import TrainState
 
 EXAMPLES = 21  # of Task's test split
@@ -19,14 +26,14 @@ EXAMPLES = 21  # of Task's test split
 
 @dataclasses.dataclass
 class Poisoned(Task):
-    """What the model sees in rows under padding is infinite."""
+    """The model's inputs of masked examples are infinite."""
 
     def loss(self, variables, batch, *, key, train):
         x = jnp.where(batch["mask"][:, None] == 0, jnp.inf, batch["x"])
         return super().loss(variables, {**batch, "x": x}, key=key, train=train)
 
 
-def build_on(strategy: str, devices: int, batch_size: int, task: Task | None = None) -> Program:
+def program_on(strategy: str, devices: int, batch_size: int, task: Task | None = None) -> Program:
     return compile_program(
         config.resolve(
             make_run(
@@ -41,7 +48,7 @@ def build_on(strategy: str, devices: int, batch_size: int, task: Task | None = N
 @pytest.fixture(scope="module")
 def host_state() -> TrainState:
     """A state in host memory whose every array differs from its first value, the running statistics included."""
-    program = build_on("data", 1, 8)
+    program = program_on("data", 1, 8)
     rng = np.random.default_rng(0)
 
     def moved(x: jax.Array) -> np.ndarray:
@@ -67,7 +74,7 @@ def reference(host_state: TrainState) -> dict[str, float]:
     return {"test/loss": float(np.mean(losses)), "test/accuracy": float(np.mean(hits))}
 
 
-def placed(program: Program, state: TrainState) -> TrainState:
+def on_devices(program: Program, state: TrainState) -> TrainState:
     return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, program.state)
 
 
@@ -76,9 +83,9 @@ COMBINATIONS = [("data", 1, 4), ("data", 2, 20), ("data", 4, 24), ("pmap", 1, 20
 
 @pytest.mark.parametrize(("strategy", "devices", "batch_size"), COMBINATIONS)
 def test_metrics_are_those_of_a_float64_loop_over_all_examples(strategy, devices, batch_size, host_state, reference):
-    program = build_on(strategy, devices, batch_size)
+    program = program_on(strategy, devices, batch_size)
     assert len(program.strategy.devices) == devices
-    found = evaluate(program, placed(program, host_state), program.eval_source)
+    found = evaluate_split(program, on_devices(program, host_state), program.eval_source)
     assert list(found) == ["test/accuracy", "test/loss", "test/examples"]
     assert found["test/examples"] == EXAMPLES
     for name, value in reference.items():
@@ -86,9 +93,9 @@ def test_metrics_are_those_of_a_float64_loop_over_all_examples(strategy, devices
 
 
 @pytest.mark.parametrize(("strategy", "devices", "batch_size"), [("data", 2, 8), ("pmap", 4, 24)])
-def test_what_is_infinite_in_rows_under_padding_does_not_leak(strategy, devices, batch_size, host_state, reference):
-    program = build_on(strategy, devices, batch_size, Poisoned())
-    found = evaluate(program, placed(program, host_state), program.eval_source)
+def test_infinite_inputs_of_masked_examples_do_not_leak(strategy, devices, batch_size, host_state, reference):
+    program = program_on(strategy, devices, batch_size, Poisoned())
+    found = evaluate_split(program, on_devices(program, host_state), program.eval_source)
     assert found["test/examples"] == EXAMPLES
     for name, value in reference.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=0, err_msg=name)
@@ -96,7 +103,7 @@ def test_what_is_infinite_in_rows_under_padding_does_not_leak(strategy, devices,
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return build_on("data", 1, 8)
+    return program_on("data", 1, 8)
 
 
 def subset(start: int, stop: int) -> ArraySource:
@@ -105,25 +112,82 @@ def subset(start: int, stop: int) -> ArraySource:
 
 @pytest.mark.parametrize("examples", [1, 7, 8, 9, 16])
 def test_examples_are_counted_exactly_whether_or_not_they_fill_the_last_batch(program, host_state, examples):
-    assert evaluate(program, placed(program, host_state), subset(0, examples))["test/examples"] == examples
+    assert evaluate_split(program, on_devices(program, host_state), subset(0, examples))["test/examples"] == examples
 
 
 def test_a_metric_of_one_example_is_its_own_value(program, host_state, reference):
-    state = placed(program, host_state)
-    singles = [evaluate(program, state, subset(i, i + 1)) for i in range(EXAMPLES)]
+    state = on_devices(program, host_state)
+    singles = [evaluate_split(program, state, subset(i, i + 1)) for i in range(EXAMPLES)]
     for name, value in reference.items():
         np.testing.assert_allclose(np.mean([single[name] for single in singles]), value, rtol=1e-6, atol=0)
     assert {single["test/accuracy"] for single in singles} == {0.0, 1.0}
 
 
 def test_evaluating_leaves_the_state_as_it_was(program, host_state):
-    state = placed(program, host_state)
+    state = on_devices(program, host_state)
     before = jax.tree.map(np.asarray, state)
-    first, second = (evaluate(program, state, program.eval_source) for _ in range(2))
+    first, second = (evaluate_split(program, state, program.eval_source) for _ in range(2))
     assert first == second
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
 
 
 def test_a_mean_of_nothing_is_nan():
-    assert np.isnan(divide(0.0, 0.0))
-    assert divide(3.0, 4.0) == 0.75
+    assert np.isnan(Mean(jnp.zeros(()), jnp.zeros(())).compute())
+    assert Mean(jnp.float32(3.0), jnp.float32(4.0)).compute() == 0.75
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps with an evaluation and a checkpoint every two; the newest and the best checkpoint are kept."""
+    checkpoint = config.Checkpoint(every_steps=2, keep_last=1, best_metric="test/loss", best_mode="max")
+    run = make_run(12, evaluation=config.Evaluation(every_steps=2, batch_size=8), checkpoint=checkpoint)
+    workdir = tmp_path_factory.mktemp("evaluate") / "run"
+    train(run, workdir, progress=Progress(12, StringIO()))
+    return workdir
+
+
+def evaluations(workdir: Path) -> dict[int, dict[str, float]]:
+    """The evaluations that training logged, by step."""
+    names = ("test/accuracy", "test/loss", "test/examples")
+    return {
+        row["step"]: {name: row[name] for name in names}
+        for row in read_rows(workdir / "metrics.jsonl")
+        if "test/loss" in row
+    }
+
+
+def test_evaluating_from_python_gives_the_metrics_that_training_logged_and_writes_nothing(workdir):
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    logged = evaluations(workdir)
+    assert evaluate(workdir) == logged[12] | {"step": 12}
+    best = max(logged, key=lambda step: logged[step]["test/loss"])
+    assert best < 12
+    assert evaluate(str(workdir), step="best") == logged[best] | {"step": best}
+    assert evaluate(workdir, step=best) == evaluate(workdir, step=str(best)) == logged[best] | {"step": best}
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("step", ["latest", "best"])
+def test_a_split_is_evaluated_that_does_not_have_the_best_metric_of_the_run(workdir, step):
+    found = evaluate(workdir, step=step, split="train")
+    assert list(found) == ["train/accuracy", "train/loss", "train/examples", "step"]
+    assert found["train/examples"] == 50
+
+
+def test_the_run_given_may_differ_in_what_may_change_and_in_nothing_else(workdir):
+    run = make_run(12, evaluation=config.Evaluation(split="train", batch_size=48), parallel=config.Parallel("pmap"))
+    found, expected = evaluate(workdir, run), evaluate(workdir, split="train")
+    assert {name: pytest.approx(value, rel=1e-6) for name, value in found.items()} == expected
+    with pytest.raises(UserError, match="holds a run with other settings: seed was 0, is 1"):
+        evaluate(workdir, dataclasses.replace(run, seed=1))
+
+
+def test_evaluating_what_is_not_there_is_refused_in_one_line(workdir, tmp_path):
+    with pytest.raises(UserError, match=f"workdir {tmp_path} holds no run"):
+        evaluate(tmp_path)
+    with pytest.raises(UserError, match=f"workdir {tmp_path} holds no checkpoint"):
+        evaluate(tmp_path, make_run())
+    with pytest.raises(UserError, match=r"there is no checkpoint of step '7'; there are .*12, latest, best"):
+        evaluate(workdir, step=7)
+    with pytest.raises(UserError, match=r"source\('tests'\): KeyError: 'tests'; is there such a split\?"):
+        evaluate(workdir, split="tests")

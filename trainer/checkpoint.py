@@ -1,10 +1,10 @@
-"""Checkpoints on disk: Orbax, asynchronous, the last ones and the best."""
+"""Checkpoints: states with their metadata, which Orbax saves in the background; the newest and the best are kept."""
 
 import math
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,37 +20,61 @@ from trainer.rules import path_of
 from trainer.state import TrainState
 from trainer.workdir import Folder
 
+_PACKAGES = ("belief-trainer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def make_metadata(run: config.Run, params: ParamTable, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint, as JSON values: step, resolved config, fingerprint of the parameters, versions."""
+    return {"step": step, "config": config.to_json(run), "params": params.fingerprint(), "versions": versions()}
+
+
+def check_metadata(metadata: dict[str, Any], params: ParamTable) -> list[str]:
+    """One text for each version that has changed since the checkpoint.
+
+    Raises:
+      UserError: the parameters of the model, or their labels, differ from those of the checkpoint.
+    """
+    if metadata["params"] != params.fingerprint():
+        raise UserError(
+            f"the code has changed since the checkpoint at step {metadata['step']}: its label table (labels.txt in the "
+            "workdir) is not that of the model now (see `inspect`); choose another --workdir"
+        )
+    now = versions()
+    return [
+        f"{package} was {old}, is {now.get(package, 'missing')}"
+        for package, old in metadata["versions"].items()
+        if now.get(package) != old
+    ]
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the bits of a run; a package that is not installed as one is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):  # trainer/ in a checkout that is not installed
+            found[package] = version(package)
+    return found
+
 
 class Store:
     """The checkpoints of one run.
 
-    A save copies the state to the host and returns; the writing goes on in the background. A save that was cut off
-    leaves a folder that no later start takes for a checkpoint.
+    A save copies the state to the host and returns; the files are written in the background. An interrupted save leaves
+    a folder that is not taken for a checkpoint later.
     """
 
     def __init__(self, directory: Folder, settings: config.Checkpoint, *, read_only: bool = False) -> None:
         """Opens `directory`, and makes it unless `read_only`."""
-        self._best = settings.best_metric
-        self._directory = directory
+        self._directory, self._keeps_best = directory, settings.best_metric is not None
         kept: list[Any] = [policies.LatestN(settings.keep_last)]
         best: dict[str, Any] = {}
-        if self._best:
-            # NaN compares as neither better nor worse; it must never be kept as the best.
-            worst = -math.inf if settings.best_mode == "max" else math.inf
-
-            def metric(metrics: dict[str, float]) -> float:
-                value = metrics.get(self._best, worst)
-                return worst if math.isnan(value) else value
-
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=metric,
-                    reverse=settings.best_mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
+        if self._keeps_best:
+            metric, reverse = _best_metric(settings), settings.best_mode == "min"
+            best_one = policies.BestN(
+                get_metric_fn=metric, reverse=reverse, n=1, keep_checkpoints_without_metrics=False
             )
-            # Without best_fn the metrics would be forgotten when the directory is opened again.
+            kept.append(best_one)
+            # Without best_fn, Orbax forgets the metrics when the directory is opened again.
             best = {"best_fn": metric, "best_mode": settings.best_mode}
         self._manager = ocp.CheckpointManager(
             directory.absolute() if isinstance(directory, Path) else directory,
@@ -69,11 +93,11 @@ class Store:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the best metric, or None if none is kept for that."""
-        return self._manager.best_step() if self._best else None
+        """The step with the best metric; None if the run has no best metric, or no checkpoint has it."""
+        return self._manager.best_step() if self._keeps_best else None
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Starts to save `state` under the metadata's step; `metrics` are what the best is chosen by."""
+        """Starts to save `state` under the metadata's step; the best checkpoint is chosen by `metrics`."""
         self._manager.save(
             metadata["step"],
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)),
@@ -82,12 +106,16 @@ class Store:
         )
 
     def wait(self) -> None:
-        """Returns when every save is on disk; raises what went wrong in the background."""
+        """Returns when every save is on disk; raises the error of a save that failed in the background."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for every save and raises their errors; without it, a failed save could go unnoticed."""
+        self._manager.close()
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata of a step."""
-        with self._readable(step):
+        with self._read_errors(step):
             return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
 
     def restore(self, like: TrainState, step: int) -> TrainState:
@@ -96,17 +124,18 @@ class Store:
         Raises:
           UserError: the checkpoint's leaves are not those of `like` in path, shape or dtype.
         """
-        # Orbax would cast another dtype and accept a missing leaf without a word.
-        with self._readable(step):
-            found = _leaves(self._manager.item_metadata(step)["state"].tree)
-        _check_like(step, _leaves(like), found)
-        with self._readable(step):
+        with self._read_errors(step):
+            saved = _leaves(self._manager.item_metadata(step)["state"].tree)
+        # Orbax would cast another dtype and accept a missing leaf without an error.
+        _check_like(step, _leaves(like), saved)
+        with self._read_errors(step):
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
 
     @contextmanager
-    def _readable(self, step: int) -> Iterator[None]:
-        """One line in place of the many that Orbax and TensorStore write when files are damaged or missing."""
-        _drop_late_reads()  # before the first of them can fail
+    def _read_errors(self, step: int) -> Iterator[None]:
+        """Raises one line in place of the many that Orbax and TensorStore write when files are damaged or missing."""
+        if not isinstance(sys.unraisablehook, _LateReadsDropped):  # before a read can fail
+            sys.unraisablehook = _LateReadsDropped(sys.unraisablehook)
         try:
             yield
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -118,18 +147,21 @@ class Store:
                 f"remove {self._directory / str(step)} to {then}"
             ) from error
 
-    def close(self) -> None:
-        """Waits for every save and raises what went wrong; without it, a failed save could go unseen."""
-        self._manager.close()
 
+def _best_metric(settings: config.Checkpoint) -> Callable[[dict[str, float]], float]:
+    """The value of the best metric; NaN, which compares as neither better nor worse, becomes the worst value."""
+    worst = -math.inf if settings.best_mode == "max" else math.inf
 
-def _drop_late_reads() -> None:
-    """Drops what TensorStore's other reads report after the first has failed and Orbax has closed its event loop."""
-    if not isinstance(sys.unraisablehook, _LateReadsDropped):
-        sys.unraisablehook = _LateReadsDropped(sys.unraisablehook)
+    def metric(metrics: dict[str, float]) -> float:
+        value = metrics.get(settings.best_metric or "", worst)
+        return worst if math.isnan(value) else value
+
+    return metric
 
 
 class _LateReadsDropped:
+    """Drops the errors of reads that TensorStore ends after the first one failed and Orbax closed its event loop."""
+
     def __init__(self, report: Callable[[Any], Any]) -> None:
         self._report = report
 
@@ -143,48 +175,10 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     return {path_of(keys): (tuple(leaf.shape), str(leaf.dtype)) for keys, leaf in leaves}
 
 
-def _check_like(step: int, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    for path in [*wanted, *found]:
-        if wanted.get(path) != found.get(path):
-            there, here = found.get(path, "missing"), wanted.get(path, "missing")
+def _check_like(step: int, wanted: dict[str, Any], saved: dict[str, Any]) -> None:
+    for path in [*wanted, *saved]:
+        there, here = saved.get(path, "missing"), wanted.get(path, "missing")
+        if there != here:
             raise UserError(
                 f"the checkpoint at step {step} does not fit this run: {path} is {there} there, {here} here"
             )
-
-
-_PACKAGES = ("belief-trainer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def make_metadata(run: config.Run, params: ParamTable, step: int) -> dict[str, Any]:
-    """The metadata of a checkpoint, as JSON values: step, resolved config, fingerprint of the parameters, versions."""
-    return {"step": step, "config": config.to_json(run), "params": params.fingerprint(), "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide the bits of a run; a package that is not installed as one is left out."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # trainer/ run from a bare checkout
-            continue
-    return found
-
-
-def check_metadata(metadata: dict[str, Any], params: ParamTable) -> list[str]:
-    """What changed in versions since the checkpoint, one text each.
-
-    Raises:
-      UserError: the model's parameters or labels are not those of the checkpoint.
-    """
-    if metadata["params"] != params.fingerprint():
-        raise UserError(
-            f"the code has changed since the checkpoint at step {metadata['step']}: its label table (labels.txt in the "
-            "workdir) is not that of the model now (see `inspect`); choose another --workdir"
-        )
-    now = versions()
-    return [
-        f"{package} was {old}, is {now.get(package, 'missing')}"
-        for package, old in metadata["versions"].items()
-        if now.get(package) != old
-    ]

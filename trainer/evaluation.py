@@ -1,25 +1,77 @@
 """Evaluation: every example of a split once, whatever the batch size and the devices."""
 
+import dataclasses
 from collections import defaultdict, deque
+from contextlib import closing
+from os import PathLike
 from typing import Any
 
 import jax
 import numpy as np
 
+from trainer import config, distributed
+from trainer.checkpoint import Store, check_metadata
+from trainer.data import load
 from trainer.data.stream import once, prefetch
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.metrics import Mean, Metrics
-from trainer.program import Program
+from trainer.program import Program, compile_program
 from trainer.state import TrainState
+from trainer.workdir import Workdir
+
+
+@distributed.fail_fast()
+def evaluate(
+    workdir: str | PathLike[str],
+    run: config.Run | None = None,
+    *,
+    step: int | str = "latest",
+    split: str | None = None,
+) -> dict[str, float]:
+    """Evaluates a checkpoint of a run on every example of a split. Writes nothing.
+
+    All processes of a run call it.
+
+    Args:
+      workdir: the folder of the run.
+      run: its description; None for the one that the workdir holds.
+      step: that of the checkpoint, or "latest", or "best" by `checkpoint.best_metric`.
+      split: the split given to the experiment's `source`; None for `evaluation.split`.
+
+    Returns:
+      The metrics by name, such as "test/loss", then "test/examples", how many examples there are, and "step", that of
+      the checkpoint.
+
+    Raises:
+      UserError: the workdir holds no such checkpoint, or one of another run, or there is no such split.
+    """
+    folder = Workdir(workdir)
+    with distributed.collective_errors("the run"):
+        run = config.resolve(run) if run is not None else folder.run()
+        if run is None or not folder.checkpoints.is_dir():
+            raise UserError(f"workdir {folder.path} holds no {'run' if run is None else 'checkpoint'}")
+        folder.check(run)
+        evaluation = dataclasses.replace(run.evaluation, split=run.evaluation.split if split is None else split)
+        # Without the best metric, which this split may not have; the checkpoints are still those of the run's settings.
+        checkpoint = dataclasses.replace(run.checkpoint, best_metric=None)
+        program = compile_program(dataclasses.replace(run, evaluation=evaluation, checkpoint=checkpoint))
+        source = load(program.eval_source, run.loading.in_memory_bytes)
+    with closing(Store(folder.checkpoints, run.checkpoint, read_only=True)) as store:
+        with distributed.collective_errors("the checkpoint"):
+            chosen = _choose(store, step)
+            check_metadata(store.metadata(chosen), program.params)
+        distributed.check_same("checkpoint", f"{folder.path} at step {chosen}")
+        state = store.restore(program.state, chosen)
+    return evaluate_split(program, state, source) | {"step": chosen}
 
 
 def evaluate_split(program: Program, state: TrainState, source: RandomAccessSource) -> dict[str, float]:
-    """The metrics of a split by name, such as "test/accuracy", and "test/examples", how many examples were seen.
+    """The metrics of a split by name, such as "test/accuracy", and "test/examples", how many examples there are.
 
     Args:
-      program: gives the evaluation step.
-      state: whose parameters are evaluated.
+      program: the run.
+      state: its parameters are evaluated.
       source: the examples of the split, usually loaded into memory.
     """
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
@@ -53,3 +105,21 @@ def evaluation_text(metrics: dict[str, float]) -> str:
 def _add(sums: dict[str, np.ndarray], metrics: Metrics) -> None:
     for name, mean in jax.device_get(metrics).items():
         sums[name] += (float(mean.total), float(mean.weight))
+
+
+def _choose(store: Store, step: int | str) -> int:
+    """The step that a number, "latest" or "best" means."""
+    steps = store.steps()
+    if not steps:
+        raise UserError("there is no checkpoint yet")
+    if step == "latest":
+        return steps[-1]
+    if step == "best":
+        best = store.best_step()
+        if best is None:
+            raise UserError("no best checkpoint is kept: the run has no checkpoint.best_metric")
+        return best
+    if not str(step).isdecimal() or int(step) not in steps:
+        known = ", ".join(map(str, steps))
+        raise UserError(f"there is no checkpoint of step {str(step)!r}; there are {known}, latest, best")
+    return int(step)

@@ -154,7 +154,7 @@ def test_a_broken_line_in_the_middle_is_refused_by_file_and_number_and_left_as_i
     lines = (tmp_path / name).read_text().splitlines(keepends=True)
     lines[2] = lines[2][:9] + "\n"
     (tmp_path / name).write_text("".join(lines))
-    with pytest.raises(UserError, match=f"{name}, line 3, is no JSON"):
+    with pytest.raises(UserError, match=f"{name}, line 3, is not valid JSON"):
         MetricsLog(tmp_path, 5)
     assert (tmp_path / name).read_text() == "".join(lines)
 

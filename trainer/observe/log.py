@@ -1,7 +1,6 @@
-"""Metrics on disk: JSON lines, which are the truth, and TensorBoard event files, which are made from them.
+"""Metrics on disk: JSON lines, and TensorBoard event files that are made from them.
 
-`metrics.jsonl` holds only what follows from config and seed, so that two runs can be compared with `cmp`; the clock's
-part is in `timing.jsonl`.
+`metrics.jsonl` is a function of config and seed, so that `cmp` can compare two runs; `timing.jsonl` has measured times.
 """
 
 import json
@@ -21,41 +20,35 @@ _FILES = ("metrics.jsonl", "timing.jsonl")
 
 
 class MetricsLog:
-    """The metrics files of a workdir, continued after a given step: each step stands in them once.
+    """The metrics files of a workdir, which hold one row for each logged step.
 
-    Nothing can be appended in a bucket: there the files are copies, renewed by `sync` and `close`.
+    Files in a bucket cannot be appended to: there they are copies, renewed by `sync` and `close`.
     """
 
     def __init__(self, workdir: Folder, after_step: int) -> None:
-        """Drops every row beyond `after_step`: steps that a killed run logged and that will be run again."""
+        """Continues the files after `after_step`, and drops later rows, whose steps a killed run logged."""
         self._mirror = Mirror(workdir)
         folder = self._mirror.folder
-        if folder != workdir:
-            for name in _FILES:
-                if (workdir / name).exists():
-                    (folder / name).write_text((workdir / name).read_text())
-            for old in (workdir / "tensorboard").glob("events.out.tfevents.*"):
-                old.unlink()
-        rows, timings = (folder / name for name in _FILES)
-        _truncate(rows, after_step)
-        _truncate(timings, after_step)
-        self._rows, self._timings = rows.open("a"), timings.open("a")
-        events = folder / "tensorboard"
-        for old in events.glob("events.out.tfevents.*"):
+        for name in _FILES:
+            if folder != workdir and (workdir / name).exists():
+                (folder / name).write_text((workdir / name).read_text())
+            _truncate(folder / name, after_step)
+        for old in (workdir / "tensorboard").glob("events.out.tfevents.*"):
             old.unlink()
-        self._events = SummaryWriter(str(events))
-        times = {row["step"]: row["time"] for row in read_rows(timings)}
-        for file in (rows, timings):
-            for row in read_rows(file):
-                self._add_events(row, times.get(row["step"]))
+        self._files = [(folder / name).open("a") for name in _FILES]
+        self._events = SummaryWriter(str(folder / "tensorboard"))
+        rows, timings = (list(read_rows(folder / name)) for name in _FILES)
+        times = {row["step"]: row["time"] for row in timings}
+        for row in (*rows, *timings):
+            self._add_events(row, times.get(row["step"]))
 
     def write(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
-        """Adds the one row of a step to each file; a value that is not finite is null there, since JSON has no NaN."""
+        """Adds the row of a step to each file; JSON has no NaN, so a value that is not finite is null there."""
         now = time.time()
-        for file, row in ((self._rows, values), (self._timings, {"time": now, **timing})):
+        for file, row in zip(self._files, (values, {"time": now, **timing}), strict=True):
             line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in row.items()}}
             file.write(json.dumps(line) + "\n")
-            file.flush()  # a killed process loses nothing that was written
+            file.flush()  # a killed process loses no row
             self._add_events(line, now)
 
     def _add_events(self, row: dict[str, Any], seconds: float | None) -> None:
@@ -64,17 +57,16 @@ class MetricsLog:
                 self._events.add_scalar(name, value, row["step"], walltime=seconds)
 
     def sync(self) -> None:
-        """Puts all rows on disk, so that a checkpoint saved afterwards never outlives its metrics."""
-        for file in (self._rows, self._timings):
+        """Puts all rows on disk, so that no checkpoint saved afterwards outlives its metrics."""
+        for file in self._files:
             os.fsync(file.fileno())
         self._events.flush()
         self._mirror.push()
 
     def close(self) -> None:
         """Writes out and closes every file."""
-        self._rows.close()
-        self._timings.close()
-        self._events.close()
+        for file in (*self._files, self._events):
+            file.close()
         self._mirror.close()
 
     def __enter__(self) -> Self:
@@ -88,37 +80,35 @@ class NoLog:
     """The log of a process that writes no metrics."""
 
     def write(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
-        """Nothing."""
+        """Writes nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Has nothing to put on disk."""
 
 
 def read_rows(file: Folder) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a kill cut short is passed over.
+    """The rows of a JSON-lines file; an incomplete last line, which a killed run leaves, is skipped.
 
     Raises:
-      UserError: a line before the last is no JSON.
+      UserError: a line before the last is not valid JSON.
     """
-    if not file.exists():
-        return
-    lines = file.read_text().splitlines()
+    lines = file.read_text().splitlines() if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{file}, line {number}, is no JSON: {error}") from error
+                raise UserError(f"{file}, line {number}, is not valid JSON: {error}") from error
             return
         if not isinstance(row, dict) or "step" not in row:
-            raise UserError(f"{file}, line {number}, is no row of metrics")
+            raise UserError(f"{file}, line {number}, is not a row of metrics")
         yield row
 
 
 def _truncate(file: Path, after_step: int) -> None:
-    kept = [row for row in read_rows(file) if row["step"] <= after_step]
     if not file.exists():
         return
+    kept = [row for row in read_rows(file) if row["step"] <= after_step]
     replacement = file.with_suffix(".tmp")
     with replacement.open("w") as output:
         output.writelines(json.dumps(row) + "\n" for row in kept)

@@ -1,4 +1,4 @@
-"""The progress line: one that is rewritten on a terminal, plain lines elsewhere."""
+"""Progress of a run: one line that is rewritten on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -6,10 +6,10 @@ from typing import TextIO
 
 
 class Progress:
-    """Shows step, loss, examples per second and the time that is left."""
+    """Shows step, loss, examples per second and the remaining time."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None, *, seconds: float = 0.1) -> None:
-        """On a terminal the line is drawn at most every `seconds`; elsewhere every update is a line."""
+        """Writes to `stream`, None for standard output; redraws the line on a terminal at most every `seconds`."""
         self._total = total_steps
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
@@ -18,7 +18,7 @@ class Progress:
         self._width = 0
 
     def update(self, step: int, loss: float, examples_per_second: float, seconds_left: float) -> None:
-        """Shows where the run is."""
+        """Shows the metrics of a step."""
         if self._live and step < self._total and time.monotonic() - self._drawn_at < self._seconds:
             return
         self._drawn_at = time.monotonic()
@@ -26,21 +26,18 @@ class Progress:
             f"step {step:>{len(str(self._total))}}/{self._total}  loss {loss:.4f}  "
             f"{examples_per_second:,.0f} examples/s  ETA {clock(seconds_left)}"
         )
-        if self._live:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        else:
-            self._stream.write(line + "\n")
+        self._stream.write("\r" + line.ljust(self._width) if self._live else line + "\n")
+        self._width = len(line) if self._live else 0
         self._stream.flush()
 
     def message(self, text: str) -> None:
-        """A line of its own, which stays."""
+        """Writes `text` in lines of its own, which stay."""
         self.end_line()
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def end_line(self) -> None:
-        """Lets what comes next begin on a line of its own."""
+        """Ends the progress line, so that other output begins on a new line."""
         if self._width:
             self._stream.write("\n")
             self._stream.flush()
