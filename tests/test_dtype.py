@@ -14,7 +14,7 @@ BATCH = {"image": jnp.asarray(IMAGES), "label": jnp.arange(8) % 3, "mask": jnp.o
 
 
 def measured(**settings: Any) -> tuple[Any, Any, Any]:
-    """Variables, the gradient, and what a loss returns."""
+    """Variables, the gradient, and the result of the loss."""
     task = ImageClassification(classes=3, widths=(4,), hidden=5, **settings)
     variables = jax.jit(task.init)(jax.random.key(0), BATCH)
 
@@ -32,6 +32,6 @@ def test_bfloat16_leaves_variables_gradients_and_metrics_in_float32_and_close_to
     exact, half = measured(**settings), measured(**settings, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype("float32")}
     jax.tree.map(np.testing.assert_array_equal, half[0], exact[0])
-    found, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (half[1], exact[1]))
-    # Bfloat16 has 8 bits, 0.4 %; a few of these errors add up.
-    assert 0.001 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.05
+    actual, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (half[1], exact[1]))
+    # Bfloat16 has 8 bits of precision, 0.4 %; a few such errors add up.
+    assert 0.001 < np.linalg.norm(actual - expected) / np.linalg.norm(expected) < 0.05

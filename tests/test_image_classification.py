@@ -1,4 +1,4 @@
-"""The image task: augmentation, loss, metrics and what its two models return."""
+"""The image task: augmentation, loss, metrics and the outputs of its two models."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from experiments.image_classification import shift as shift_eagerly
 from trainer.errors import NotPreparedError
 
 shift = jax.jit(shift_eagerly, static_argnums=2)
-ROWS, HEIGHT, WIDTH, CHANNELS, CLASSES = 6, 7, 5, 2, 4
+EXAMPLES, HEIGHT, WIDTH, CHANNELS, CLASSES = 6, 7, 5, 2, 4
 MODELS = {
     "cnn": ImageClassification(model="cnn", classes=CLASSES, widths=(3, 4), hidden=5),
     "cnn with batch_norm": ImageClassification(model="cnn", classes=CLASSES, widths=(3, 4), hidden=5, batch_norm=True),
@@ -23,35 +23,35 @@ MODELS = {
 }
 
 
-def images(rows: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(0.1, 1, (rows, HEIGHT, WIDTH, CHANNELS)).astype(np.float32)
+def images(examples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.1, 1, (examples, HEIGHT, WIDTH, CHANNELS)).astype(np.float32)
 
 
-def keys(rows: int, seed: int = 0) -> jax.Array:
-    return jax.random.split(jax.random.key(seed), rows)
+def keys(examples: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), examples)
 
 
-def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """The image rolled, with zeros where pixels came round from the other side."""
+def shifted_by(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """The image shifted and padded with zeros, by NumPy."""
     rolled = np.roll(image, (down, right), axis=(0, 1))
-    rows, columns = np.arange(HEIGHT) - down, np.arange(WIDTH) - right
-    inside = ((rows >= 0) & (rows < HEIGHT))[:, None] & ((columns >= 0) & (columns < WIDTH))
+    lines, columns = np.arange(HEIGHT) - down, np.arange(WIDTH) - right
+    inside = ((lines >= 0) & (lines < HEIGHT))[:, None] & ((columns >= 0) & (columns < WIDTH))
     return np.where(inside[..., None], rolled, 0)
 
 
 def offsets(before: np.ndarray, after: np.ndarray, farthest: int) -> list[tuple[int, int]]:
-    """All moves of up to `farthest` pixels that turn `before` into `after`."""
-    places = range(-farthest, farthest + 1)
-    return [(y, x) for y in places for x in places if np.array_equal(moved(before, y, x), after)]
+    """All shifts of up to `farthest` pixels that turn `before` into `after`."""
+    distances = range(-farthest, farthest + 1)
+    return [(y, x) for y in distances for x in distances if np.array_equal(shifted_by(before, y, x), after)]
 
 
-def make_batch(rows: int = ROWS) -> dict[str, Any]:
+def make_batch(examples: int = EXAMPLES) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     return {
-        "image": jnp.asarray(rng.integers(0, 256, (rows, HEIGHT, WIDTH, CHANNELS), np.uint8)),
-        "label": jnp.asarray(rng.integers(0, CLASSES, rows, np.int32)),
-        "mask": jnp.ones(rows),
-        "example_key": keys(rows),
+        "image": jnp.asarray(rng.integers(0, 256, (examples, HEIGHT, WIDTH, CHANNELS), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, CLASSES, examples, np.int32)),
+        "mask": jnp.ones(examples),
+        "example_key": keys(examples),
     }
 
 
@@ -72,7 +72,7 @@ def total(task: ImageClassification, values: Any, batch: Any, *, train: bool, se
 
 
 def variables(task: ImageClassification) -> dict[str, Any]:
-    """Made-up values in the right shapes, so that no bias or statistic is 0 or 1; variances are positive."""
+    """Random values in the right shapes: no bias or statistic is 0 or 1, and variances are positive."""
     rng = np.random.default_rng(2)
     shapes = jax.eval_shape(lambda: dict(task.init(jax.random.key(0), make_batch())))
 
@@ -84,15 +84,15 @@ def variables(task: ImageClassification) -> dict[str, Any]:
 
 
 def test_shift_by_nothing_is_the_identity():
-    before = images(ROWS)
-    np.testing.assert_array_equal(shift(jnp.asarray(before), keys(ROWS), 0), before)
+    before = images(EXAMPLES)
+    np.testing.assert_array_equal(shift(jnp.asarray(before), keys(EXAMPLES), 0), before)
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_each_image_is_moved_by_at_most_the_given_offset_and_zeros_come_in(most):
-    rows = 40
-    before = images(rows)
-    after = np.asarray(shift(jnp.asarray(before), keys(rows), most))
+    examples = 40
+    before = images(examples)
+    after = np.asarray(shift(jnp.asarray(before), keys(examples), most))
     assert after.shape == before.shape
     for one, other in zip(before, after, strict=True):
         [(down, right)] = offsets(one, other, farthest=most + 1)
@@ -100,42 +100,44 @@ def test_each_image_is_moved_by_at_most_the_given_offset_and_zeros_come_in(most)
 
 
 def test_all_offsets_of_both_axes_come_up_about_equally_often():
-    rows = 1800
-    before = np.tile(images(1), (rows, 1, 1, 1))
-    after = np.asarray(shift(jnp.asarray(before), keys(rows), 1))
+    examples = 1800
+    before = np.tile(images(1), (examples, 1, 1, 1))
+    after = np.asarray(shift(jnp.asarray(before), keys(examples), 1))
     counts = [
-        sum(np.array_equal(image, moved(before[0], y, x)) for image in after) for y in (-1, 0, 1) for x in (-1, 0, 1)
+        sum(np.array_equal(image, shifted_by(before[0], y, x)) for image in after)
+        for y in (-1, 0, 1)
+        for x in (-1, 0, 1)
     ]
-    assert sum(counts) == rows
+    assert sum(counts) == examples
     # 200 expected of each, with a standard deviation of 13.
     assert min(counts) > 140
     assert max(counts) < 260
 
 
 def test_an_images_move_depends_on_its_own_key_alone():
-    before, row_keys = jnp.asarray(images(ROWS)), keys(ROWS)
-    after = shift(before, row_keys, 2)
+    before, example_keys = jnp.asarray(images(EXAMPLES)), keys(EXAMPLES)
+    after = shift(before, example_keys, 2)
     order = jnp.array([3, 0, 5, 1, 4, 2])
-    np.testing.assert_array_equal(shift(before[order], row_keys[order], 2), after[order])
-    np.testing.assert_array_equal(shift(before[2:3], row_keys[2:3], 2), after[2:3])
+    np.testing.assert_array_equal(shift(before[order], example_keys[order], 2), after[order])
+    np.testing.assert_array_equal(shift(before[2:3], example_keys[2:3], 2), after[2:3])
 
 
 def test_loss_and_accuracy_are_those_of_float64_numpy():
     task, batch = ImageClassification(model="mlp", classes=CLASSES, widths=(5,), max_value=16.0), make_batch()
     values = variables(task)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), values["params"])
-    x = np.asarray(batch["image"], np.float64).reshape(ROWS, -1) / 16
+    x = np.asarray(batch["image"], np.float64).reshape(EXAMPLES, -1) / 16
     x = np.maximum(x @ params["dense_0"]["kernel"] + params["dense_0"]["bias"], 0)
     logits = x @ params["head"]["kernel"] + params["head"]["bias"]
     label = (logits.argmax(1) + np.array([0, 1, 0, 0, 2, 0])) % CLASSES  # four of the six are right
-    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(ROWS), label]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(EXAMPLES), label]
     batch["label"] = jnp.asarray(label, jnp.int32)
 
     metrics, _ = run(task, values, batch, train=False)
     assert set(metrics) == {"loss", "accuracy"}
     np.testing.assert_allclose(float(metrics["loss"].total), losses.sum(), rtol=1e-5)
     assert float(metrics["accuracy"].total) == 4
-    assert float(metrics["loss"].weight) == float(metrics["accuracy"].weight) == ROWS
+    assert float(metrics["loss"].weight) == float(metrics["accuracy"].weight) == EXAMPLES
 
 
 @pytest.mark.parametrize("task", MODELS.values(), ids=MODELS)
@@ -144,20 +146,20 @@ def test_masked_rows_do_not_count_whatever_their_labels(task):
     values = variables(task)
     masked = {**batch, "mask": jnp.array([1.0, 0, 1, 1, 0, 1]), "label": batch["label"].at[jnp.array([1, 4])].set(99)}
     kept = jax.tree.map(lambda x: x[jnp.array([0, 2, 3, 5])], batch)
-    (found, _), (expected, _) = (run(task, values, rows, train=False) for rows in (masked, kept))
-    assert float(found["loss"].weight) == float(found["accuracy"].weight) == 4
-    np.testing.assert_allclose(float(found["loss"].total), float(expected["loss"].total), rtol=1e-6)
-    assert float(found["accuracy"].total) == float(expected["accuracy"].total)
+    (actual, _), (expected, _) = (run(task, values, some, train=False) for some in (masked, kept))
+    assert float(actual["loss"].weight) == float(actual["accuracy"].weight) == 4
+    np.testing.assert_allclose(float(actual["loss"].total), float(expected["loss"].total), rtol=1e-6)
+    assert float(actual["accuracy"].total) == float(expected["accuracy"].total)
 
 
 @pytest.mark.parametrize(
     "model", [StridedCNN((3, 4), 5, CLASSES, 0.0, batch_norm=True), MLP((5,), CLASSES, 0.0)], ids=["cnn", "mlp"]
 )
 def test_a_model_gives_a_row_of_logits_for_each_image(model):
-    x = jnp.asarray(images(ROWS))
+    x = jnp.asarray(images(EXAMPLES))
     logits, _ = jax.jit(lambda: model.init_with_output(jax.random.key(0), x, train=False))()
-    assert logits.shape == (ROWS, CLASSES)
-    assert len(np.unique(logits)) == ROWS * CLASSES
+    assert logits.shape == (EXAMPLES, CLASSES)
+    assert len(np.unique(logits)) == EXAMPLES * CLASSES
 
 
 @pytest.mark.parametrize(("pixels", "seen_by_hidden"), [(8, 4 * 4), (15, 8 * 8), (16, 4 * 4), (28, 7 * 7)])
@@ -220,17 +222,19 @@ def test_dropout_acts_only_when_training_and_follows_the_steps_key(name):
     assert total(task, values, batch, train=False, seed=0) == total(task, values, batch, train=False, seed=1)
 
 
-def test_images_are_shifted_by_their_row_keys_when_training_only():
+def test_images_are_shifted_by_their_example_keys_when_training_only():
     task, batch = dataclasses.replace(MODELS["mlp"], max_shift=2), make_batch()
-    still = MODELS["mlp"]
+    without_shift = MODELS["mlp"]
     values = variables(task)
     # Whole pixel values survive the way to float and back.
     shifted = shift(batch["image"].astype(jnp.float32), batch["example_key"], 2).astype(jnp.uint8)
     trained = total(task, values, batch, train=True)
-    np.testing.assert_allclose(trained, total(still, values, {**batch, "image": shifted}, train=True), rtol=1e-6)
-    assert abs(trained - total(task, values, {**batch, "example_key": keys(ROWS, seed=1)}, train=True)) > 1e-3
+    np.testing.assert_allclose(
+        trained, total(without_shift, values, {**batch, "image": shifted}, train=True), rtol=1e-6
+    )
+    assert abs(trained - total(task, values, {**batch, "example_key": keys(EXAMPLES, seed=1)}, train=True)) > 1e-3
     del batch["example_key"]  # an evaluation has none
-    assert total(task, values, batch, train=False) == total(still, values, batch, train=False)
+    assert total(task, values, batch, train=False) == total(without_shift, values, batch, train=False)
 
 
 def test_a_split_is_its_images_and_labels_and_prepare_is_what_an_error_asks_for(data_dir, tmp_path):

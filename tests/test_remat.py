@@ -1,4 +1,4 @@
-"""Remat policies change what the backward pass computes again, and nothing else."""
+"""Remat policies change which activations the backward pass recomputes, and nothing else."""
 
 import functools
 from typing import Any
@@ -17,7 +17,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)), jnp.float32)
 
 
 class Layer(nn.Module):
-    """A product with a kernel, one of batch elements with themselves, and what XLA computes again for free."""
+    """A product with a kernel, products within the batch, and operations that XLA recomputes for free."""
 
     @nn.compact
     def __call__(self, x: Any, _: None) -> tuple[Any, None]:
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers as `policy` and `scanned` say."""
+    """Layers under a remat policy, in a loop or under `nn.scan`."""
 
     policy: str
     scanned: bool
@@ -43,8 +43,8 @@ class Stack(nn.Module):
 
 
 @functools.cache
-def parts(policy: str, scanned: bool) -> tuple[Any, Any]:
-    """The gradient as a function, and parameters."""
+def gradient_and_params(policy: str, scanned: bool) -> tuple[Any, Any]:
+    """The gradient as a function, and the parameters."""
     stack = Stack(policy, scanned)
     params = jax.jit(stack.init)(jax.random.key(0), X)
 
@@ -58,23 +58,23 @@ def parts(policy: str, scanned: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 def test_a_policy_changes_neither_parameters_nor_gradients(policy, scanned):
-    plain, expected = parts("none", scanned)
-    gradient, params = parts(policy, scanned)
+    plain, expected = gradient_and_params("none", scanned)
+    gradient, params = gradient_and_params(policy, scanned)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    found, reference = jax.jit(gradient)(params), jax.jit(plain)(params)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
+    actual, expected_gradient = jax.jit(gradient)(params), jax.jit(plain)(params)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected_gradient), strict=True):
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
 
 
 def products(policy: str) -> int:
-    """How many matrix products the gradient takes."""
-    gradient, params = parts(policy, scanned=False)
+    """The number of matrix products in the gradient."""
+    gradient, params = gradient_and_params(policy, scanned=False)
     return str(jax.make_jaxpr(gradient)(params)).count("dot_general[")
 
 
 def test_policies_compute_ever_more_products_again():
-    # Forward a layer makes three products: one with parameters, two within the batch. The last layer's last one is
-    # nobody's input.
+    # A layer's forward pass has three products: one with parameters, two within the batch. No gradient needs the last
+    # product of the last layer.
     assert products("dots") == products("none")
     assert products("none") < products("dots_no_batch") < products("full")
     assert products("full") - products("dots_no_batch") == LAYERS
@@ -82,7 +82,7 @@ def test_policies_compute_ever_more_products_again():
 
 @pytest.mark.parametrize(("scanned", "barriers"), [(False, True), (True, False)])
 def test_only_outside_of_a_scan_does_recomputation_need_barriers(scanned, barriers):
-    gradient, params = parts("full", scanned)
+    gradient, params = gradient_and_params("full", scanned)
     text = str(jax.make_jaxpr(gradient)(params))
     assert (f"prevent_cse={barriers}" in text, f"prevent_cse={not barriers}" in text) == (True, False)
 

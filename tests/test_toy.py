@@ -1,4 +1,4 @@
-"""The toy functions: what they are, which optimizer arrives first, and the picture of it."""
+"""The toy functions, the order in which the optimizers arrive, and the picture."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ CONFIG = "--config=configs/toy.py"
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
-# For each distance from the minimum the step from which on an optimizer is within it.
+# For each distance from the minimum, the step from which on an optimizer stays within that distance.
 ARRIVALS = {
     0.01: {
         "abs": {"sgd": 2500, "adam": 2491, "adabelief": 392},
@@ -45,13 +45,13 @@ def slope(name: str, point: np.ndarray) -> np.ndarray:
 
 
 def written_out(name: str, steps: int) -> dict[str, np.ndarray]:
-    """Where each step begins [steps, 2], by the papers' algorithms in float64."""
-    found = {}
+    """The point at which each step begins [steps, 2], by the papers' algorithms in float64."""
+    trajectories = {}
     for optimizer in OPTIMIZERS:
         point, m, s = np.array(FUNCTIONS[name].start), np.zeros(2), np.zeros(2)
-        found[optimizer] = np.empty((steps, 2))
+        trajectories[optimizer] = np.empty((steps, 2))
         for t in range(1, steps + 1):
-            found[optimizer][t - 1] = point
+            trajectories[optimizer][t - 1] = point
             g = slope(name, point)
             m = 0.9 * m + 0.1 * g
             if optimizer == "sgd":
@@ -59,7 +59,7 @@ def written_out(name: str, steps: int) -> dict[str, np.ndarray]:
                 continue
             s = 0.999 * s + 0.001 * (g if optimizer == "adam" else g - m) ** 2
             point = point - 1e-3 * (m / (1 - 0.9**t)) / (np.sqrt(s / (1 - 0.999**t)) + 1e-8)
-    return found
+    return trajectories
 
 
 def batch(mask: list[float]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def start() -> Any:
 
 @pytest.fixture(scope="module")
 def scattered(start: Any) -> Any:
-    """The variables with every point somewhere else."""
+    """The variables with a random position for every point."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.uniform(-2, 2, x.shape), x.dtype), start)
 
@@ -137,10 +137,10 @@ def test_what_is_drawn_of_a_function_holds_start_and_minimum(name):
 
 
 def test_every_optimizer_begins_at_the_start_of_the_function(start):
-    found = {
+    actual = {
         name: {o: tuple(point.tolist()) for o, point in points.items()} for name, points in start["params"].items()
     }
-    assert found == {
+    assert actual == {
         name: dict.fromkeys(OPTIMIZERS, pytest.approx(function.start)) for name, function in FUNCTIONS.items()
     }
 
@@ -209,7 +209,7 @@ def test_trajectory_begins_at_the_start_and_passes_over_rows_of_evaluations():
 
 
 def made_up_rows() -> list[dict[str, Any]]:
-    """Straight ways to each minimum, on which AdaBelief is there at step 50 and Adam at step 100; SGD only starts."""
+    """Straight lines to each minimum: AdaBelief arrives at step 50 and Adam at step 100; SGD covers a tenth."""
     rows = []
     for step in range(10, 101, 10):
         row: dict[str, Any] = {"step": step}
@@ -245,8 +245,8 @@ def test_what_arrives_first_is_adabelief_and_not_its_name(optimizer, expected, t
     run = short_run(600)
     run.optimizer.groups["adabelief"].optimizer = optimizer
     train(run, tmp_path / "run")
-    found = arrivals(rows_of(tmp_path / "run"), "abs", 0.01)
-    assert found == {"sgd": None, "adam": None, "adabelief": expected}
+    actual = arrivals(rows_of(tmp_path / "run"), "abs", 0.01)
+    assert actual == {"sgd": None, "adam": None, "adabelief": expected}
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_missing_matplotlib_is_one_line_before_anything_is_trained(capsys, monke
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of the config's whole run, by the real command."""
+    """The workdir of the config's complete run, by the real command."""
     workdir = tmp_path_factory.mktemp("toy") / "run"
     command = [sys.executable, "-m", "trainer", "train", CONFIG, f"--workdir={workdir}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -309,18 +309,18 @@ def test_optimizers_arrive_when_the_papers_algorithms_do_in_float64(name, finish
 @pytest.mark.slow
 @each_function
 def test_adabelief_is_the_first_within_a_hundredth(name, finished):
-    found: Any = arrivals(rows_of(finished), name, 0.01)
-    assert found["adabelief"] < 0.75 * min(found["sgd"], found["adam"])
+    actual: Any = arrivals(rows_of(finished), name, 0.01)
+    assert actual["adabelief"] < 0.75 * min(actual["sgd"], actual["adam"])
 
 
 @pytest.mark.slow
 @each_function
 def test_adabelief_is_before_adam_within_a_tenth_too(name, finished):
-    found: Any = arrivals(rows_of(finished), name, 0.1)
-    assert found["adabelief"] < 0.75 * found["adam"]
+    actual: Any = arrivals(rows_of(finished), name, 0.1)
+    assert actual["adabelief"] < 0.75 * actual["adam"]
 
 
 @pytest.mark.slow
 def test_sgd_is_the_first_within_a_tenth_on_rosenbrock(finished):
-    found: Any = arrivals(rows_of(finished), "rosenbrock", 0.1)
-    assert found["sgd"] < 0.9 * found["adabelief"]
+    actual: Any = arrivals(rows_of(finished), "rosenbrock", 0.1)
+    assert actual["sgd"] < 0.9 * actual["adabelief"]
