@@ -17,11 +17,12 @@ from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.data.stream import Order
-from trainer.distributed.preemption import Interrupted
-from trainer.errors import UserError
-from trainer.loop import DivergedError, train
+from trainer.distributed import Interrupted
+from trainer.errors import DivergedError, UserError
+from trainer.loop import train
 from trainer.metrics import Mean
 from trainer.observe.progress import Progress
+from trainer.params import ParamTable
 from trainer.workdir import Workdir
 
 TASK = Task(dropout=0.5, noise=0.3)
@@ -106,7 +107,7 @@ def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
     store = Store(tmp_path / "run" / "checkpoints", run.checkpoint, read_only=True)
     assert store.steps() == [5]  # step 10 was due to be saved, and was not
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))
-    assert json.loads((tmp_path / "run" / "checkpoints" / "5" / "manifest" / "metadata").read_text())["step"] == 5
+    assert json.loads((tmp_path / "run" / "checkpoints" / "5" / "metadata" / "metadata").read_text())["step"] == 5
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
@@ -157,7 +158,7 @@ def test_another_configs_workdir_is_refused_and_left_alone(tmp_path):
 
 def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
     quietly(make_run(2, **settings()), tmp_path / "run")
-    monkeypatch.setattr("trainer.program.label_table", lambda *a: [])
+    monkeypatch.setattr("trainer.program.param_table", lambda params, labels, *a: ParamTable((), config.Optimizer()))
     with pytest.raises(UserError, match="the code has changed since the checkpoint at step 2"):
         quietly(make_run(4, **settings()), tmp_path / "run")
 
@@ -245,7 +246,7 @@ def test_way_out_names_every_schedule_that_follows_the_length(tmp_path):
         folder.check(config.resolve(long))
 
 
-@pytest.mark.parametrize("damaged", ["state/d/*", "manifest/metadata", "state/_METADATA"])
+@pytest.mark.parametrize("damaged", ["state/d/*", "metadata/metadata", "state/_METADATA"])
 def test_a_damaged_checkpoint_is_one_line_that_says_what_to_remove(damaged, tmp_path):
     run = make_run(10, **settings(checkpoint=config.Checkpoint(every_steps=5)))
     whole, _ = quietly(run, tmp_path / "run")

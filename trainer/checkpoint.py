@@ -96,6 +96,27 @@ class Store:
         """The step with the best metric; None if the run has no best metric, or no checkpoint has it."""
         return self._manager.best_step() if self._keeps_best else None
 
+    def choose(self, step: int | str) -> int:
+        """The step that a number, "latest" or "best" means.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError("there is no checkpoint yet")
+        if step == "latest":
+            return steps[-1]
+        if step == "best":
+            best = self.best_step()
+            if best is None:
+                raise UserError("no best checkpoint is kept: the run has no checkpoint.best_metric")
+            return best
+        if not str(step).isdecimal() or int(step) not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"there is no checkpoint of step {str(step)!r}; there are {known}, latest, best")
+        return int(step)
+
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Starts to save `state` under the metadata's step; the best checkpoint is chosen by `metrics`."""
         self._manager.save(

@@ -1,7 +1,11 @@
-"""Errors: mistakes of the user, which commands show as one line with exit code 2, and those that all processes raise."""
+"""Errors: mistakes of the user, which are one line and exit code 2, and errors that all processes raise."""
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -21,9 +25,41 @@ class DivergedError(CollectiveError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown `name`: the closest of the `known` names, and all of them if there are few."""
+    """The end of an error about an unknown `name`: the closest of the `known` names, and all if there are few."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     listed = f" (known: {', '.join(known)})" if 0 < len(known) <= 12 else ""
     return hint + listed
+
+
+@contextmanager
+def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
+    """Turns an exception of a model while it is traced into one line, which names the line of the model and the batch.
+
+    Args:
+      spec: shapes and dtypes of the batch, by name.
+    """
+    import flax.errors  # a second, which `--help` and mistyped flags need not wait for
+
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
+        # The last frame outside of libraries is the line of the model or of the experiment.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = Path(__file__).parent
+        users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
+        where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+        message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        if isinstance(error, NameError):
+            if "unbound axis name" not in message:
+                raise
+            raise UserError(
+                f"the model averages over an axis that is not there{where}: {message}; in the model write "
+                "axis_name=replica_axis(), from trainer.experiment, in place of the name"
+            ) from error
+        batch = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in spec.items())
+        raise UserError(
+            f"the model does not fit its batch{where}: {type(error).__name__}: {message}; the batch has {batch} "
+            "(--traceback shows the whole error)"
+        ) from error

@@ -59,7 +59,7 @@ def evaluate(
         source = load(program.eval_source, run.loading.in_memory_bytes)
     with closing(Store(folder.checkpoints, run.checkpoint, read_only=True)) as store:
         with distributed.collective_errors("the checkpoint"):
-            chosen = _choose(store, step)
+            chosen = store.choose(step)
             check_metadata(store.metadata(chosen), program.params)
         distributed.check_same("checkpoint", f"{folder.path} at step {chosen}")
         state = store.restore(program.state, chosen)
@@ -95,31 +95,6 @@ def evaluate_split(program: Program, state: TrainState, source: RandomAccessSour
     return means | {f"{split}/examples": seen}
 
 
-def evaluation_text(metrics: dict[str, float]) -> str:
-    """The metrics as one line: `test accuracy: 0.9833, test loss: 0.0712 (360 examples)`."""
-    examples = "".join(f" ({value:,.0f} examples)" for name, value in metrics.items() if name.endswith("/examples"))
-    shown = [f"{k.replace('/', ' ')}: {v:.4f}" for k, v in metrics.items() if not k.endswith("/examples")]
-    return ", ".join(shown) + examples
-
-
 def _add(sums: dict[str, np.ndarray], metrics: Metrics) -> None:
     for name, mean in jax.device_get(metrics).items():
         sums[name] += (float(mean.total), float(mean.weight))
-
-
-def _choose(store: Store, step: int | str) -> int:
-    """The step that a number, "latest" or "best" means."""
-    steps = store.steps()
-    if not steps:
-        raise UserError("there is no checkpoint yet")
-    if step == "latest":
-        return steps[-1]
-    if step == "best":
-        best = store.best_step()
-        if best is None:
-            raise UserError("no best checkpoint is kept: the run has no checkpoint.best_metric")
-        return best
-    if not str(step).isdecimal() or int(step) not in steps:
-        known = ", ".join(map(str, steps))
-        raise UserError(f"there is no checkpoint of step {str(step)!r}; there are {known}, latest, best")
-    return int(step)

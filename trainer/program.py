@@ -2,25 +2,21 @@
 
 import dataclasses
 import functools
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from trainer import config
-from trainer.data import batch_spec
-from trainer.errors import UserError, nearest
+from trainer.data import batch_spec, open_source
+from trainer.errors import UserError, model_errors, nearest
 from trainer.experiment import Batch, Experiment, RandomAccessSource
 from trainer.metrics import Metrics
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
-from trainer.optim.treatment import ParamGroup
+from trainer.optim.fused import ParamGroup
 from trainer.params import ParamTable, label_tree, param_table
 from trainer.rules import path_of
 from trainer.sharding import Strategy, build_strategy, check_divides
@@ -102,7 +98,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         parameters, a model and a batch that do not fit each other.
     """
     experiment = run.experiment
-    train_source, eval_source = (_source(experiment, split) for split in (run.loading.split, run.evaluation.split))
+    train_source, eval_source = (open_source(experiment, split) for split in (run.loading.split, run.evaluation.split))
     train_spec, eval_spec = (
         batch_spec(source, size)
         for source, size in ((train_source, run.batch_size), (eval_source, run.evaluation.batch_size or run.batch_size))
@@ -159,7 +155,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
 
 def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
     """The parameters as `init` returns them, in shapes, with the boxes that name logical axes."""
-    with _model_errors(spec):
+    with model_errors(spec):
         variables = jax.eval_shape(lambda: dict(experiment.init(key, _zeros(spec))))
     if not jax.tree.leaves(variables.get("params")):
         raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
@@ -169,10 +165,10 @@ def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
 def _check_steps(program: Program) -> None:
     """Traces both steps, which checks everything that can be checked without computing."""
     run, state, strategy = program.run, program.state, program.strategy
-    with _model_errors(program.train_spec):
+    with model_errors(program.train_spec):
         after, _ = jax.eval_shape(program.train_step, state, strategy.abstract_batch(program.train_spec))
     _check_unchanged(state, after)
-    with _model_errors(program.eval_spec):
+    with model_errors(program.eval_spec):
         metrics = jax.eval_shape(program.eval_step, state, strategy.abstract_batch(program.eval_spec))
     best, known = run.checkpoint.best_metric, [f"{run.evaluation.split}/{name}" for name in metrics]
     if best is not None and best not in known:
@@ -183,32 +179,6 @@ def _zeros(spec: BatchSpec) -> Batch:
     return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
 
 
-@contextmanager
-def _model_errors(spec: BatchSpec) -> Iterator[None]:
-    """Turns an exception of a model that is traced into one line with the line of the model and the batch."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
-        # The last frame outside of libraries is the line of the model or of the experiment.
-        frames = traceback.extract_tb(error.__traceback__)
-        own = Path(__file__).parent
-        users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
-        where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
-        message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-        if isinstance(error, NameError):
-            if "unbound axis name" not in message:
-                raise
-            raise UserError(
-                f"the model averages over an axis that is not there{where}: {message}; in the model write "
-                "axis_name=replica_axis(), from trainer.experiment, in place of the name"
-            ) from error
-        batch = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in spec.items())
-        raise UserError(
-            f"the model does not fit its batch{where}: {type(error).__name__}: {message}; the batch has {batch} "
-            "(--traceback shows the whole error)"
-        ) from error
-
-
 def _check_unchanged(before: TrainState, after: TrainState) -> None:
     """A step must return arrays of the shapes and dtypes that it was given."""
     flat = jax.tree_util.tree_leaves_with_path(before)
@@ -216,19 +186,3 @@ def _check_unchanged(before: TrainState, after: TrainState) -> None:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             name = path_of(path)
             raise UserError(f"a step turns {name} from {old.dtype}{list(old.shape)} into {new.dtype}{list(new.shape)}")
-
-
-def _source(experiment: Experiment, split: str) -> RandomAccessSource:
-    """The examples of a split, if they are as the protocol says."""
-    name = f"{type(experiment).__name__}.source({split!r})"
-    try:
-        source = experiment.source(split)
-    except KeyError as error:
-        raise UserError(f"{name}: KeyError: {error}; is there such a split? (--traceback shows where)") from error
-    if not isinstance(source, RandomAccessSource):
-        raise UserError(f"{name} is a {type(source).__name__}, which has no length and indices")
-    if not len(source):
-        raise UserError(f"{name} has no example")
-    if not isinstance(source[0], Mapping):
-        raise UserError(f"{name} holds examples of type {type(source[0]).__name__}; a mapping from names is expected")
-    return source

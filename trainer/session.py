@@ -1,5 +1,6 @@
 """A session: an opened workdir with its lock, state, batches, metrics, checkpoints and signals."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -11,55 +12,65 @@ from trainer import distributed
 from trainer.checkpoint import Store, check_metadata, make_metadata
 from trainer.data import load
 from trainer.data.stream import prefetch, stream
-from trainer.distributed.preemption import Interrupted, Preemption
+from trainer.distributed import Interrupted, Preemption
 from trainer.errors import DivergedError, UserError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Metrics
-from trainer.observe.log import MetricsLog, NoLog
+from trainer.observe.log import MetricsLog, NoLog, Recorder
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
 from trainer.program import Due, Program
-from trainer.recorder import Recorder
 from trainer.state import TrainState
 from trainer.workdir import Workdir
 
 
+@dataclasses.dataclass
 class Session:
-    """What a training loop asks of the outside world, in the order of `trainer.loop.train`."""
+    """An opened workdir, with the methods of the training loop in the order in which it calls them.
 
-    def __init__(
-        self,
-        program: Program,
-        start: int,
-        sources: tuple[RandomAccessSource, RandomAccessSource],
-        store: Store,
-        log: MetricsLog | NoLog,
-        progress: Progress,
-        profile: Profile,
-        preemption: Preemption,
-    ) -> None:
-        """Continues the run of `program` after step `start`; `open_session` makes the parts."""
-        self.program, self.start = program, start
-        self._train_source, self._eval_source = sources
-        self._store, self._log, self._progress, self._profile = store, log, progress, profile
-        self._preemption = preemption
-        self._recorder = Recorder(program, start, log, progress)
-        self._step = start
+    Attributes:
+      program: the run.
+      start: the step of the checkpoint that the run continues from; 0 for none.
+      train_source: the examples to train on, in memory if they fit.
+      eval_source: the examples to evaluate on, likewise.
+      store: the checkpoints.
+      log: the metrics files; `NoLog` in all processes but the first.
+      progress: the progress line.
+      profile: a trace of some steps, or of none.
+      preemption: signals.
+    """
+
+    program: Program
+    start: int
+    train_source: RandomAccessSource
+    eval_source: RandomAccessSource
+    store: Store
+    log: MetricsLog | NoLog
+    progress: Progress
+    profile: Profile
+    preemption: Preemption
+
+    def __post_init__(self) -> None:
+        """Nothing was trained or evaluated yet."""
+        program, logs = self.program, lambda step: self.program.due(step).log
+        devices = program.strategy.devices
+        self._recorder = Recorder(program.run, self.start, logs, devices, self.log, self.progress)
+        self._step = self.start
         self._evaluated: dict[str, float] | None = None
         self._signum: int | None = None
 
     def initial_state(self) -> TrainState:
         """The state of the newest checkpoint, or a fresh one."""
         if self.start:
-            return self._store.restore(self.program.state, self.start)
+            return self.store.restore(self.program.state, self.start)
         return self.program.init()
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step that is left, counted from 1, with its batch on the devices."""
         run, strategy = self.program.run, self.program.strategy
         batches = stream(
-            self._train_source,
+            self.train_source,
             seed=run.seed,
             batch_size=run.batch_size,
             start=self.start,
@@ -70,23 +81,23 @@ class Session:
         )
         for step, batch in enumerate(prefetch(batches, strategy.shard_batch), self.start + 1):
             self._step = step
-            with self._profile.step(step):
+            with self.profile.step(step):
                 yield step, batch
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""
-        self._profile.dispatched(step, metrics)
+        self.profile.dispatched(step, metrics)
         self._recorder.add(step, metrics)
 
     def due(self, step: int) -> Due:
         """What is due after a step; a signal makes it the last one. Ask once a step."""
         due = self.program.due(step)
-        self._evaluated, self._signum = None, self._preemption.stops_after(step)
+        self._evaluated, self._signum = None, self.preemption.stops_after(step)
         return due if self._signum is None else due._replace(save=True, stop=True)
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the state after the newest step, and writes the result in that step's row."""
-        self._evaluated = self._recorder.flush_with(lambda: evaluate_split(self.program, state, self._eval_source))
+        self._evaluated = self._recorder.flush_with(lambda: evaluate_split(self.program, state, self.eval_source))
 
     def save(self, state: TrainState) -> None:
         """Starts to save the state after the newest step, once all metrics up to it are on disk.
@@ -99,12 +110,12 @@ class Session:
             # Loss and gradient of this step may be finite, and the parameters after it not.
             if not _all_finite(state):
                 raise DivergedError(f"the state after step {self._step} holds NaN or Inf")
-            self._log.sync()
-            self._store.save(state, make_metadata(self.program.run, self.program.params, self._step), self._evaluated)
+            self.log.sync()
+            self.store.save(state, make_metadata(self.program.run, self.program.params, self._step), self._evaluated)
 
     def finish(self) -> None:
         """Waits for the last save; raises `Interrupted` if a signal ended the run."""
-        self._store.wait()
+        self.store.wait()
         if self._signum is not None:
             # A process that got no signal only knows that there was one; SIGINT has the smallest number.
             signals = distributed.gather("signal", str(int(self._signum)))
@@ -168,7 +179,7 @@ def open_session(
         preemption = stack.enter_context(Preemption(handle_signals))
         # Last: an exception on this process alone must not wait for the others in what is closed above.
         stack.enter_context(distributed.fail_fast())
-        session = Session(program, start, sources, store, log, progress, profiler, preemption)
+        session = Session(program, start, *sources, store, log, progress, profiler, preemption)
         yield session
         session.finish()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.experiment import RandomAccessSource
+from trainer.experiment import Experiment, RandomAccessSource
 
 _READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, few beside a data set
 _READ_TWICE = 16  # examples; a fair coin for each of them falls alike both times once in 65,536 launches
@@ -36,6 +36,22 @@ class ArraySource:
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` as one batch."""
         return {name: array.take(indices, axis=0) for name, array in self.arrays.items()}
+
+
+def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
+    """The examples of a split, if they are as the protocol says."""
+    name = f"{type(experiment).__name__}.source({split!r})"
+    try:
+        source = experiment.source(split)
+    except KeyError as error:
+        raise UserError(f"{name}: KeyError: {error}; is there such a split? (--traceback shows where)") from error
+    if not isinstance(source, RandomAccessSource):
+        raise UserError(f"{name} is a {type(source).__name__}, which has no length and indices")
+    if not len(source):
+        raise UserError(f"{name} has no example")
+    if not isinstance(source[0], Mapping):
+        raise UserError(f"{name} holds examples of type {type(source[0]).__name__}; a mapping from names is expected")
+    return source
 
 
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
