@@ -17,15 +17,16 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"loop", "plan"},
-    {"evaluate", "probe"},
-    {"build"},
+    {"session"},
+    {"evaluation"},
+    {"checkpoint", "program"},
+    {"params", "step"},
+    {"optim"},
     {"observe"},
-    {"checkpoint", "data", "parallel"},
-    {"workdir"},
-    {"step"},
-    {"optim", "state"},
-    {"config", "reduction", "remat", "rules"},
-    {"errors", "experiment"},
+    {"data", "sharding", "workdir"},
+    {"config", "state"},
+    {"distributed", "experiment", "rules"},
+    {"errors", "metrics"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}
 
@@ -49,8 +50,8 @@ def imports(module: str) -> Iterator[str]:
                 yield full if full in MODULES else str(node.module)
 
 
-def place(module: str) -> str:
-    """The module or package directly below trainer/ that a module is or lies in."""
+def unit(module: str) -> str:
+    """The module or package directly below trainer/ to which a module belongs."""
     return module.split(".")[1]
 
 
@@ -63,13 +64,13 @@ def test_module_imports_from_its_own_package_or_from_lower_layers(module):
     above = {
         name
         for name in imports(module)
-        if name.startswith("trainer.") and place(name) != place(module) and HEIGHT[place(name)] >= HEIGHT[place(module)]
+        if name.startswith("trainer.") and unit(name) != unit(module) and HEIGHT[unit(name)] >= HEIGHT[unit(module)]
     }
     assert above == set()
 
 
 def test_every_module_has_its_layer():
-    assert {place(name) for name in TRAINER} == set(HEIGHT)
+    assert {unit(name) for name in TRAINER} == set(HEIGHT)
 
 
 def test_there_is_no_cycle_of_imports():
@@ -85,8 +86,8 @@ def test_trainer_knows_no_experiment_no_config_file_and_no_tensorflow(module):
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("experiments.")])
 def test_experiment_imports_only_what_tasks_are_made_of(module):
     assert top_levels(module).isdisjoint({"configs", "tests", "tensorflow"})
-    used = {place(name) for name in imports(module) if name.startswith("trainer.")}
-    assert used <= {"config", "data", "errors", "experiment", "remat"}
+    used = {unit(name) for name in imports(module) if name.startswith("trainer.")}
+    assert used <= {"config", "data", "errors", "experiment", "metrics"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("configs.")])

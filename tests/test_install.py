@@ -67,7 +67,6 @@ print("final step", int(train(get_config(), "from_python").step))
 # Every public name in a place where another type would be reported.
 TYPED = """
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import assert_type
 
@@ -120,7 +119,7 @@ assert_type(len(ArraySource({"x": np.ones(3)})) + len(TfdsSource("mnist", "test"
 assert_type(adabelief(1e-3), optax.GradientTransformationExtraArgs)
 assert_type(scale_by_belief(b1=0.5), optax.GradientTransformationExtraArgs)
 assert_type(from_optax(optax.adabelief(1e-3).init({})), ScaleByBeliefState)
-as_function: Callable[..., object] = evaluate
+assert_type(evaluate("run", step="best", split="train"), dict[str, float])
 mistakes: tuple[type[UserError], ...] = (UserError, NotPreparedError)
 collective: tuple[type[CollectiveError], ...] = (DivergedError, Interrupted)
 
