@@ -1,6 +1,7 @@
 """The command line: mistakes are one line and leave no trace, and each command says what it should."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -26,6 +28,7 @@ from trainer.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "--config=configs/digits.py"
+CURVES = "; its curves: tensorboard --logdir {}" if importlib.util.find_spec("tensorboard") else ""
 
 
 @dataclasses.dataclass
@@ -54,6 +57,49 @@ class NarrowKernel(Linear):
 class Diverging(Linear):
     def init(self, key, batch):
         return {"params": {"kernel": jnp.full((8, 3), jnp.nan)}}
+
+
+class FailingAt(ArraySource):
+    """A source of which one example cannot be read."""
+
+    def __init__(self, arrays, index):
+        super().__init__(arrays)
+        self.index = index
+
+    def take(self, indices):
+        if self.index in indices:
+            raise OSError("the disk is gone")
+        return super().take(indices)
+
+
+@dataclasses.dataclass
+class FailingEvaluation(Linear):
+    """A task of which one example of the test split cannot be read."""
+
+    at: int = 0
+
+    def source(self, split):
+        arrays = super().source(split).arrays
+        return FailingAt(arrays, self.at) if split == "test" else ArraySource(arrays)
+
+
+class Flipping:
+    """Examples that the host flips at random."""
+
+    def __init__(self, arrays):
+        self.arrays, self.rng = arrays, np.random.default_rng(0)
+
+    def __len__(self):
+        return len(self.arrays["label"])
+
+    def __getitem__(self, index):
+        return {"x": self.arrays["x"][index] * self.rng.choice([-1, 1]), "label": self.arrays["label"][index]}
+
+
+@dataclasses.dataclass
+class HostRandomness(Linear):
+    def source(self, split):
+        return Flipping(super().source(split).arrays)
 
 
 @dataclasses.dataclass
@@ -285,8 +331,13 @@ def test_workdir_that_is_a_file_is_left_alone(capsys, tmp_path):
 
 def test_workdir_below_a_file_is_one_line(capsys, tmp_path):
     file = config_file(tmp_path, "Linear()")
-    assert run(["train", file, f"--workdir={tmp_path}/config.py/run"]) == 2
-    one_line(capsys.readouterr().err)
+    mistake(capsys, "train", file, f"--workdir={tmp_path}/config.py/run")
+
+
+def test_workdir_that_cannot_be_written_is_one_line_and_nothing_on_standard_output(capsys, tmp_path):
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # so that opening it fails for root as well
+    message = mistake(capsys, "train", config_file(tmp_path, "Linear()"), f"--workdir={tmp_path}/run")
+    assert message == f"nothing can be written in workdir {tmp_path}/run: Is a directory"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "prepare"])
@@ -300,8 +351,7 @@ def test_damaged_config_of_a_workdir_is_one_line(command, workdir, capsys):
 def test_run_that_another_process_trains_is_left_alone(workdir, capsys):
     before = contents(workdir)
     with Workdir(workdir).locked():
-        assert run(["train", f"--workdir={workdir}"]) == 2
-    assert one_line(capsys.readouterr().err) == f"another process is training in workdir {workdir}"
+        assert mistake(capsys, "train", f"--workdir={workdir}") == f"another process is training in workdir {workdir}"
     assert contents(workdir) == before
 
 
@@ -317,8 +367,8 @@ def test_workdir_of_a_model_that_was_edited_since_is_left_alone(capsys, monkeypa
     output(capsys, "train", file, f"--workdir={workdir}")
     before = contents(workdir)
     monkeypatch.setattr(Linear, "shapes", lambda self: {"kernel": (8, 3), "bias": (3,)})
-    assert run(["train", file, f"--workdir={workdir}"]) == 2
-    assert one_line(capsys.readouterr().err).startswith("the code has changed since the checkpoint at step 1: ")
+    message = mistake(capsys, "train", file, f"--workdir={workdir}")
+    assert message.startswith("the code has changed since the checkpoint at step 1: ")
     assert contents(workdir) == before
 
 
@@ -366,9 +416,20 @@ def test_evaluate_prints_what_training_logged_and_writes_nothing(workdir, capsys
         f"test accuracy: {last['test/accuracy']:.4f}",
         f"test loss: {last['test/loss']:.4f}",
         "test examples: 359",
-        f"step 3 of {workdir}; its curves: tensorboard --logdir {workdir}",
+        f"step 3 of {workdir}{CURVES.format(workdir)}",
     ]
     assert contents(workdir) == before
+
+
+def test_evaluate_names_the_command_for_curves_where_tensorboard_is_installed(workdir, capsys, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+        assert output(capsys, "evaluate", f"--workdir={workdir}").splitlines()[-1] == f"step 3 of {workdir}"
+    (tmp_path / "path" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "path" / "tensorboard" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    last = output(capsys, "evaluate", f"--workdir={workdir}").splitlines()[-1]
+    assert last == f"step 3 of {workdir}; its curves: tensorboard --logdir {workdir}"
 
 
 def test_evaluate_takes_an_earlier_step_and_another_split(workdir, capsys):
@@ -377,7 +438,85 @@ def test_evaluate_takes_an_earlier_step_and_another_split(workdir, capsys):
     assert re.fullmatch(r"train\[:100\] accuracy: 0\.\d{4}", accuracy)
     assert re.fullmatch(r"train\[:100\] loss: \d\.\d{4}", loss)
     assert examples == "train[:100] examples: 100"
-    assert last.startswith(f"step 2 of {workdir};")
+    assert last == f"step 2 of {workdir}{CURVES.format(workdir)}"
+
+
+@pytest.mark.parametrize("step", ["latest", "best"])
+def test_evaluate_takes_a_split_that_does_not_have_the_best_metric(step, workdir, capsys):
+    best = ["--config.checkpoint.best_metric=test/loss", "--config.checkpoint.every_steps=3"]
+    settings = ["--config.evaluation.every_steps=3", "--config.total_steps=6", *best]
+    output(capsys, "train", f"--workdir={workdir}", *settings, "--config.optimizer.schedule.run_steps=3")
+    printed = output(capsys, "evaluate", f"--workdir={workdir}", "--split=train", f"--step={step}")
+    assert [line.split(":")[0] for line in printed.splitlines()[:3]] == [
+        "train accuracy",
+        "train loss",
+        "train examples",
+    ]
+    assert printed.splitlines()[2:] == ["train examples: 1,438", f"step 6 of {workdir}{CURVES.format(workdir)}"]
+
+
+def tried(printed: str) -> dict[str, str]:
+    """The table of a dry run: what was tried, and its result, without the seconds."""
+    header, *lines, end = printed.splitlines()
+    assert (header.split(), end) == (["tried", "result", "seconds"], "nothing of this dry run is kept")
+    rows = [re.fullmatch(r"(.+?)  +(.+?)  +\d+\.\d", line) for line in lines]
+    return {row[1]: row[2] for row in rows if row}
+
+
+def test_dry_run_tries_the_first_steps_an_evaluation_a_save_and_a_restore_and_leaves_nothing(
+    capsys, monkeypatch, data_dir, tmp_path
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    small = [f"--config.experiment.{field}" for field in (f"data_dir={data_dir}", "model=mlp", "widths=16,")]
+    arguments = [DIGITS, *small, "--config.logging.every_steps=1"]
+    result = tried(output(capsys, "train", "--dry-run", *arguments, f"--workdir={tmp_path}/run"))
+    assert contents(tmp_path) == {"tmp": None}
+    assert list(result) == ["model and data", "3 of 1,000 steps", "evaluation", "save", "restore"]
+    assert result["model and data"] == "1,438 examples to train on, 359 to evaluate on"
+    assert re.fullmatch(r"test accuracy: 0\.\d{4}, test loss: \d\.\d{4} \(128 examples\)", result["evaluation"])
+    assert int(result["save"].removesuffix(" bytes").replace(",", "")) > 3 * 4 * (64 * 16 + 16 + 16 * 10 + 10)
+    assert result["restore"] == "every array equals the saved one, bit for bit"
+    # The steps are those of the whole run, whose warm-up takes 50 steps.
+    settings = [
+        "--config.total_steps=3",
+        "--config.optimizer.schedule.run_steps=1000",
+        "--config.evaluation.every_steps=3",
+    ]
+    output(capsys, "train", *arguments, *settings, "--config.checkpoint.every_steps=3", f"--workdir={tmp_path}/run")
+    losses = ", ".join(f"{row['train/loss']:.4f}" for row in read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert result["3 of 1,000 steps"] == f"loss {losses}; the run's own schedules"
+
+
+def test_dry_run_needs_no_workdir_and_takes_runs_of_fewer_steps(capsys, tmp_path):
+    result = tried(output(capsys, "train", "--dry-run", config_file(tmp_path, "Linear()")))
+    assert [name for name in result if "steps" in name] == ["1 of 1 steps"]
+
+
+def test_dry_run_fails_with_an_evaluation_that_fails(capsys, tmp_path):
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(["train", "--dry-run", config_file(tmp_path, "FailingEvaluation(at=3)")])
+    assert capsys.readouterr().out == ""
+    # Only two batches are tried.
+    assert tried(output(capsys, "train", "--dry-run", config_file(tmp_path, "FailingEvaluation(at=17)")))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "code", "message"),
+    [
+        ("NarrowKernel()", 2, "the model does not fit its batch ("),
+        ("HostRandomness()", 2, "entry 'x' of the data differs each time an example is read, "),
+        ("Diverging()", 1, "the loss of step 1 is nan; the run is stopped"),
+    ],
+)
+def test_dry_run_fails_as_the_run_would_and_prints_nothing_else(experiment, code, message, capsys, tmp_path):
+    file = config_file(tmp_path, experiment)
+    for arguments in (["--dry-run"], [f"--workdir={tmp_path}/run"]):
+        assert run(["train", file, *arguments]) == code
+        captured = capsys.readouterr()
+        assert one_line(captured.err).startswith(message)
+    assert run(["train", file, "--dry-run"]) == code
+    assert capsys.readouterr().out == ""
 
 
 def test_inspect_shows_settings_labels_devices_and_checkpoints_and_writes_nothing(workdir, capsys):
@@ -437,8 +576,8 @@ GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
 @pytest.mark.parametrize(
     ("command", "own"),
     [
-        ("train", {"--profile", *GROUP}),
-        ("evaluate", {"--step", *GROUP}),
+        ("train", {"--dry-run", "--profile", *GROUP}),
+        ("evaluate", {"--step", "--split", *GROUP}),
         ("inspect", {"--probe", "--compile"}),
         ("prepare", set()),
         ("rehearse", {"--processes", "--devices", "--command", "--profile", "--step"}),
@@ -452,7 +591,7 @@ def test_help_of_a_command_explains_its_flags(command, own, capsys):
     assert code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: python -m trainer {command} --config=FILE[:arg] --workdir=DIR ")
-    assert set(re.findall(r"^  (?:-h, )?(--\w+)", printed, re.MULTILINE)) == own | {
+    assert set(re.findall(r"^  (?:-h, )?(--[\w-]+)", printed, re.MULTILINE)) == own | {
         "--help",
         "--config",
         "--workdir",
@@ -528,3 +667,11 @@ def test_command_that_the_error_suggests_prepares_the_data_and_training_starts(t
     started = shell(launch, tfds=data)
     assert (started.returncode, started.stderr) == (0, "")
     assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == [2]
+
+
+@pytest.mark.slow
+def test_dry_run_typed_into_a_shell_runs_whatever_the_warm_up(data_dir, tmp_path):
+    result = shell(f"python -m trainer train --dry-run {DIGITS}", tfds=data_dir, TMPDIR=str(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert tried(result.stdout)["restore"] == "every array equals the saved one, bit for bit"
+    assert contents(tmp_path) == {}

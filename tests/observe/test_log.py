@@ -1,9 +1,14 @@
 """The metrics files of a workdir, over kills and resumes."""
 
+import dataclasses
 import json
 import math
+import statistics
 import struct
+import time
 from collections import Counter
+from contextlib import closing
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,13 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from tests.tasks import Task, make_run
+from trainer import config
+from trainer.checkpoint import Store
 from trainer.errors import UserError
+from trainer.loop import train
 from trainer.observe.log import MetricsLog, read_rows
+from trainer.observe.progress import Progress
 
 
 def values(step: int) -> dict[str, float]:
@@ -21,7 +31,7 @@ def values(step: int) -> dict[str, float]:
 
 
 def write(workdir: Path, steps: range, after_step: int = 0) -> None:
-    with MetricsLog(workdir, after_step) as log:
+    with closing(MetricsLog(workdir, after_step)) as log:
         for step in steps:
             log.write(step, values(step), {"examples_per_second": 100.0 + step})
     # Event files are named by the second: within one, the next would overwrite this one by accident.
@@ -86,7 +96,7 @@ def test_tensorboard_shows_every_value_of_every_row_once(tmp_path):
 
 
 def test_a_row_is_in_the_file_when_write_returns_so_that_a_kill_loses_none(tmp_path):
-    with MetricsLog(tmp_path, 0) as log:
+    with closing(MetricsLog(tmp_path, 0)) as log:
         for step in (1, 2):
             log.write(step, values(step), {})
             assert [row["step"] for row in rows(tmp_path)] == list(range(1, step + 1))
@@ -120,7 +130,7 @@ def test_logs_written_at_different_times_are_the_same_bytes(tmp_path):
     for name in ("first", "second"):
         folder = tmp_path / name
         folder.mkdir()
-        with MetricsLog(folder, 0) as log:
+        with closing(MetricsLog(folder, 0)) as log:
             log.write(1, values(1), {"examples_per_second": 1.0 if name == "first" else 2.0})
         texts.append(((folder / "metrics.jsonl").read_bytes(), (folder / "timing.jsonl").read_bytes()))
     assert texts[0][0] == texts[1][0]
@@ -160,7 +170,7 @@ def test_a_broken_line_in_the_middle_is_refused_by_file_and_number_and_left_as_i
 
 
 def test_values_that_are_not_finite_are_null_in_strict_json_and_absent_from_tensorboard(tmp_path):
-    with MetricsLog(tmp_path, 0) as log:
+    with closing(MetricsLog(tmp_path, 0)) as log:
         log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5}, {"examples_per_second": math.inf})
     for _ in range(2):  # as it was written, and as it is after a resume
         assert rows(tmp_path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.5}]
@@ -171,7 +181,7 @@ def test_values_that_are_not_finite_are_null_in_strict_json_and_absent_from_tens
 
 def test_numbers_come_back_from_the_file_to_the_last_bit_and_survive_resumes(tmp_path):
     numbers = np.random.default_rng(0).normal(size=200) * 10.0 ** np.arange(-100, 100)
-    with MetricsLog(tmp_path, 0) as log:
+    with closing(MetricsLog(tmp_path, 0)) as log:
         log.write(1, {str(i): float(x) for i, x in enumerate(numbers)}, {})
     write(tmp_path, range(0), after_step=1)
     assert [rows(tmp_path)[0][str(i)] for i in range(200)] == numbers.tolist()
@@ -187,3 +197,53 @@ def test_what_another_program_put_into_the_tensorboard_folder_stays(tmp_path):
 
 def test_a_file_that_is_not_there_has_no_rows(tmp_path):
     assert list(read_rows(tmp_path / "metrics.jsonl")) == []
+
+
+class SlowToRead:
+    """Examples on a slow disk."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays["label"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        time.sleep(0.02)
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+@dataclasses.dataclass
+class SlowEvaluation(Task):
+    def source(self, split: str) -> Any:
+        source = super().source(split)
+        return SlowToRead(source.arrays) if split == "test" else source
+
+
+@pytest.mark.slow
+def test_evaluations_and_saves_do_not_count_in_the_examples_per_second_of_the_next_row(tmp_path, monkeypatch):
+    fast_save = Store.save
+
+    def slow_save(*arguments: Any) -> None:
+        time.sleep(0.3)
+        fast_save(*arguments)
+
+    monkeypatch.setattr(Store, "save", slow_save)
+    run = make_run(
+        60,
+        experiment=SlowEvaluation(),
+        evaluation=config.Evaluation(every_steps=20, batch_size=8),
+        checkpoint=config.Checkpoint(every_steps=10),
+        logging=config.Logging(every_steps=5),
+        loading=config.Loading(in_memory_bytes=0, threads=1),
+        parallel=config.Parallel(devices=1),
+    )
+    train(run, tmp_path, progress=Progress(60, StringIO()))
+    rates = {row["step"]: row["examples_per_second"] for row in rows(tmp_path, "timing.jsonl")}
+    assert len(rates) == 12
+    usual = statistics.median(rate for step, rate in rates.items() if step % 10 == 0)
+    after_saves = [rates[step] for step in (15, 35, 55)]
+    after_evaluations = [rates[step] for step in (25, 45)]
+    # Of several rows, one that nothing else on this machine delayed.
+    assert max(after_saves) > usual / 5
+    assert max(after_evaluations) > usual / 5

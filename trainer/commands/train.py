@@ -1,42 +1,57 @@
 """`train`: a run from its config, or from where its workdir left off."""
 
 import argparse
+import copy
+import dataclasses
+import io
+import itertools
 import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import Arguments, add_group_options
 from trainer.errors import DivergedError, UserError
+from trainer.observe.progress import Progress
 
-DESCRIPTION = "Trains a run. The same command on the same workdir goes on from its last checkpoint."
+if TYPE_CHECKING:  # imports JAX
+    from trainer.config import Run
+
+DESCRIPTION = "Trains a run. The same command on the same workdir continues it from its last checkpoint."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--profile`, and what several processes need."""
-    parser.add_argument(
-        "--profile", metavar="FIRST:LAST", help="also write a profile of these steps to WORKDIR/profile/, per process"
-    )
+    """`--dry-run`, `--profile`, and the options of several processes."""
+    trial = "only try 3 steps, an evaluation of two batches, a save and a restore; needs no workdir and keeps nothing"
+    parser.add_argument("--dry-run", action="store_true", help=trial)
+    profile = "also write a profile of these steps to WORKDIR/profile/, per process"
+    parser.add_argument("--profile", metavar="FIRST:LAST", help=profile)
     add_group_options(parser)
     parser.set_defaults(preemptible=True)
 
 
 def main(arguments: Arguments) -> int:
-    """Trains and lets the experiment report; exit code 1 when the loss is no longer finite."""
+    """Trains and lets the experiment report; the exit code is 1 if the loss is no longer finite."""
     from trainer.distributed import is_primary
     from trainer.experiment import Reports
     from trainer.loop import train
     from trainer.observe.log import read_rows
     from trainer.workdir import Mirror
 
-    path = arguments.required_workdir().path
-    profile = _steps(arguments.options.profile) if arguments.options.profile else None
+    options, experiment = arguments.options, arguments.run.experiment
     try:
-        train(arguments.run, path, profile=profile)
+        if options.dry_run:
+            print(_dry_run(arguments.run), end="")
+            return 0
+        path = arguments.required_workdir().path
+        train(arguments.run, path, profile=_steps(options.profile) if options.profile else None)
     except DivergedError as error:
         if is_primary():
             print(f"error: {error}", file=sys.stderr)
         return 1
     if not is_primary():
         return 0
-    experiment = arguments.run.experiment
     if isinstance(experiment, Reports):
         mirror = Mirror(path)
         written = experiment.report(mirror.folder, list(read_rows(path / "metrics.jsonl")))
@@ -52,3 +67,71 @@ def _steps(text: str) -> tuple[int, int]:
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"--profile is {text!r}; FIRST:LAST is expected, two steps from 1 on, such as 10:12")
     return int(first), int(last)
+
+
+class _Trial(Progress):
+    """Keeps the losses and the latest message instead of showing them, with the times at which they came."""
+
+    losses: tuple[str, ...] = ()
+    text, trained, evaluated = "", 0.0, 0.0
+
+    def update(self, step: int, loss: float, examples_per_second: float, seconds_left: float) -> None:
+        self.losses, self.trained = (*self.losses, f"{loss:.4f}"), time.perf_counter()
+
+    def message(self, text: str) -> None:
+        self.text, self.evaluated = text, time.perf_counter()
+
+
+def _dry_run(run: "Run") -> str:
+    """Tries all that a run does in a temporary workdir, and returns a table of it."""
+    import jax
+    import numpy as np
+
+    from trainer import distributed
+    from trainer.data import ArraySource, fits_in_memory, take
+    from trainer.loop import agreed_program, train_program
+    from trainer.observe import table
+
+    if distributed.count() > 1:
+        raise UserError("--dry-run tries a run in one process; rehearse tries several")
+    trial, times = _Trial(3, io.StringIO()), [time.perf_counter()]
+    with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
+        program = agreed_program(_first_steps(run), folder)
+        examples = len(program.train_source), len(program.eval_source)
+        for source in (program.train_source, program.eval_source):
+            fits_in_memory(source, run.loading.in_memory_bytes)  # raises the error that the run would end with
+        two_batches = np.arange(min(2 * program.eval_spec["mask"].shape[0], examples[1]))
+        program = dataclasses.replace(program, eval_source=ArraySource(take(program.eval_source, two_batches)))
+        times.append(time.perf_counter())
+        saved = train_program(program, folder, trial, handle_signals=False)
+        times += [trial.trained, trial.evaluated, time.perf_counter()]
+        evaluation = trial.text.partition(": ")[2]
+        size = sum(file.stat().st_size for file in Path(folder, "checkpoints").rglob("*") if file.is_file())
+        restored = train_program(program, folder, trial, handle_signals=False)
+        times.append(time.perf_counter())
+    for (path, a), b in zip(jax.tree.leaves_with_path(saved), jax.tree.leaves(restored), strict=True):
+        if np.asarray(a).tobytes() != np.asarray(b).tobytes():
+            raise UserError(f"{jax.tree_util.keystr(path)} was not restored as it was saved")
+    results = {
+        "model and data": "{:,} examples to train on, {:,} to evaluate on".format(*examples),
+        f"{len(trial.losses)} of {run.total_steps:,} steps": f"loss {', '.join(trial.losses)}; the run's own schedules",
+        "evaluation": evaluation,
+        "save": f"{size:,} bytes",
+        "restore": "every array equals the saved one, bit for bit",
+    }
+    seconds = [f"{end - start:.1f}" for start, end in itertools.pairwise(times)]
+    rows = [(*result, taken) for result, taken in zip(results.items(), seconds, strict=True)]
+    return table(("tried", "result", "seconds"), rows, right=("seconds",)) + "nothing of this dry run is kept\n"
+
+
+def _first_steps(run: "Run") -> "Run":
+    """A copy of a resolved run that ends after its first 3 steps and does not change them."""
+    short = copy.deepcopy(run)
+    short.total_steps = min(3, run.total_steps)
+    short.evaluation.every_steps = short.checkpoint.every_steps = short.total_steps
+    short.logging.every_steps, short.loading.in_memory_bytes = 1, 0  # so that only these steps' examples are read
+    groups = short.optimizer.groups.values()
+    schedules = [schedule for group in groups for schedule in (group.schedule, group.decay_schedule)]
+    for schedule in filter(None, (short.optimizer.schedule, *schedules)):
+        schedule.run_steps = schedule.run_steps or run.total_steps
+    return short
