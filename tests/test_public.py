@@ -61,7 +61,7 @@ def test_type_checkers_see_the_names_that_there_are():
 
 
 def test_every_config_dataclass_and_every_error_is_public():
-    dataclass = {name for name in config.__all__ if dataclasses.is_dataclass(getattr(config, name))}
+    dataclass = {name for name, value in vars(config).items() if dataclasses.is_dataclass(value)}
     error = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert dataclass | error <= NAMES
 
