@@ -17,11 +17,7 @@ class ArraySource:
     """Examples in memory: one array for each entry, whose first axis is the example."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps the arrays in the dtypes that JAX uses: 64-bit numbers become 32-bit ones.
-
-        Raises:
-          UserError: the arrays do not have one length, 1 or more.
-        """
+        """Casts arrays of 64-bit numbers to 32 bits, as JAX does; all must have one length, 1 or more."""
         self.arrays = {name: _narrow(np.asarray(array)) for name, array in arrays.items()}
         lengths = {name: len(array) for name, array in self.arrays.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -95,11 +91,7 @@ def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
 
 
 def batch_spec(source: RandomAccessSource, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch of the source, the mask included.
-
-    Raises:
-      UserError: no device can hold an entry, because it is not numeric, or its name is one that the harness uses.
-    """
+    """Shapes and dtypes of a batch, the mask included; raises `UserError` if an entry is not numeric or is misnamed."""
     example = _stack([source[0]])
     for name, array in example.items():
         if name in ("mask", "example_key"):

@@ -51,16 +51,14 @@ class Batches:
         steps: int,
         local_examples: np.ndarray | None = None,
     ) -> None:
-        """The first `steps` batches of `source`.
+        """The first `steps` batches.
 
         Args:
           source: the examples.
-          seed: that of the order of a training run; None for the order of the source, once: masked copies of the last
-            example fill up the last batch.
+          seed: that of a training run; None for the order of the source, which ends with masked copies of the last one.
           batch_size: B, over all processes.
           steps: how many batches there are.
-          local_examples: the places in each batch that this process reads, in that order; None for all. The place of
-            an example does not depend on how many processes read.
+          local_examples: the places in each batch that this process reads, in that order; None for all.
         """
         self.source, self.batch_size, self.steps = source, batch_size, steps
         self.order = None if seed is None else Order(len(source), seed)

@@ -1,7 +1,7 @@
 """Data sets of TFDS, read as random-access sources without TensorFlow."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -10,11 +10,7 @@ from trainer.errors import NotPreparedError, UserError, nearest
 
 
 class TfdsSource:
-    """A split of a prepared TFDS data set, by name.
-
-    Any data set works that is on disk in a random-access format (ArrayRecord), whether its builder's code is
-    imported or not.
-    """
+    """A split of a data set that TFDS has prepared as ArrayRecord; its builder's code need not be imported."""
 
     def __init__(self, name: str, split: str, features: Sequence[str], data_dir: str | None = None) -> None:
         """Opens the split; no example is read yet.
@@ -23,7 +19,7 @@ class TfdsSource:
           name: the data set, such as "mnist" or "mnist:3.0.1".
           split: "train", "test", or a slice such as "train[:90%]".
           features: the entries to decode; the others are skipped.
-          data_dir: where data sets lie; None for TFDS's own default, TFDS_DATA_DIR or ~/tensorflow_datasets.
+          data_dir: the folder of data sets; None for TFDS's own default, TFDS_DATA_DIR or ~/tensorflow_datasets.
 
         Raises:
           NotPreparedError: the data set is not there.
@@ -31,24 +27,20 @@ class TfdsSource:
         """
         builder = _prepared(name, data_dir)
         if builder is None:
-            raise NotPreparedError(f"data set {name!r} is not prepared in {_where(data_dir)}")
-        base = split.split("[")[0]
-        for part in base.split("+"):
-            if part not in builder.info.splits:
-                raise UserError(f"data set {name!r} has no split {part!r}{nearest(part, builder.info.splits)}")
+            raise NotPreparedError(
+                f"data set {name!r} is not prepared in {data_dir or str(tfds.core.constants.DATA_DIR)}"
+            )
         known = dict(builder.info.features or {})
-        for feature in features:
-            if feature not in known:
-                raise UserError(f"data set {name!r} has no feature {feature!r}{nearest(feature, known)}")
+        _check_known(name, "split", split.split("[")[0].split("+"), builder.info.splits)
+        _check_known(name, "feature", features, known)
         skipped = {feature: tfds.decode.SkipDecoding() for feature in known if feature not in features}
         try:
             self._source = builder.as_data_source(split=split, decoders=skipped or None)
             length = len(self._source)
         except NotImplementedError as error:
-            form = builder.info.file_format.name
             raise UserError(
-                f"data set {name!r} lies in {builder.data_dir} as {form}, which has no random access: "
-                "delete it there and prepare it again"
+                f"data set {name!r} lies in {builder.data_dir} as {builder.info.file_format.name}, which has no random "
+                "access: delete it there and prepare it again"
             ) from error
         except ValueError as error:
             raise UserError(f"data set {name!r}, split {split!r}: {str(error).splitlines()[0]}") from error
@@ -60,18 +52,18 @@ class TfdsSource:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._chosen(self._source[index])
+        return self._select(self._source[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """Many examples in one read of the file."""
-        return [self._chosen(example) for example in self._source.__getitems__(indices)]
+        return [self._select(example) for example in self._source.__getitems__(indices)]
 
-    def _chosen(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _select(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         return {feature: example[feature] for feature in self._features}
 
 
 def prepare(name: str, data_dir: str | None = None) -> None:
-    """Writes a data set as ArrayRecord, if it is not there yet. Its builder must be imported, or TFDS's own."""
+    """Writes a data set as ArrayRecord, if it is not there yet. The builder must be TFDS's own, or imported."""
     if _prepared(name, data_dir) is not None:
         return
     if not sys.stderr.isatty():
@@ -97,5 +89,7 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder | Non
     return builder if builder.info.splits else None
 
 
-def _where(data_dir: str | None) -> str:
-    return data_dir or str(tfds.core.constants.DATA_DIR)
+def _check_known(name: str, kind: str, asked: Sequence[str], known: Collection[str]) -> None:
+    for one in asked:
+        if one not in known:
+            raise UserError(f"data set {name!r} has no {kind} {one!r}{nearest(one, known)}")

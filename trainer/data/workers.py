@@ -43,7 +43,6 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
     resource_tracker.ensure_running()  # or the first worker starts it, which unblocks signals again
     requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
-    closed = threading.Event()
 
     def read() -> None:
         # Only the training process answers a signal to the process group: it needs batches to finish its step. Workers
@@ -55,10 +54,10 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
                     answers.put(next(batches))
         except BaseException as error:
             answers.put(error)
-        closed.set()
 
     # Grain waits for ever for a worker that hangs or was killed in the middle of a batch, so a thread waits for Grain.
-    threading.Thread(target=read, name="batches of the workers", daemon=True).start()
+    thread = threading.Thread(target=read, name="batches of the workers", daemon=True)
+    thread.start()
     try:
         while True:
             requests.put(True)
@@ -84,7 +83,7 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
     finally:
         requests.put(False)
         if not sys.is_finalizing():  # then threads run no more, and Grain has closed already
-            closed.wait(_CLOSING_SECONDS)
+            thread.join(_CLOSING_SECONDS)
 
 
 def _begin(worker: int, workers: int) -> None:
