@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run with one process on each node, which JAX finds by Slurm's own variables:
+# A run with one process on each node; JAX finds the processes by Slurm's own variables:
 #   sbatch --nodes=4 deploy/slurm.sh --config=configs/lm_110m.py --workdir=/shared/runs/lm_110m
 #SBATCH --job-name=belief
 #SBATCH --ntasks-per-node=1
@@ -10,11 +10,11 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-# When the first process ends, the others get two minutes to end by themselves: they may still be saving.
+# After the first process has ended, the others get two minutes to end by themselves: they may still be saving.
 code=0
 srun --wait=120 python -m trainer train "$@" || code=$?
 
-# A SIGTERM came, five minutes before the time limit or from a pre-emption, and the state is saved: go on in a new job.
+# A SIGTERM came, from a preemption or five minutes before the time limit, and the state is saved: continue in a new job.
 if [ "$code" -eq 143 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

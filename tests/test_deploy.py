@@ -1,4 +1,4 @@
-"""What deploy/ gives to GKE and to Slurm is what they take, and docs/tpu.md says what deploy/ does."""
+"""GKE and Slurm accept the files of deploy/, and docs/tpu.md describes them."""
 
 import copy
 import importlib
@@ -33,9 +33,9 @@ def at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def differences(given: Any, read: Any, path: str = "") -> list[str]:
-    """The paths in `given` that the schema does not know, and those of required texts that it lacks.
+    """The paths in `given` that the schema does not know, and the required strings that are missing.
 
-    The models of kubeflow-trainer-api leave out the former, and make the latter empty.
+    The models of kubeflow-trainer-api drop an unknown field, and make a missing required string empty.
     """
     if isinstance(given, dict):
         lacking = [f"{path}/{key} lacks" for key in read.keys() - given.keys() if read[key] == ""]
@@ -52,7 +52,7 @@ def differences(given: Any, read: Any, path: str = "") -> list[str]:
 
 
 def check(manifest: Any) -> list[str]:
-    """What is wrong with the fields of a JobSet; raises `ValidationError` for a wrong type."""
+    """The unknown and the missing fields of a JobSet; raises `ValidationError` for a wrong type."""
     read = JobsetV1alpha2JobSet.from_dict(manifest)
     assert read is not None
     return differences(manifest, read.to_dict())
@@ -171,7 +171,7 @@ def test_slurm_script_is_bash():
     subprocess.run(["bash", "-n", str(SLURM)], check=True)
 
 
-# Slurm's own, as far as the script sees them: `srun` starts each task with the variables that a step has.
+# Slurm's programs, as far as the script uses them: `srun` gives each task the variables of a Slurm step.
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --wait=120 ] && shift
 export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2

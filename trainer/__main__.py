@@ -14,26 +14,26 @@ from trainer.commands import run
 
 def main() -> None:
     """Runs the command in `sys.argv` and exits with its code."""
-    if sys.argv[1:2] != ["prepare"]:  # which removes what it has half written when it is interrupted
-        signal.signal(signal.SIGINT, _leave)
-    _leave_out_absent_chips()
+    if sys.argv[1:2] != ["prepare"]:  # an interrupt there removes files that are half written
+        signal.signal(signal.SIGINT, _exit_at_once)
+    _use_cpu_without_accelerators()
     sys.exit(run(sys.argv[1:]))
 
 
-def _leave_out_absent_chips() -> None:
-    """Sets JAX_PLATFORMS=cpu where libtpu is installed, as `plan` needs it, on a machine without accelerators.
+def _use_cpu_without_accelerators() -> None:
+    """Sets JAX_PLATFORMS=cpu on a machine with libtpu, which `plan` needs, and without accelerators.
 
-    There libtpu would take a second and print a page of errors before JAX takes the CPU.
+    Otherwise libtpu would search for a second and print a page of errors before JAX takes the CPU.
     """
-    found = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"), *Path("/dev").glob("nvidia*")]
-    if not found and not Path("/dev/kfd").exists() and importlib.util.find_spec("libtpu"):
+    accelerators = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"), *Path("/dev").glob("nvidia*")]
+    if not accelerators and not Path("/dev/kfd").exists() and importlib.util.find_spec("libtpu"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _leave(signum: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process at once, while there is nothing to save; training takes the signal over when there is.
+def _exit_at_once(signum: int, frame: FrameType | None) -> NoReturn:
+    """Ends the process, while there is nothing to save; `distributed.Preemption` replaces this handler during training.
 
-    A KeyboardInterrupt would be swallowed if it came in one of JAX's callbacks, and the run would go on.
+    JAX would swallow a KeyboardInterrupt in one of its callbacks, and the command would go on.
     """
     del frame
     with suppress(RuntimeError):  # the signal may have come in the middle of a print

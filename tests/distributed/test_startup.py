@@ -1,4 +1,4 @@
-"""What a process learns of its group from its surroundings and from the roll call, and that one alone needs none."""
+"""A process finds its group in the environment and meets it at the rendezvous; a process alone needs neither."""
 
 import re
 import socket
@@ -36,7 +36,7 @@ HOSTS = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}
     ],
 )
 def test_several_processes_are_expected_only_where_something_started_several(environment, platforms, method):
-    assert startup._method(environment, platforms) == method
+    assert startup._launcher(environment, platforms) == method
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_one_process_waits_for_nobody_and_agrees_with_itself(flags):
 
 
 def answers(calls: list[tuple], port: int) -> list[str]:
-    """What comes of a roll call at which these (place, count, seconds) appear; "" where all came."""
+    """The error of each process at a rendezvous, given (index, count, seconds) of each; "" for none."""
 
     def answer(arguments: tuple) -> str:
         try:
@@ -82,25 +82,25 @@ def port() -> int:
         return server.getsockname()[1]
 
 
-def test_all_who_come_pass_in_any_order_and_the_port_is_free_again_for_the_next_roll_call(port):
-    for places in ([0, 1, 2], [2, 1, 0]):
-        assert answers([(place, 3, 20) for place in places], port) == [""] * 3
+def test_all_processes_pass_in_any_order_and_the_port_is_free_again_for_the_next_rendezvous(port):
+    for order in ([0, 1, 2], [2, 1, 0]):
+        assert answers([(index, 3, 20) for index in order], port) == [""] * 3
     socket.create_server(("127.0.0.1", port)).close()
 
 
-def test_those_who_came_are_all_told_who_is_missing(port):
+def test_every_process_that_came_names_the_missing_ones(port):
     began = time.monotonic()
-    found = answers([(place, 4, 1) for place in (0, 2)], port)
+    found = answers([(index, 4, 1) for index in (0, 2)], port)
     assert time.monotonic() - began < 4
     where = f"127.0.0.1:{port} (hosts: a,b)"
     message = f"only 2 of 4 processes came within 1 s to {where}: no process 1, 3"
     # Process 2 gives up a second later than it has to, to be told; on a loaded machine that may be too soon.
-    alone = f"process 0 of 4 at {where} waits for more than this one; process 2 waited 1 s"
+    alone = f"process 0 of 4 at {where} still waits for another process; process 2 waited 1 s"
     assert found in ([message, message], [message, alone])
 
 
-def test_processes_told_of_different_numbers_are_refused(port):
-    assert answers([(0, 3, 20), (1, 2, 20)], port) == ["process 1 was told of 2 processes, process 0 of 3"] * 2
+def test_processes_that_expect_different_numbers_are_refused(port):
+    assert answers([(0, 3, 20), (1, 2, 20)], port) == ["process 1 expects 2 processes, process 0 expects 3"] * 2
 
 
 def test_a_stranger_at_the_port_is_neither_counted_nor_believed(port):

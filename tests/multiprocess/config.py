@@ -1,4 +1,4 @@
-"""The run of `tests/multiprocess`, as a config file of its own, since a config's experiment lies in a module."""
+"""The config of `tests/multiprocess`: twenty short steps of `Traced`."""
 
 import dataclasses
 import sys

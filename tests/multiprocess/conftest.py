@@ -1,4 +1,4 @@
-"""Groups of real processes, and runs that several tests look at."""
+"""Commands in processes of their own, and runs that several tests read."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ CONFIG = "--config=tests/multiprocess/config.py"
 
 
 class Group:
-    """A command in the root of the repository, with what it wrote to its end."""
+    """A command that runs in the root of the repository, and its output after `end`."""
 
     def __init__(self, *command: str, **environment: str) -> None:
         kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -35,7 +35,7 @@ class Group:
         self.stdout = self.stderr = ""
 
     def end(self, seconds: float = 120) -> int:
-        """Its exit code."""
+        """Waits for the command and returns its exit code."""
         try:
             self.stdout, self.stderr = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -45,13 +45,13 @@ class Group:
         return self.process.returncode
 
     def errors(self) -> list[str]:
-        """The lines that report a mistake."""
+        """The lines of standard error that report a mistake."""
         return [line for line in self.stderr.splitlines() if "error: " in line]
 
-    def child(self, place: int) -> int:
-        """The process id of one of the processes of `rehearse`."""
+    def child(self, index: int) -> int:
+        """The process id of process `index` of `rehearse`."""
         pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        flag = f"--process={place}".encode()
+        flag = f"--process={index}".encode()
         return next(int(pid) for pid in pids if flag in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
@@ -75,7 +75,7 @@ def rows_of(workdir: Path) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended, but was not asked for its exit code, does not."""
+    """Whether a process runs; a zombie does not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -97,7 +97,7 @@ def arrays(workdir: Path, step: int = 20) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def running() -> Iterator[list[Group]]:
-    """Groups that are ended with the test, however it ends."""
+    """Commands that are killed at the end of the test if they still run."""
     groups: list[Group] = []
     yield groups
     for group in groups:
@@ -107,7 +107,7 @@ def running() -> Iterator[list[Group]]:
 
 @pytest.fixture(scope="session")
 def in_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Group]:
-    """A whole run in two processes with two devices each, parameters and moments split over all four."""
+    """A finished run in two processes with two devices each, parameters and moments sharded over all four."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     flags = ("--processes=2", "--devices=2", "--profile=3:4", "--config.evaluation.every_steps=10")
     return workdir, finished(rehearse(CONFIG, f"--workdir={workdir}", *flags))

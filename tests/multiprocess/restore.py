@@ -1,6 +1,6 @@
-"""Run in each of several processes: restores a checkpoint, compares its bits with an .npz, and misses a barrier.
+"""Restores a checkpoint in each of several processes, compares its bits with an .npz, and gathers without the last one.
 
-Arguments: workdir, .npz, then the flags of a command that several processes carry out.
+Arguments: workdir, .npz, then the flags of a command in several processes.
 """
 
 import argparse
@@ -32,17 +32,17 @@ def main() -> None:
     with closing(Store(Workdir(options.workdir).checkpoints, run.checkpoint, read_only=True)) as store:
         state = store.restore(program.state, store.steps()[-1])
     expected = np.load(options.expected)
-    split = 0
+    sharded = 0
     for path, leaf in zip(paths(state), jax.tree.leaves(state), strict=True):
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), expected[path][shard.index], err_msg=path)
-        split += not leaf.sharding.is_fully_replicated
+        sharded += not leaf.sharding.is_fully_replicated
     assert len(paths(state)) == len(expected.files)
     shapes = f"{jax.process_count()} processes × {jax.local_device_count()} devices"
-    print(f"{len(expected.files)} leaves are the same bit for bit on {shapes}, {split} of them split", flush=True)
+    print(f"{len(expected.files)} leaves are the same bit for bit on {shapes}, {sharded} of them sharded", flush=True)
     if distributed.index() != distributed.count() - 1:
         try:
-            distributed.barrier("the missed one", 1)
+            distributed.gather("the missed one", seconds=1)
         except TimeoutError as error:
             print(error, flush=True)
     assert distributed.gather("all", str(distributed.index())) == [str(i) for i in range(distributed.count())]

@@ -1,4 +1,4 @@
-"""A task whose metrics tell what every row of every global batch held, and what a process can do wrong."""
+"""A task whose metrics name every example of every global batch, and whose source can fail in one process."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from trainer.data import ArraySource
 from trainer.metrics import Mean
 
 BATCH = 16
-EXAMPLES = 21  # of Task's test split: two batches of 8, and one in which the last of four processes has nothing
+EXAMPLES = 21  # of Task's test split: two batches of 8, and one in which the last of four processes has no example
 
 
 @dataclasses.dataclass
 class Traced(Task):
-    """`id_j` is the example in row j of a training batch, `noise_j` a number drawn with its key."""
+    """`id_j` is the id of example j of a training batch, `noise_j` a number drawn with its key."""
 
     dropout: float = 0.2
     noise: float = 0.3
@@ -27,9 +27,9 @@ class Traced(Task):
         one = jnp.ones((), jnp.float32)
         if train:
             drawn = jax.vmap(jax.random.normal)(batch["example_key"])
-            for row in range(BATCH):
-                metrics[f"id_{row}"] = Mean(batch["id"][row].astype(jnp.float32), one)
-                metrics[f"noise_{row}"] = Mean(drawn[row], one)
+            for j in range(BATCH):
+                metrics[f"id_{j}"] = Mean(batch["id"][j].astype(jnp.float32), one)
+                metrics[f"noise_{j}"] = Mean(drawn[j], one)
         else:  # each example's share of all that were seen
             for i in range(EXAMPLES):
                 metrics[f"share_{i}"] = Mean.of(batch["id"] == i, batch["mask"])
@@ -42,7 +42,7 @@ class Traced(Task):
 
 
 class Broken(ArraySource):
-    """It can be looked at, but not read."""
+    """A source of which no batch can be read."""
 
     def take(self, indices):
         raise OSError("the disk is gone")

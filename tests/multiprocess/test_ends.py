@@ -1,4 +1,4 @@
-"""How a group of processes ends: in good order when asked to, soon when one fails, and never in part."""
+"""A group of processes ends in good order on a signal, soon when one process fails, and always as a whole."""
 
 import fcntl
 import os
@@ -18,11 +18,11 @@ ENDLESS = "--config.total_steps=1000000"
 
 
 def start(running, workdir, *flags, steps: int = 3) -> tuple[Group, list[int]]:
-    """A rehearsal of two processes that has made some steps, and their process ids."""
+    """A command in two processes that has made some steps, and their process ids."""
     group = rehearse(CONFIG, f"--workdir={workdir}", *flags)
     running.append(group)
     group.wait_until(lambda: rows_of(workdir) >= steps)
-    return group, [group.child(place) for place in range(2)]
+    return group, [group.child(index) for index in range(2)]
 
 
 def assert_gone(pids: list[int], seconds: float = 3) -> None:
@@ -47,14 +47,14 @@ def test_a_signal_to_one_process_or_to_all_saves_one_step_and_ends_all(signum, c
     assert_gone(pids)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_killed_process_ends_the_group_with_its_code_soon(place, running, tmp_path):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_killed_process_ends_the_group_with_its_code_soon(index, running, tmp_path):
     group, pids = start(running, tmp_path / "run", ENDLESS)
-    os.kill(pids[place], signal.SIGKILL)
+    os.kill(pids[index], signal.SIGKILL)
     began = time.monotonic()
     assert group.end(30) == 128 + signal.SIGKILL
     assert time.monotonic() - began < 10
-    assert group.errors()[-1] == f"error: process {place} was killed by SIGKILL; all were ended"
+    assert group.errors()[-1] == f"error: process {index} was killed by SIGKILL; all were ended"
     assert_gone(pids, 0)
 
 
@@ -66,14 +66,14 @@ def test_a_killed_rehearsal_leaves_no_process_behind(running, tmp_path):
 
 
 def test_an_exception_in_one_of_two_processes_that_slurm_started_ends_both_without_rehearse(running, tmp_path):
-    for place in range(2):
+    for index in range(2):
         environment = {
             "SLURM_JOB_ID": "1",
             "SLURM_STEP_NODELIST": "localhost",
             "SLURM_NTASKS": "2",
-            "SLURM_PROCID": str(place),
-            "SLURM_LOCALID": str(place),
-            "JAX_COORDINATOR_PORT": str(free_port()) if not place else running[0].port,
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+            "JAX_COORDINATOR_PORT": str(free_port()) if not index else running[0].port,
         }
         flags = (CONFIG, f"--workdir={tmp_path}/run", "--heartbeat=5", "--config.experiment.broken_in=1")
         running.append(Group("-m", "trainer", "train", *flags, **environment))
@@ -91,8 +91,8 @@ def test_an_exception_in_one_of_two_processes_that_slurm_started_ends_both_witho
 def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_come(running, tmp_path):
     port = free_port()
     began = time.monotonic()
-    for place in (0, 1):
-        flags = (f"--coordinator=127.0.0.1:{port + place}", f"--process={place}", "--processes=3", "--wait=2")
+    for index in (0, 1):
+        flags = (f"--coordinator=127.0.0.1:{port + index}", f"--process={index}", "--processes=3", "--wait=2")
         running.append(Group("-m", "trainer", "train", CONFIG, f"--workdir={tmp_path}/run", *flags))
     assert [group.end() for group in running] == [2, 2]
     assert time.monotonic() - began < 30
@@ -114,10 +114,14 @@ def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_co
         ((CONFIG, "--config.batch_size=6"), "batch_size 6 does not divide over 4 devices"),
         (
             (CONFIG, "--config.total_steps=9", "--profile=8:10"),
-            "the profile is to end with step 10, ",
+            "the profile is of steps 8 to 10; this launch makes steps 1 to 9",
+        ),
+        (
+            ("--config=configs/digits.py", "--config.experiment.data_dir=/nowhere"),
+            "data set 'digits' is not prepared in /nowhere; prepare it with: python -m trainer prepare --config=",
         ),
     ],
-    ids=["typo", "differing", "batch", "profile"],
+    ids=["typo", "differing", "batch", "profile", "not prepared"],
 )
 def test_a_mistake_is_one_line_of_one_process_and_leaves_nothing(flags, message, running, tmp_path):
     running.append(rehearse(*flags, "--processes=2", "--devices=2", f"--workdir={tmp_path}/run"))
@@ -127,7 +131,7 @@ def test_a_mistake_is_one_line_of_one_process_and_leaves_nothing(flags, message,
     assert not (tmp_path / "run").exists()
 
 
-def test_what_only_the_first_process_can_find_wrong_ends_all(running, tmp_path):
+def test_a_mistake_that_only_the_first_process_can_find_ends_all(running, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     with (workdir / ".lock").open("w") as lock:

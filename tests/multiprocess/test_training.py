@@ -1,4 +1,4 @@
-"""Two and four processes train the run that one process trains, and write it once."""
+"""Two and four processes train the run that one process trains, and only one of them writes."""
 
 import json
 import re
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def in_one(tmp_path_factory) -> list[dict]:
-    """The rows of metrics of the same run in this process, which has four devices, too."""
+    """The rows of metrics of the same run in this process, also on four devices."""
     workdir, run = tmp_path_factory.mktemp("one") / "run", get_config()
     run.evaluation.every_steps = 10
     train(run, workdir, progress=Progress(20, StringIO()))
@@ -69,11 +69,11 @@ def test_pmap_over_two_processes_trains_and_saves_what_one_process_does(tmp_path
         np.testing.assert_allclose(array, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
-def test_row_j_of_batch_i_is_the_same_example_with_the_same_random_numbers_on_any_number_of_processes(rows, in_one):
-    names = [f"train/id_{row}" for row in range(BATCH)]
+def test_example_j_of_batch_i_is_the_same_with_the_same_random_numbers_on_any_number_of_processes(rows, in_one):
+    names = [f"train/id_{j}" for j in range(BATCH)]
     examples = Order(Traced().examples, get_config().seed)(0, 20 * BATCH).reshape(20, BATCH)
     np.testing.assert_array_equal(values(rows, *names), examples)
-    noise = [f"train/noise_{row}" for row in range(BATCH)]
+    noise = [f"train/noise_{j}" for j in range(BATCH)]
     np.testing.assert_array_equal(values(rows, *noise), values(in_one, *noise))
     assert len(np.unique(values(rows, *noise))) == 20 * BATCH
 
@@ -94,24 +94,24 @@ def test_only_the_first_process_writes_and_speaks(in_two):
     assert event_steps(workdir) == list(range(1, 21))
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert sorted(path.name for path in workdir.iterdir()) == [
-        *(".lock", "checkpoints", "config.json", "labels.txt", "metrics.jsonl", "profile", "tensorboard"),
+        *(".lock", "checkpoints", "config.json", "params.txt", "metrics.jsonl", "profile", "tensorboard"),
         "timing.jsonl",
     ]
 
 
 def test_every_process_writes_a_profile_of_its_own(in_two):
-    for place in (0, 1):
-        traces = list((in_two[0] / "profile" / f"process_{place}").rglob("*.xplane.pb"))
+    for index in (0, 1):
+        traces = list((in_two[0] / "profile" / f"process_{index}").rglob("*.xplane.pb"))
         assert len(traces) == 1
         recorded = traces[0].read_bytes()
         assert b"step_num" in recorded
         assert b"train" in recorded
 
 
-def test_a_checkpoint_of_two_processes_is_one_with_parts_of_both_and_one_manifest(in_two):
+def test_a_checkpoint_of_two_processes_has_shards_of_both_and_one_metadata(in_two):
     folder = in_two[0] / "checkpoints" / "20"
     assert {path.name for path in (folder / "state").glob("ocdbt.process_*")} == {"ocdbt.process_0", "ocdbt.process_1"}
-    assert json.loads((folder / "manifest" / "metadata").read_text())["step"] == 20
+    assert json.loads((folder / "metadata" / "metadata").read_text())["step"] == 20
 
 
 def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):
@@ -131,15 +131,15 @@ def test_a_checkpoint_of_two_processes_is_restored_on_four_bit_for_bit_and_a_lat
     np.savez(tmp_path / "expected.npz", **expected)  # pyrefly: ignore[bad-argument-type] - no name is an option of it
     script = ["-m", "tests.multiprocess.restore", str(in_two[0]), str(tmp_path / "expected.npz")]
     start = f"raise SystemExit(run_group({[sys.executable, *script]}, processes=4, devices=1))"
-    lines = finished(Group("-c", f"from trainer.commands.rehearse import run_group; {start}")).stdout.splitlines()
-    splittable = [a for path, a in expected.items() if "batch_stats" not in path and any(n % 4 == 0 for n in a.shape)]
-    split = len(splittable)
-    assert split > 5
-    for place in range(4):
-        shown = [line for line in lines if line.startswith(f"[{place}] ")]
-        same = f"{len(expected)} leaves are the same bit for bit on 4 processes × 1 devices, {split} of them split"
-        missed = ["waited 1 s at 'the missed one' for process 3 of 4"] * (place != 3)
-        assert shown == [f"[{place}] {text}" for text in (same, *missed)]
+    lines = finished(Group("-c", f"from trainer.distributed.launch import run_group; {start}")).stdout.splitlines()
+    divisible = [a for path, a in expected.items() if "batch_stats" not in path and any(n % 4 == 0 for n in a.shape)]
+    sharded = len(divisible)
+    assert sharded > 5
+    for index in range(4):
+        shown = [line for line in lines if line.startswith(f"[{index}] ")]
+        same = f"{len(expected)} leaves are the same bit for bit on 4 processes × 1 devices, {sharded} of them sharded"
+        missed = ["waited 1 s at 'the missed one' for process 3 of 4"] * (index != 3)
+        assert shown == [f"[{index}] {text}" for text in (same, *missed)]
 
 
 def test_ten_and_ten_steps_in_two_processes_are_twenty_to_the_bit(in_two, tmp_path):
@@ -158,12 +158,12 @@ def test_ten_and_ten_steps_in_two_processes_are_twenty_to_the_bit(in_two, tmp_pa
 
 def test_evaluate_finds_the_processes_that_open_mpi_started_and_shows_what_training_found(in_two, running):
     port = free_port()
-    for place in range(2):
+    for index in range(2):
         environment = {
             "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
             "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_RANK": str(place),
-            "OMPI_COMM_WORLD_LOCAL_RANK": str(place),
+            "OMPI_COMM_WORLD_RANK": str(index),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
             "JAX_COORDINATOR_PORT": str(port),
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         }

@@ -77,7 +77,7 @@ def _run(argv: list[str]) -> int:
 
 @contextmanager
 def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractContextManager]]:
-    """Joins the other processes, if the command has flags for that; gives what makes a mistake of one that of all."""
+    """Connects the processes of a command that takes their flags; yields `collective_errors`, or else `nullcontext`."""
     if "coordinator" not in options:
         yield nullcontext
         return
@@ -95,8 +95,10 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
     try:
         with distributed.fail_fast():
             yield distributed.collective_errors
-    except distributed.ReportedError:
-        sys.exit(2)
+    except distributed.CollectiveUserError as error:
+        if error.__cause__ is None:  # the process that found the mistake shows it
+            sys.exit(2)
+        raise error.__cause__ from None
     except KeyboardInterrupt as error:
         if distributed.is_primary():
             raise

@@ -1,46 +1,53 @@
-"""The processes that train one run together: how they agree and how they end."""
+"""The processes of a run: how they agree, how they fail together, and how a signal stops them."""
 
 import itertools
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
 
 import jax
-from jax._src.distributed import global_state  # barriers with a time limit: JAX has no public ones
+from jax._src.distributed import global_state  # strings and barriers with a time limit: JAX has no public ones
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from trainer.errors import CollectiveError, UserError
 
-_SECONDS = 600  # of patience at a barrier: far more than hosts differ by in loading their data
-_calls: Counter[str] = Counter()
+_BARRIER_SECONDS = 600  # far more than hosts differ by in loading their data
+_calls: Counter[str] = Counter()  # of `gather`, by name
 
 
-class ReportedError(UserError):
-    """A mistake that another process reports; a command ends with exit code 2 and says nothing."""
+class CollectiveUserError(UserError, CollectiveError):
+    """A mistake that one process found and every process raises; its cause is the error itself where it was found."""
 
 
 def count() -> int:
-    """How many processes there are."""
-    return global_state.num_processes if jax.distributed.is_initialized() else 1
+    """The number of processes."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1  # JAX starts its backend to count
 
 
 def index() -> int:
-    """Which one this is, from 0."""
-    return global_state.process_id if jax.distributed.is_initialized() else 0
+    """The number of this process, from 0."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and speaks: the first."""
+    """Whether this is process 0, the only one that writes to the workdir and to the terminal."""
     return index() == 0
 
 
-def gather(name: str, value: str = "", *, seconds: float = _SECONDS) -> list[str]:
-    """What every process gives under a name, in their order; returns when all have given it, for the nth time if it is.
+def gather(name: str, value: str = "", *, seconds: float = _BARRIER_SECONDS) -> list[str]:
+    """Returns the values of all processes, in their order, once all have called it with this name.
+
+    A name can be used again: the nth call in one process belongs to the nth call in the others.
 
     Raises:
-      TimeoutError: not all came within `seconds`; it names those missing.
+      TimeoutError: not all called it within `seconds`; the message names the missing processes.
     """
     client = global_state.client
     if client is None:
@@ -51,72 +58,123 @@ def gather(name: str, value: str = "", *, seconds: float = _SECONDS) -> list[str
     try:
         client.wait_at_barrier(key, round(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
-        came = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
-        missing = ", ".join(str(i) for i in range(count()) if i not in came)
+        arrived = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
+        missing = ", ".join(str(i) for i in range(count()) if i not in arrived)
         if not missing:
             raise
         raise TimeoutError(f"waited {seconds:g} s at {name!r} for process {missing} of {count()}") from error
     return [value for _, value in sorted(client.key_value_dir_get(key))]
 
 
-def barrier(name: str, seconds: float = _SECONDS) -> None:
-    """Returns when all processes are here; raises `TimeoutError`, which names those missing, after `seconds`."""
-    gather(name, seconds=seconds)
-
-
 @contextmanager
 def collective_errors(name: str) -> Iterator[None]:
-    """Ends in all processes alike: a mistake that any of them finds inside is raised in all, and told by one.
+    """Raises a `UserError` of any process in all of them at the end of the block; a process alone raises it as it is.
 
     Raises:
-      UserError: in the first process that found one.
-      ReportedError: in all others.
+      CollectiveUserError: in every process; in the first process that found a mistake, caused by that mistake.
     """
     error: UserError | None = None
     try:
         yield
-    except UserError as found:
-        error = found
-    failed = [i for i, text in enumerate(gather(name, type(error).__name__ if error else "")) if text]
-    if not failed:
-        return
-    if error is None or failed[0] != index():
-        error = ReportedError(f"see process {failed[0]}")
-    vars(error)["agreed"] = True
-    raise error
+    except UserError as raised:
+        if count() == 1 or isinstance(raised, CollectiveError):
+            raise
+        error = raised
+    texts = gather(name, f"{type(error).__name__}: {error}" if error else "")
+    first = next((i for i, text in enumerate(texts) if text), None)
+    if first is not None:
+        raise CollectiveUserError(f"process {first}: {texts[first]}") from (error if first == index() else None)
 
 
-def check_same(what: str, text: str) -> None:
-    """Raises `UserError` in one process, `ReportedError` in the others, unless the text is the same in all of them."""
-    texts = gather(what, text)
-    with collective_errors(what):
-        mine, first = text.splitlines(), texts[0].splitlines()
-        for here, there in itertools.zip_longest(mine, first, fillvalue="nothing"):
+def check_same(message: str, text: str) -> None:
+    """Raises `CollectiveUserError`, with the first line that differs, unless all processes pass the same text."""
+    texts = gather(message, text)
+    with collective_errors(message):
+        for here, there in itertools.zip_longest(text.splitlines(), texts[0].splitlines(), fillvalue="nothing"):
             if here != there:
                 here, there = (line.strip(" ,") for line in (here, there))
-                raise UserError(f"{what}: process {index()} has {here}, process 0 has {there}")
+                raise UserError(f"{message}: process {index()} has {here}, process 0 has {there}")
 
 
 @contextmanager
 def fail_fast() -> Iterator[None]:
-    """What one of several processes fails with alone inside ends it at once; the others miss its heartbeat.
+    """An exception on one process only exits that process immediately; the others notice its missing heartbeat.
 
-    Anything orderly would hang: the others wait for this one in a collective, and it for them when JAX shuts down. An
-    exception is everybody's, and passes, if it has a true attribute `agreed`.
+    An orderly exit would hang: JAX's shutdown waits for the other processes, which wait for this one in a collective.
+    A `CollectiveError` passes, since every process raises it.
     """
     try:
         yield
     except BaseException as error:
-        if count() == 1 or isinstance(error, CollectiveError) or getattr(error, "agreed", False):
+        if count() == 1 or isinstance(error, CollectiveError):
             raise
-        sys.stdout.flush()
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else 1
-        elif isinstance(error, UserError | KeyboardInterrupt):
-            print(f"error: {error}" if isinstance(error, UserError) else "\ninterrupted", file=sys.stderr)
-            code = 2 if isinstance(error, UserError) else 130
+        if isinstance(error, UserError):
+            message, code = f"error: {error}\n", 2
+        elif isinstance(error, KeyboardInterrupt):
+            message, code = "\ninterrupted\n", 130
+        elif isinstance(error, SystemExit) and isinstance(error.code, int):
+            message, code = "", error.code
         else:
-            traceback.print_exc()
-            code = 1
-        sys.stderr.flush()
+            message, code = traceback.format_exc(), 1
+        sys.stdout.flush()
+        print(message, end="", file=sys.stderr, flush=True)
         os._exit(code)
+
+
+class Interrupted(KeyboardInterrupt, CollectiveError):  # noqa: N818 - named like its base
+    """A signal stopped the run, in all of its processes, after the state was saved."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        """`step` is the saved step, from which the run can continue."""
+        self.signum = signal.Signals(signum)
+        super().__init__(f"stopped by {self.signum.name} at step {step}, which is saved; launch it again to go on")
+
+
+class Preemption:
+    """While entered, SIGINT and SIGTERM no longer break a step, and `stops_after` reports them; a second SIGINT does.
+
+    A process alone handles signals in its main thread only, as Python demands. Of several processes, JAX's preemption
+    service takes a SIGTERM to any of them and informs the others; a SIGINT is handed on to the service. A Jupyter
+    kernel keeps its SIGINT, which interrupts the cell.
+    """
+
+    def __init__(self, handle_signals: bool = True) -> None:
+        """`handle_signals=False` installs no handler and reports no signal."""
+        self._enabled = handle_signals
+        self._signum: int | None = None
+        self._group = count() > 1
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if self._enabled and threading.current_thread() is threading.main_thread():
+            left_alone = {signal.SIGINT: _in_jupyter(), signal.SIGTERM: self._group}
+            handled = [signum for signum, is_left in left_alone.items() if not is_left]
+            self._previous = {signum: signal.signal(signum, self._handle) for signum in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def stops_after(self, step: int) -> int | None:
+        """The signal that ends the run after `step`; None if none came. Call it once a step, in every process.
+
+        All processes get a signal after the same step; a process that received none itself gets SIGTERM.
+        """
+        if not self._group or not self._enabled:
+            return self._signum
+        return (self._signum or signal.SIGTERM) if reached_preemption_sync_point(step) else None
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None and signum == signal.SIGINT:
+            signal.default_int_handler(signum, frame)
+        self._signum = signum
+        if self._group:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_jupyter() -> bool:
+    """Whether a Jupyter kernel runs this process; IPython in a terminal has none."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return getattr(get_ipython(), "kernel", None) is not None

@@ -1,18 +1,19 @@
-"""Start-up of several processes: find each other, then wait for all, then connect JAX."""
+"""Start-up of several processes: find the group, wait until all are there, then connect JAX."""
 
 import os
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 
 import jax
-from jax._src.clusters import ClusterEnv  # what started these processes: public only as a side effect of `initialize`
+from jax._src.clusters import ClusterEnv  # JAX's public API detects and connects in one call: no room for `rendezvous`
 
 from trainer.errors import UserError
 
-_GREETING = "belief-trainer"  # so that what else may listen or call at the port is not taken for one of ours
+_GREETING = "belief-trainer"  # tells our processes from any other program at the port
 _RETRY_SECONDS = 0.2
+_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "SLURM_STEP_NODELIST")
 
 
 def initialize(
@@ -24,60 +25,55 @@ def initialize(
     heartbeat_seconds: int = 100,
     preemptible: bool = False,
 ) -> None:
-    """Joins the other processes of the run; on a machine that is alone it does nothing.
+    """Connects this process to the others of the run; for a process alone it does nothing.
 
-    What is not given comes from the environment on Cloud TPU, GKE, Slurm and Open MPI. Call it before JAX computes.
+    On Cloud TPU, GKE, Slurm and Open MPI the environment gives the first three. Call it before JAX computes.
 
     Args:
       coordinator: HOST:PORT of process 0, where it will listen.
-      process: which process this is, from 0.
-      processes: how many there are.
-      wait_seconds: how long to wait for the others, at least 1.
-      heartbeat_seconds: how long after a process died the others end, at least 2.
-      preemptible: whether SIGTERM is left to `checkpoint.preemption`; otherwise it kills, as usual.
+      process: the number of this process, from 0.
+      processes: the number of processes.
+      wait_seconds: how long to wait for the other processes, at least 1.
+      heartbeat_seconds: how long after the death of a process the others end, at least 2.
+      preemptible: whether `distributed.Preemption` handles SIGTERM; otherwise it kills, as usual.
 
     Raises:
-      UserError: not all came in time, or it cannot be told where or how many they are.
+      UserError: a process did not come in time, or the environment and the arguments do not describe the group.
     """
-    found = _find(coordinator, process, processes, wait_seconds)
-    if found is None:
+    group = _find(coordinator, process, processes, wait_seconds)
+    if group is None:
         return
-    address, count, place, local_devices = found
-    hosts = next((os.environ[name] for name in _HOSTS if name in os.environ), "")
-    rendezvous(address, place, count, wait_seconds, hosts)
+    address, index, count, local_devices = group
+    rendezvous(address, index, count, wait_seconds, next((os.environ[n] for n in _HOSTS if n in os.environ), ""))
     jax.config.update("jax_enable_preemption_service", preemptible)
     jax.distributed.initialize(
         address,
         count,
-        place,
+        index,
         local_devices,
-        cluster_detection_method="deactivate",  # it has told all it knows
+        cluster_detection_method="deactivate",  # `_find` has done it
         initialization_timeout=max(wait_seconds, 60),
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
-    jax.devices()  # all processes exchange theirs: a mistake that only one of them finds must come afterwards
-
-
-_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "SLURM_STEP_NODELIST")
+    jax.devices()  # here, as all processes exchange theirs: a process that fails earlier would leave the others waiting
 
 
 def _find(
     coordinator: str | None, process: int | None, processes: int | None, seconds: int
 ) -> tuple[str, int, int, Sequence[int] | None] | None:
-    """Address, number of processes, number of this one, and its devices where they are shared out; None if alone."""
-    local_devices: Sequence[int] | None = None
+    """Address, process, processes, and the local devices of this process (None: all); None for a process alone."""
+    devices: Sequence[int] | None = None
     method = None
     if None in (coordinator, processes, process):
-        platforms = jax.config.jax_platforms  # pyrefly: ignore[missing-attribute] - made at import
-        method = _method(dict(os.environ), platforms or "")
+        platforms = jax.config.jax_platforms  # pyrefly: ignore[missing-attribute] - JAX adds it when imported
+        method = _launcher(dict(os.environ), platforms or "")
     if method is not None:
+        detect = ClusterEnv.auto_detect_unset_distributed_params
         try:
-            coordinator, processes, process, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
-                coordinator, processes, process, None, method, seconds
-            )
+            coordinator, processes, process, devices = detect(coordinator, processes, process, None, method, seconds)
         except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"cannot tell from the environment ({method}) where the processes of the run are "
+                f"the environment ({method}) does not tell where the processes of the run are "
                 f"({type(error).__name__}: {error}); give --coordinator, --process and --processes"
             ) from error
     if coordinator is None and processes in (None, 1) and process in (None, 0):
@@ -86,13 +82,13 @@ def _find(
         raise UserError("give --coordinator=HOST:PORT, --process=I and --processes=N together")
     if not 0 <= process < processes:
         raise UserError(f"--process is {process}; it must be from 0 to {processes - 1}, below --processes")
-    return (coordinator, processes, process, local_devices) if processes > 1 else None
+    return (coordinator, process, processes, devices) if processes > 1 else None
 
 
-def _method(environment: dict[str, str], platforms: str) -> str | None:
-    """JAX's name for what started several processes like this one; None on a workstation, or where a single one runs.
+def _launcher(environment: dict[str, str], platforms: str) -> str | None:
+    """JAX's name for the system that started several processes like this one; None for a process alone.
 
-    JAX itself is not asked, since it takes any pod of Kubernetes for one of a group.
+    JAX's own detection takes every pod of Kubernetes for a process of a group.
     """
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "ompi"
@@ -106,104 +102,87 @@ def _method(environment: dict[str, str], platforms: str) -> str | None:
     return None if "TPU_SKIP_MDS_QUERY" in environment else "gcetpu"
 
 
-def rendezvous(address: str, place: int, count: int, seconds: float, hosts: str = "") -> None:
-    """Returns in every process once all of them are there.
+def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str = "") -> None:
+    """Returns in every process once all of them are there; JAX's own wait aborts those that came, and names no other.
 
-    Args:
-      address: HOST:PORT of process 0, which listens there for the others; the port is free again afterwards.
-      place: which process this is, from 0.
-      count: how many there must be.
-      seconds: how long to wait.
-      hosts: where the processes should be, as far as that is known; only for the error.
+    Process 0 listens at `address` (HOST:PORT), which is free again afterwards; `hosts` is for the error only.
 
     Raises:
-      UserError: somebody did not come in time, or was told another count; the address cannot be listened at.
+      UserError: a process did not come in time or expects another count; process 0 cannot listen at the port.
     """
-    deadline = time.monotonic() + seconds
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator is {address!r}; HOST:PORT is expected")
     where = f"{address}{f' (hosts: {hosts})' if hosts else ''}"
-    if place:
-        _answer(address, where, place, count, seconds, deadline)
+    if index == 0:
+        _receive(int(port), where, count, seconds)
     else:
-        _call(address, where, count, seconds, deadline)
+        _report((host.strip("[]"), int(port)), where, index, count, seconds)
 
 
-def _call(address: str, where: str, count: int, seconds: float, deadline: float) -> None:
-    came: dict[int, socket.socket] = {}
+def _receive(port: int, where: str, count: int, seconds: float) -> None:
+    """Process 0: waits for the reports of all other processes, then replies to each."""
+    arrived: dict[int, socket.socket] = {}
+    error = ""
     with ExitStack() as stack:
-        server = stack.enter_context(_listen(address))
-        error = ""
-        while len(came) < count - 1 and not error:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection = stack.enter_context(server.accept()[0])
-                connection.settimeout(1)
-                greeting, place, theirs = connection.makefile().readline().split()
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    missing = ", ".join(str(i) for i in range(1, count) if i not in came)
-                    error = f"only {len(came) + 1} of {count} processes came within {seconds:g} s to {where}: "
-                    error += f"no process {missing}"
-            except (OSError, ValueError):  # not one of ours, or gone again
-                continue
-            else:
-                if greeting == _GREETING:
-                    came[int(place)] = connection
-                    if int(theirs) != count:
-                        error = f"process {place} was told of {theirs} processes, process 0 of {count}"
-        for connection in came.values():
-            _reply(connection, error or "complete")
+        server = stack.enter_context(_listen(port))
+        for index, expected, connection in _reports(server, time.monotonic() + seconds, stack):
+            arrived[index] = connection
+            if expected != count:
+                error = f"process {index} expects {expected} processes, process 0 expects {count}"
+            if error or len(arrived) == count - 1:
+                break
+        else:
+            missing = ", ".join(str(i) for i in range(1, count) if i not in arrived)
+            error = f"only {len(arrived) + 1} of {count} processes came within {seconds:g} s to {where}: "
+            error += f"no process {missing}"
+        for connection in arrived.values():
+            with suppress(OSError):  # the process is gone; JAX will miss it, too
+                connection.sendall(f"{_GREETING} {error or 'complete'}\n".encode())
+                connection.recv(1)  # the other side closes first, so that the port is free at once
     if error:
         raise UserError(error)
 
 
-def _reply(connection: socket.socket, text: str) -> None:
-    try:
-        connection.sendall(f"{_GREETING} {text}\n".encode())
-        connection.recv(1)  # the other side closes first, so that the port is free at once
-    except OSError:
-        return  # gone; JAX will miss it, too
-
-
-def _answer(address: str, where: str, place: int, count: int, seconds: float, deadline: float) -> None:
-    host, port = _split(address)
-    answered = False
+def _reports(server: socket.socket, deadline: float, stack: ExitStack) -> Iterator[tuple[int, int, socket.socket]]:
+    """The number of each process that reports, the count it expects, and its connection, until the deadline."""
     while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host, port), timeout=left) as connection:
-                connection.sendall(f"{_GREETING} {place} {count}\n".encode())
-                connection.settimeout(left + 1)  # process 0 knows better who is missing
-                greeting, _, text = connection.makefile(errors="replace").readline().strip().partition(" ")
-        except TimeoutError:
-            answered = True
-            continue
-        except OSError:  # nobody listens there yet, or the name is not known yet
-            time.sleep(_RETRY_SECONDS)
-            continue
-        if greeting == _GREETING:
-            if text != "complete":
-                raise UserError(text)
+        server.settimeout(left)
+        with suppress(OSError, ValueError):  # nobody came, or another program, or the process is gone again
+            connection = stack.enter_context(server.accept()[0])
+            connection.settimeout(1)
+            greeting, index, expected = connection.makefile().readline().split()
+            if greeting == _GREETING:
+                yield int(index), int(expected), connection
+
+
+def _report(address: tuple[str, int], where: str, index: int, count: int, seconds: float) -> None:
+    """Any other process: reports to process 0 until it replies."""
+    deadline = time.monotonic() + seconds
+    while True:
+        problem = "did not answer"
+        greeting = reply = ""
+        left = max(deadline - time.monotonic(), 0.001)
+        # An OSError: process 0 does not listen yet, or its host has no address yet.
+        with suppress(OSError), socket.create_connection(address, timeout=left) as connection:
+            problem = "still waits for another process"
+            connection.sendall(f"{_GREETING} {index} {count}\n".encode())
+            connection.settimeout(left + 1)  # process 0 gives up first, and names the missing process
+            greeting, _, reply = connection.makefile(errors="replace").readline().strip().partition(" ")
+        if greeting == _GREETING and reply == "complete":
             return
+        if greeting == _GREETING:
+            raise UserError(reply)
+        if time.monotonic() > deadline:
+            raise UserError(f"process 0 of {count} at {where} {problem}; process {index} waited {seconds:g} s")
         time.sleep(_RETRY_SECONDS)
-    what = "waits for more than this one" if answered else "did not answer"
-    raise UserError(f"process 0 of {count} at {where} {what}; process {place} waited {seconds:g} s")
 
 
-def _listen(address: str) -> socket.socket:
-    """Listens at all of this machine's addresses, as JAX will."""
-    _, port = _split(address)
+def _listen(port: int) -> socket.socket:
+    """Listens at all addresses of this machine, as JAX will."""
+    with suppress(OSError, ValueError):  # IPv6 is switched off
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     try:
-        if socket.has_dualstack_ipv6():
-            try:
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-            except OSError:  # IPv6 is switched off
-                return socket.create_server(("", port))
         return socket.create_server(("", port))
     except OSError as error:
         raise UserError(f"process 0 cannot listen at port {port}: {error.strerror}") from error
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"--coordinator is {address!r}; HOST:PORT is expected")
-    return host.strip("[]"), int(port)

@@ -1,0 +1,111 @@
+"""What two processes agree on, how an error of one becomes an error of both, and which signals a run takes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainer.distributed import Preemption
+
+ROOT = Path(__file__).parents[2]
+# Each process runs it with the flags of its place in the group, under `launch.run_group`.
+SCRIPT = """
+import sys
+from trainer import distributed
+from trainer.distributed import startup
+from trainer.errors import CollectiveError, NotPreparedError, UserError
+
+flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])
+startup.initialize(flags["coordinator"], int(flags["process"]), int(flags["processes"]))
+index = distributed.index()
+
+def attempt(name, found_by):
+    try:
+        with distributed.collective_errors(name):
+            if index in found_by:
+                raise NotPreparedError(f"{name} of {index}")
+    except UserError as error:
+        assert isinstance(error, CollectiveError)
+        print(f"{name}: {error}; caused by {type(error.__cause__).__name__}")
+
+attempt("none", [])
+attempt("one", [1])
+attempt("both", [0, 1])
+attempt("again", [0])
+with distributed.fail_fast():
+    try:
+        with distributed.collective_errors("outer"):
+            distributed.check_same("the numbers differ", f"equal\\nnumber {index},")
+    except UserError as error:
+        print(f"{error}; caused by {type(error.__cause__).__name__}")
+print(distributed.gather("values", f"value {index}"), distributed.is_primary())
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_of_any_process_is_a_collective_error_in_all_and_its_cause_where_it_was_found():
+    command = f"raise SystemExit(run_group({[sys.executable, '-c', SCRIPT]!r}, processes=2, devices=1))"
+    result = subprocess.run(
+        [sys.executable, "-c", f"from trainer.distributed.launch import run_group; {command}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = [[line[4:] for line in result.stdout.splitlines() if line.startswith(f"[{i}]")] for i in range(2)]
+    differ = "process 1: UserError: the numbers differ: process 1 has number 1, process 0 has number 0"
+    assert shown[0] == [
+        "one: process 1: NotPreparedError: one of 1; caused by NoneType",
+        "both: process 0: NotPreparedError: both of 0; caused by NotPreparedError",
+        "again: process 0: NotPreparedError: again of 0; caused by NotPreparedError",
+        f"{differ}; caused by NoneType",
+        "['value 0', 'value 1'] True",
+    ]
+    assert shown[1] == [
+        "one: process 1: NotPreparedError: one of 1; caused by NotPreparedError",
+        "both: process 0: NotPreparedError: both of 0; caused by NoneType",
+        "again: process 0: NotPreparedError: again of 0; caused by NoneType",
+        f"{differ}; caused by UserError",
+        "['value 0', 'value 1'] False",
+    ]
+
+
+def handlers() -> list:
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_signal_is_reported_and_a_second_interrupt_acts_at_once():
+    before = handlers()
+    with Preemption() as preemption:
+        assert preemption.stops_after(1) is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.stops_after(2) == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert handlers() == before
+
+
+def test_no_handler_is_installed_when_signals_are_not_to_be_handled():
+    before = handlers()
+    with Preemption(handle_signals=False) as preemption:
+        assert handlers() == before
+        assert preemption.stops_after(1) is None
+
+
+def test_no_handler_is_installed_outside_of_the_main_thread():
+    before, seen = handlers(), []
+
+    def enter() -> None:
+        with Preemption() as preemption:
+            seen.extend([*handlers(), preemption.stops_after(1)])
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [*before, None]

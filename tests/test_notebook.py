@@ -1,0 +1,92 @@
+"""A notebook in a real Jupyter kernel: a class of its own, every line once, and Jupyter's own interrupt."""
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from trainer.observe.log import read_rows
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENT = """
+import dataclasses
+from tests.tasks import Task, make_run
+from trainer import train
+
+@dataclasses.dataclass
+class Points(Task):
+    examples: int = 40
+
+assert Points.__module__ == "__main__"
+"""
+
+
+class Kernel:
+    """A Jupyter kernel that runs cells one after another, as a notebook does."""
+
+    def __init__(self, client: NotebookClient) -> None:
+        self._client = client
+
+    def run(self, source: str) -> str:
+        """Runs a cell and returns its standard output; raises `CellExecutionError` if the cell does."""
+        cell = nbformat.v4.new_code_cell(source)
+        self._client.nb.cells.append(cell)
+        self._client.execute_cell(cell, len(self._client.nb.cells) - 1)
+        return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+    def interrupt(self) -> None:
+        """Does what the button "interrupt the kernel" does."""
+        asyncio.run(self._client.km.interrupt_kernel())
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch) -> Iterator[Kernel]:
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    client = NotebookClient(
+        nbformat.v4.new_notebook(), timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    )
+    with client.setup_kernel():
+        yield Kernel(client)
+
+
+def test_a_class_of_a_cell_trains_twice_in_one_workdir_and_each_line_is_shown_once(kernel, tmp_path):
+    kernel.run(EXPERIMENT)
+    cell = f"state = train(make_run(4, experiment=Points()), {str(tmp_path / 'run')!r})"
+    shown = kernel.run(cell)
+    assert re.findall(r"^step (\d)/4  loss ", shown, re.MULTILINE) == ["1", "2", "3", "4"]
+    lines = [line for line in shown.splitlines() if line]
+    assert sorted(lines) == sorted(set(lines))
+    assert "resumed from step 4 (finished: nothing is left to do)" in kernel.run(cell)
+    assert kernel.run("print(int(state.step))") == "4\n"
+
+
+def test_jupyters_interrupt_breaks_the_cell_at_once_and_the_kernel_trains_on(kernel, tmp_path):
+    kernel.run(EXPERIMENT)
+    kernel.run("import signal; handler = signal.getsignal(signal.SIGINT)")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def interrupt_in_training() -> None:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+            time.sleep(0.02)
+        kernel.interrupt()
+
+    thread = threading.Thread(target=interrupt_in_training)
+    thread.start()
+    with pytest.raises(CellExecutionError) as raised:
+        kernel.run(f"train(make_run(1_000_000, experiment=Points()), {str(tmp_path / 'run')!r})")
+    thread.join()
+    assert raised.value.ename == "KeyboardInterrupt"
+    assert kernel.run("print(handler is signal.getsignal(signal.SIGINT))") == "True\n"
+    for folder in ("run", "next"):
+        assert "step 5/5" in kernel.run(f"state = train(make_run(5, experiment=Points()), {str(tmp_path / folder)!r})")
+        assert [row["step"] for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]

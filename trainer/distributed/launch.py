@@ -1,0 +1,136 @@
+"""A group of connected processes on this machine, each with CPU devices of its own."""
+
+import ctypes
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, Self
+
+_HEARTBEAT_SECONDS = 10
+_GRACE_SECONDS = 5.0  # twice what the other processes need to end in good order after one has failed
+_POLL_SECONDS = 0.05
+
+
+def run_group(command: Sequence[str], processes: int, devices: int) -> int:
+    """Runs a `Group` to its end, passes SIGINT and SIGTERM on to it, and returns its exit code; in the main thread."""
+    with Group(command, processes, devices) as group:
+        signums = (signal.SIGINT, signal.SIGTERM)
+        previous = [signal.signal(signum, lambda signum, _: group.send_signal(signum)) for signum in signums]
+        try:
+            return group.wait()
+        finally:
+            for signum, handler in zip(signums, previous, strict=True):
+                signal.signal(signum, handler)
+
+
+class Group:
+    """Runs a command in several processes, connected as the hosts of a pod are; `with` kills those left at its end."""
+
+    def __init__(self, command: Sequence[str], processes: int, devices: int) -> None:
+        """Adds the flags of `startup.initialize` to `command`; each of the `processes` gets as many CPU `devices`."""
+        with socket.create_server(("127.0.0.1", 0)) as server:  # to find a free port
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        flags = (f"--coordinator={address}", f"--processes={processes}", f"--heartbeat={_HEARTBEAT_SECONDS}")
+        xla_flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={devices}".strip(),
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._processes = [_start([*command, *flags, f"--process={i}"], environment) for i in range(processes)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def send_signal(self, signum: int) -> None:
+        """Sends a signal to every process that still runs."""
+        for process in self._processes:
+            process.send_signal(signum)
+
+    def wait(self) -> int:
+        """Shows the output of the processes until all have ended; kills the others soon after one has failed.
+
+        Returns:
+          The exit code of the first process to fail, 128 + N if signal N killed it; 0 if none failed.
+        """
+        failed: int | None = None  # the first process to fail
+        deadline = float("inf")
+        with selectors.DefaultSelector() as selector:
+            for index, process in enumerate(self._processes):
+                for pipe, shown in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                    assert pipe is not None  # as `_start` opens it
+                    selector.register(pipe, selectors.EVENT_READ, _Relay(index, shown.buffer))
+            running = ready = True
+            while running or ready:  # not until the pipes close: a process that a process started may keep them open
+                codes = [process.poll() for process in self._processes]
+                running = None in codes
+                if failed is None and any(codes):
+                    failed, deadline = (
+                        next(i for i, code in enumerate(codes) if code),
+                        time.monotonic() + _GRACE_SECONDS,
+                    )
+                if time.monotonic() > deadline:
+                    self.send_signal(signal.SIGKILL)
+                ready = selector.select(_POLL_SECONDS if running else 0)
+                for key, _ in ready:
+                    if not key.data.show(os.read(key.fd, 1 << 16)):
+                        selector.unregister(key.fileobj)
+        if failed is None:
+            return 0
+        code = self._processes[failed].returncode
+        if any(process.returncode != code for process in self._processes):
+            end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            print(f"error: process {failed} {end}; all were ended", file=sys.stderr)
+        return code if code > 0 else 128 - code
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Starts a process that on Linux dies with this one; elsewhere it ends when its heartbeats fail."""
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=die_with_parent,  # safe in a process without threads
+        start_new_session=True,  # the terminal's Ctrl-C comes through `Group.send_signal` only
+    )
+
+
+class _Relay:
+    """Shows the lines of one pipe of a process behind its number."""
+
+    def __init__(self, index: int, shown: IO[bytes]) -> None:
+        self._index, self._shown = index, shown
+        self._partial = b""  # the line that is not complete yet
+        self._skips = False
+
+    def show(self, chunk: bytes) -> bool:
+        """Shows the lines that end in `chunk`; an empty one is the pipe's end, for which it returns False."""
+        *lines, self._partial = (self._partial + (chunk or b"\n")).split(b"\n")
+        for line in lines if chunk else filter(None, lines):
+            # Gloo reports its connections from several threads at a time: empty lines remain between the reports.
+            self._skips = b"[Gloo]" in line or (self._skips and not line.strip())
+            if not self._skips:
+                self._shown.write(b"[%d] %s\n" % (self._index, line))
+        self._shown.flush()
+        return bool(chunk)
