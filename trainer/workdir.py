@@ -1,11 +1,12 @@
-"""The folder of one run: which run it holds, and that only one process trains in it."""
+"""The folder of one run, which holds its settings and lets only one process train in it."""
 
+import copy
 import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from etils import epath
@@ -17,7 +18,7 @@ Folder = Path | epath.Path
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is in a bucket, such as `gs://bucket/runs/a`, and so in no folder of this machine."""
+    """Whether a path is in a bucket, such as `gs://bucket/runs/a`, and not on this machine."""
     return "://" in os.fspath(path)
 
 
@@ -33,7 +34,7 @@ class Mirror:
             self.folder = Path(self._scratch.name)
 
     def push(self) -> None:
-        """Copies every file to where it belongs, if it is not there."""
+        """Copies every file to the bucket, if the place is one."""
         if self._scratch is not None:
             for file in (path for path in self.folder.rglob("*") if path.is_file()):
                 copy = self._place / file.relative_to(self.folder).as_posix()
@@ -41,7 +42,7 @@ class Mirror:
                 copy.write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        """Copies for the last time; a temporary folder is gone afterwards."""
+        """Copies for the last time, and removes a temporary folder."""
         self.push()
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -49,24 +50,22 @@ class Mirror:
 
 
 class Workdir:
-    """Names of what lies in a workdir, a folder or a path in a bucket. Making one touches nothing."""
+    """The files of a workdir, a folder or a path in a bucket. Making one touches nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Folder = epath.Path(path) if is_bucket(path) else Path(path)
         self.config = self.path / "config.json"
-        self.labels = self.path / "labels.txt"
+        self.params = self.path / "params.txt"
         self.checkpoints = self.path / "checkpoints"
 
     def run(self) -> config.Run | None:
-        """The resolved run kept here, or None.
+        """The resolved run kept here, rebuilt from its JSON, or None.
 
         Raises:
-          UserError: the JSON cannot be read.
+          UserError: the JSON is damaged, or a class that it names cannot be imported.
         """
-        if not self.config.is_file():
-            return None
         try:
-            return config.from_json(self.config.read_text())
+            return config.from_json(self.config.read_text()) if self.config.is_file() else None
         except (OSError, UserError) as error:
             raise UserError(f"{self.config} cannot be read: {error}") from error
 
@@ -75,32 +74,32 @@ class Workdir:
         if isinstance(self.path, Path):
             there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
             if not there.is_dir():
-                what = "is" if there == self.path else f"lies below {there}, which is"
-                raise UserError(f"workdir {self.path} {what} not a folder")
-        kept = self.run()
-        if kept is None:
+                below = "" if there == self.path else f": {there} is a file"
+                raise UserError(f"workdir {self.path} is not a folder{below}")
+        if not self.config.is_file():
             # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
             if self.path.is_dir() and any(not file.name.startswith(".") for file in self.path.iterdir()):
                 raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
             return
-        found = config.differences(kept, run)
+        try:
+            found = config.differences(self.config.read_text(), run)
+        except (OSError, UserError) as error:
+            raise UserError(f"{self.config} cannot be read: {error}; choose another --workdir") from error
         if found and self.has_checkpoint():
-            lengths = [re.match(r"(optimizer\..*\.run_steps) was ([1-9]\d*),", text) for text in found]
-            flags = " ".join(f"--config.{length[1]}={length[2]}" for length in lengths if length)
-            hint = f" (it follows total_steps: {flags} keeps the schedule as it was)" if flags else ""
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
             raise UserError(
-                f"workdir {self.path} holds a run with other settings: {'; '.join(found[:4])}"
-                f"{f' and {len(found) - 4} more' if len(found) > 4 else ''}{hint}; choose another --workdir"
+                f"workdir {self.path} holds a run with other settings: {'; '.join(found[:4])}{more}"
+                f"{_way_out(run, found)}; choose another --workdir"
             )
 
     def has_checkpoint(self) -> bool:
-        """Whether any state was saved here; a run that has none may as well begin anew with other settings."""
+        """Whether any state was saved here; a run without one may begin anew with other settings."""
         return self.checkpoints.is_dir() and any(path.name.isdecimal() for path in self.checkpoints.iterdir())
 
-    def write(self, run: config.Run, labels: str) -> None:
-        """Keeps the resolved run and its label table."""
-        for file, text in ((self.config, config.to_json(run)), (self.labels, labels)):
-            if is_bucket(file):  # where an object appears as a whole
+    def write(self, run: config.Run, params: str) -> None:
+        """Keeps the resolved run and its table of parameters."""
+        for file, text in ((self.config, config.to_json(run)), (self.params, params)):
+            if is_bucket(file):  # an object appears at once
                 file.write_text(text)
                 continue
             temporary = file.with_name(f".{file.name}.tmp")
@@ -109,22 +108,37 @@ class Workdir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder and holds it for this process; the system lets go of it however the process ends.
+        """Makes the folder, tries to write in it, and holds it for this process, however the process may end.
 
         A bucket has no such locks: nothing keeps a second process out of it.
         """
-        if is_bucket(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            yield
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"nothing can be written in workdir {self.path}: {error.strerror}") from error
-        with lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / ".trial").write_text("written to see whether it can be")
+                (self.path / ".trial").unlink()
+                if not is_bucket(self.path):
+                    lock = stack.enter_context((self.path / ".lock").open("w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"another process is training in workdir {self.path}") from error
+            except OSError as error:
+                raise UserError(f"nothing can be written in workdir {self.path}: {error.strerror or error}") from error
             yield
+
+
+def _way_out(run: config.Run, found: Sequence[str]) -> str:
+    """The flags by which a longer run keeps its schedules, or the reason why it cannot keep them."""
+    matches = [re.match(r"(optimizer\..*)\.run_steps was (\d+),", text) for text in found]
+    kept = {match[1]: int(match[2]) for match in matches if match}
+    if not kept:
+        return ""
+    run = copy.deepcopy(run)
+    for path, steps in kept.items():
+        config.schedules(run.optimizer)[path].run_steps = steps
+    try:
+        config.resolve(run)
+    except UserError as error:
+        return f" (it follows total_steps, and cannot be kept: {error})"
+    flags = " ".join(f"--config.{path}.run_steps={steps}" for path, steps in kept.items())
+    return f" (it follows total_steps: {flags} keeps the schedule as it was)"

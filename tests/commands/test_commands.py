@@ -128,7 +128,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = load_config(str(ROOT / "configs/digits.py"))
     run.experiment = dataclasses.replace(run.experiment, data_dir=str(data_dir), model="mlp", widths=(16,))
     run.total_steps = 3
-    run.optimizer.schedule.warmup = 1
+    run.optimizer.schedule.warmup, run.optimizer.schedule.final = 1, 1e-4
     run.evaluation, run.checkpoint = config.Evaluation(), config.Checkpoint(every_steps=2)
     workdir = tmp_path_factory.mktemp("trained") / "run"
     train(run, workdir)
@@ -203,8 +203,22 @@ MISTAKES = {
         ["train", DIGITS, "--config.sed", "3"],
         "config has no field 'sed'; did you mean 'seed'?",
     ),
-    "field-without-value": (["train", DIGITS, "--config.seed"], "Missing value for flag --config.seed"),
-    "type": (["train", DIGITS, "--config.total_steps=many"], "flag --config.total_steps=many: invalid literal for int"),
+    "field-without-value": (["train", DIGITS, "--config.seed"], "config.seed has no value: int is expected"),
+    "type": (["train", DIGITS, "--config.total_steps=abc"], "config.total_steps is 'abc'; int is expected"),
+    "type-of-number": (["train", DIGITS, "--config.optimizer.b1", "x"], "config.optimizer.b1 is 'x'; float is expected"),
+    "type-of-none": (["train", DIGITS, "--config.seed=None"], "config.seed is 'None'; int is expected"),
+    "type-of-optional": (
+        ["train", DIGITS, "--config.evaluation.every_steps=often"],
+        "config.evaluation.every_steps is 'often'; int | None is expected",
+    ),
+    "type-of-dict": (
+        ["train", DIGITS, "--config.optimizer.groups=plain"],
+        "config.optimizer.groups cannot be set on the command line, as it is dict[str, Group]: set it in the config",
+    ),
+    "field-of-none": (
+        ["train", DIGITS, "--config.optimizer.groups.plain.schedule.peak=1"],
+        "config.optimizer.groups.plain.schedule is None and has no field 'peak'; give it first, in the config file or ",
+    ),
     "type-of-item": (["train", DIGITS, "--config.experiment.widths=a"], "experiment.widths is ('a',); tuple[int, ...]"),
     "type-of-group": (
         ["train", DIGITS, "--config.optimizer=adam"],
@@ -442,17 +456,14 @@ def test_evaluate_takes_an_earlier_step_and_another_split(workdir, capsys):
 
 
 @pytest.mark.parametrize("step", ["latest", "best"])
-def test_evaluate_takes_a_split_that_does_not_have_the_best_metric(step, workdir, capsys):
-    best = ["--config.checkpoint.best_metric=test/loss", "--config.checkpoint.every_steps=3"]
-    settings = ["--config.evaluation.every_steps=3", "--config.total_steps=6", *best]
-    output(capsys, "train", f"--workdir={workdir}", *settings, "--config.optimizer.schedule.run_steps=3")
-    printed = output(capsys, "evaluate", f"--workdir={workdir}", "--split=train", f"--step={step}")
-    assert [line.split(":")[0] for line in printed.splitlines()[:3]] == [
-        "train accuracy",
-        "train loss",
-        "train examples",
-    ]
-    assert printed.splitlines()[2:] == ["train examples: 1,438", f"step 6 of {workdir}{CURVES.format(workdir)}"]
+def test_evaluate_takes_a_split_that_does_not_have_the_best_metric(step, capsys, tmp_path):
+    workdir, every = f"--workdir={tmp_path}/run", "every_steps=1"
+    best = [f"--config.evaluation.{every}", f"--config.checkpoint.{every}", "--config.checkpoint.best_metric=test/loss"]
+    output(capsys, "train", config_file(tmp_path, "Linear()"), workdir, *best)
+    loss, examples, last = output(capsys, "evaluate", workdir, "--split=train", f"--step={step}").splitlines()
+    assert re.fullmatch(r"train loss: \d\.\d{4}", loss)
+    assert examples == "train examples: 50"
+    assert last == f"step 1 of {tmp_path}/run{CURVES.format(tmp_path / 'run')}"
 
 
 def tried(printed: str) -> dict[str, str]:
@@ -523,7 +534,7 @@ def test_inspect_shows_settings_labels_devices_and_checkpoints_and_writes_nothin
     before = contents(workdir)
     printed = output(capsys, "inspect", f"--workdir={workdir}")
     settings = (workdir / "config.json").read_text()
-    labels = (workdir / "labels.txt").read_text()
+    labels = (workdir / "params.txt").read_text()
     assert printed.startswith(f"{settings}\n{labels}\n")
     rest = printed.removeprefix(f"{settings}\n{labels}\n").splitlines()
     parameters = 64 * 16 + 16 + 16 * 10 + 10

@@ -1,17 +1,27 @@
-"""Schedules against closed forms in float64, in every unit, and what of them can only be refused once built."""
+"""Schedules against closed forms in float64, in every unit, and the errors that need the length of the data."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.tasks import make_run
 from trainer import config
 from trainer.errors import UserError
-from trainer.optim.schedules import Length, build_schedule
+from trainer.optim import build_schedules
+
+
+class Length(NamedTuple):
+    """Of a run and of its data."""
+
+    total_steps: int
+    batch_size: int
+    examples: int
+
 
 LENGTH = Length(total_steps=200, batch_size=16, examples=160)
 COUNTS = np.arange(260)
@@ -66,12 +76,18 @@ def closed_form(schedule: config.Schedule, total_steps: int = LENGTH.total_steps
     return np.where(t < w, peak * t / max(w, 1), values)
 
 
+def build(schedule: config.Schedule, length: Length = LENGTH) -> optax.Schedule:
+    optimizer = config.Optimizer(schedule=schedule)
+    run = make_run(length.total_steps, batch_size=length.batch_size, optimizer=optimizer)
+    return build_schedules(run, length.examples)["optimizer.schedule"]
+
+
 def values(schedule: config.Schedule, length: Length = LENGTH, counts: Any = COUNTS) -> np.ndarray:
     """What is built, compiled as in a step, at `counts`."""
-    return np.asarray(jax.jit(jax.vmap(build_schedule(schedule, length)))(jnp.asarray(counts, jnp.int32)))
+    return np.asarray(jax.jit(jax.vmap(build(schedule, length)))(jnp.asarray(counts, jnp.int32)))
 
 
-@pytest.mark.parametrize("end", [0, 160, 230], ids=["to-the-end", "shorter", "longer"])
+@pytest.mark.parametrize("end", [None, 160, 230], ids=["to-the-end", "shorter", "longer"])
 @pytest.mark.parametrize("warmup", [0, 1, 40])
 @each_shape
 def test_values_are_those_of_the_closed_form(name, warmup, end):
@@ -108,7 +124,7 @@ def test_values_under_x64_are_float64(name):
 
 @each_shape
 def test_value_is_a_float32_scalar(name):
-    value = jax.eval_shape(build_schedule(make(name, warmup=3), LENGTH), jnp.int32(7))
+    value = jax.eval_shape(build(make(name, warmup=3)), jnp.int32(7))
     assert (value.shape, value.dtype) == ((), jnp.float32)
 
 
@@ -203,10 +219,10 @@ def test_whole_exponent_gives_the_bits_of_the_same_float():
 def test_run_that_is_cut_short_has_the_values_of_the_whole_run(name, unit):
     times = ("warmup", "descent")
     steps = make(name, warmup=40)
-    part: dict[str, Any] = {field: getattr(steps, field) / PER_UNIT[unit] for field in times}
+    part: dict[str, Any] = {field: getattr(steps, field) / PER_UNIT[unit] for field in times if getattr(steps, field)}
     part["boundaries"] = tuple(boundary / PER_UNIT[unit] for boundary in steps.boundaries)
     cut = dataclasses.replace(steps, unit=unit, run_steps=200, **part)
-    np.testing.assert_array_equal(values(cut, dataclasses.replace(LENGTH, total_steps=30)), values(steps))
+    np.testing.assert_array_equal(values(cut, LENGTH._replace(total_steps=30)), values(steps))
 
 
 def test_wsd_whose_parts_were_both_rounded_up_fits():
@@ -223,9 +239,9 @@ ASCEND = "they must ascend, the first above the warm-up"
 def refusal(schedule: config.Schedule) -> str:
     """Why a schedule that `resolve` accepts cannot be built for `LENGTH`."""
     run = make_run(LENGTH.total_steps, batch_size=LENGTH.batch_size, optimizer=config.Optimizer(schedule=schedule))
-    resolved = config.resolve(run).optimizer.schedule
+    resolved = config.resolve(run)
     with pytest.raises(UserError) as error:
-        build_schedule(resolved, LENGTH)
+        build_schedules(resolved, LENGTH.examples)
     return str(error.value)
 
 
@@ -234,48 +250,66 @@ def refusal(schedule: config.Schedule) -> str:
     [
         (
             make("constant", unit="epochs", warmup=0.001),
-            "warmup has 0.001 epochs, which is no step (10 steps per epoch)",
+            "warmup has 0.001 epochs, which is no step (in steps: 10 per epoch)",
         ),
-        (make("linear", unit="epochs", end=0.04), "end has 0.04 epochs, which is no step (10 steps per epoch)"),
-        (
-            make("wsd", unit="examples", descent=7),
-            "descent has 7 examples, which is no step (0.0625 steps per example)",
-        ),
-        (
-            make("step", unit="percent", boundaries=(0.2, 5)),
-            "boundaries has 0.2 percent, which is no step (2 steps per percent)",
-        ),
+        (make("linear", unit="epochs", end=0.04), "end has 0.04 epochs, which is no step (in steps: 10 per epoch)"),
     ],
 )
-def test_time_that_is_rounded_to_no_step_is_refused(schedule, message):
+def test_epochs_that_are_rounded_to_no_step_are_refused(schedule, message):
     assert refusal(schedule) == f"optimizer.schedule.{message}"
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "message"),
+    ("schedule", "message"),
     [
-        ("constant", {"warmup": 20}, f"warmup is 200, but the whole schedule has only 200 steps{CUT_SHORT}"),
-        ("cosine", {"warmup": 21}, f"warmup is 210, but the whole schedule has only 200 steps{CUT_SHORT}"),
-        ("cosine", {"warmup": 1.99, "end": 2}, "warmup is 20, but the whole schedule has only 20 steps"),
+        (
+            make("wsd", unit="examples", descent=7),
+            "descent has 7 examples, which is no step (in steps: 0.0625 per example)",
+        ),
+        (
+            make("step", unit="percent", boundaries=(0.2, 5)),
+            "boundaries has 0.2 percent, which is no step (in steps: 2 per percent)",
+        ),
+    ],
+)
+def test_time_that_is_rounded_to_no_step_is_refused_without_the_data(schedule, message):
+    with pytest.raises(UserError) as error:
+        config.resolve(make_run(LENGTH.total_steps, optimizer=config.Optimizer(schedule=schedule)))
+    assert str(error.value) == f"optimizer.schedule.{message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "message", "hint"),
+    [
+        ("constant", {"warmup": 20}, "warmup is 20 epochs, but the whole schedule has only 200 steps", CUT_SHORT),
+        ("cosine", {"warmup": 21}, "warmup is 21 epochs, but the whole schedule has only 200 steps", CUT_SHORT),
+        (
+            "cosine",
+            {"warmup": 1.99, "end": 2},
+            "warmup is 1.99 epochs, but the whole schedule has only 2 epochs",
+            "",
+        ),
         (
             "wsd",
             {"warmup": 12, "descent": 9},
-            f"descent is 90, but the warm-up leaves only 80 of 200 steps{CUT_SHORT}",
+            "descent is 9 epochs, but the warm-up leaves only 80 of 200 steps",
+            CUT_SHORT,
         ),
-        ("step", {"boundaries": (15, 20)}, f"boundaries is (150, 200), but the run has only 200 steps{CUT_SHORT}"),
-        ("step", {"boundaries": (5.01, 5.02)}, f"boundaries is (50, 50); {ASCEND} (0 steps)"),
-        ("step", {"boundaries": (5,), "warmup": 4.99}, f"boundaries is (50,); {ASCEND} (50 steps)"),
+        ("step", {"boundaries": (15, 20)}, "boundaries is (15, 20) epochs, but the run has only 200 steps", CUT_SHORT),
+        ("step", {"boundaries": (5.01, 5.02)}, f"boundaries is (5.01, 5.02) epochs; {ASCEND} (0 epochs)", ""),
+        ("step", {"boundaries": (5,), "warmup": 4.99}, f"boundaries is (5,) epochs; {ASCEND} (4.99 epochs)", ""),
     ],
 )
-def test_epochs_that_contradict_each_other_or_the_run_are_refused(name, epochs, message):
+def test_epochs_that_contradict_each_other_or_the_run_are_refused(name, epochs, message, hint):
     schedule = make(name, unit="epochs", **epochs)
-    assert refusal(schedule) == f"optimizer.schedule.{message} (in steps: 10 steps per epoch)"
+    assert refusal(schedule) == f"optimizer.schedule.{message} (in steps: 10 per epoch){hint}"
 
 
-def test_error_names_the_path_that_is_given():
-    schedule = make("constant", unit="epochs", warmup=30)
-    with pytest.raises(UserError, match=r"^optimizer\.groups\.decayed\.decay_schedule\.warmup is 300"):
-        build_schedule(schedule, LENGTH, "optimizer.groups.decayed.decay_schedule")
+def test_error_names_the_path_of_the_schedule():
+    run = make_run(LENGTH.total_steps)
+    run.optimizer.groups["decayed"] = config.Group(decay_schedule=make("constant", unit="epochs", warmup=30))
+    with pytest.raises(UserError, match=r"^optimizer\.groups\.decayed\.decay_schedule\.warmup is 30 epochs"):
+        build_schedules(config.resolve(run), LENGTH.examples)
 
 
 @pytest.mark.parametrize(("name", "tested"), [("name", SHAPES), ("unit", PER_UNIT)])

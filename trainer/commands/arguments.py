@@ -1,10 +1,11 @@
 """From a command line to a run: the config file, its overrides, and the workdir."""
 
 import argparse
+import copy
 import dataclasses
-import importlib.util
 import inspect
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # these import JAX, which takes a second that `--help` and mi
     from trainer.config import Run
     from trainer.workdir import Workdir
 
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,64 +115,86 @@ def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own flags, and the overrides, which may have their value in an argument of its own."""
+    """The command's own flags, and the overrides, to which a value in an argument of its own is joined by `=`."""
     own: list[str] = []
     overrides: list[str] = []
-    target = own
+    open_flag = False
     for argument in argv:
         if _OVERRIDE.match(argument):
             overrides.append(argument)
-            target = overrides if "=" not in argument else own
-        elif target is overrides and not argument.startswith("-"):
-            overrides.append(argument)
-            target = own
+        elif open_flag and not argument.startswith("-"):
+            overrides[-1] += f"={argument}"
         else:
             own.append(argument)
-            target = own
+        open_flag = bool(_OVERRIDE.match(argument)) and "=" not in argument
     return own, overrides
 
 
 def _override(run: "Run", overrides: Sequence[str]) -> "Run":
+    """The run with the settings given on the command line, in their order."""
+    from trainer import config
+
+    run = copy.deepcopy(run)
+    config.check_types(run)
+    given: dict[str, list[str | None]] = {}
+    for match in filter(None, map(_OVERRIDE.match, overrides)):
+        given.setdefault(match[2], []).append("false" if match[1] else match[3])
+    for path, texts in given.items():
+        owner, name, hint = config.setting_at(run, path)
+        current = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+        value = _parse(f"config.{path}", hint, current, texts)
+        if isinstance(owner, dict):
+            owner[name] = value
+        else:
+            setattr(owner, name, value)
+    return run
+
+
+def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> Any:
+    """The value of type `hint` that config_flags makes of the texts given for one setting."""
     from absl import flags
     from ml_collections import config_flags
 
     from trainer import config
 
-    config.check_types(run)
-    for argument in overrides:
-        if match := _OVERRIDE.match(argument):
-            config.check_path(run, match[1])
+    if type(None) in typing.get_args(hint) and texts[-1] in ("None", "none"):
+        return None
+    if dataclasses.is_dataclass(current):
+        known = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(current))
+        raise UserError(f"{path} is a group of settings; set one of {known}")
+    if None in texts and hint is not bool:
+        raise UserError(f"{path} has no value: {config.type_name(hint)} is expected")
+    holder = dataclasses.make_dataclass("Holder", [("value", hint)])(current)
+    argv = ["", *(f"--config.value={'true' if text is None else text}" for text in texts)]
     values = flags.FlagValues()
-    argv = ["trainer", *overrides]
     try:
-        config_flags.DEFINE_config_dataclass("config", run, flag_values=values, sys_argv=argv)
+        parsed = config_flags.DEFINE_config_dataclass("config", holder, flag_values=values, sys_argv=argv)
         values(argv)
+    except flags.IllegalFlagValueError as error:
+        raise UserError(f"{path} is {texts[-1]!r}; {config.type_name(hint)} is expected") from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    return values["config"].value  # pyrefly: ignore[bad-return] - never None: its default is `run`
+        raise UserError(
+            f"{path} cannot be set on the command line, as it is {config.type_name(hint)}: set it in the config file"
+        ) from error
+    return parsed.value.value
 
 
 def load_config(text: str) -> Any:
-    """What `get_config` returns in the file named before the colon, given what follows it.
+    """The result of `get_config` in the file named before the colon, called with the text after it.
 
     Raises:
-      UserError: there is no such file, or it has no `get_config`. Errors inside of it are raised as they are.
+      UserError: there is no such file, or it has no `get_config`. Errors inside the file are raised as they are.
     """
+    from trainer import config
+
     name, colon, argument = text.partition(":")
     path = Path(name)
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"no config file {name!r}{nearest(name, siblings)}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"config file {name!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"config file {name!r}: {error}: run from the folder that holds it, or set PYTHONPATH"
-        ) from error
+    module = config.import_file(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {name!r} has no function get_config")
     arguments = [argument] if colon else []

@@ -58,7 +58,7 @@ def main(arguments: Arguments) -> int:
         mirror.close()
         for file in written:
             print(f"wrote {path / file.relative_to(mirror.folder).as_posix()}")
-    print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and labels.txt")
+    print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and params.txt")
     return 0
 
 

@@ -1,7 +1,9 @@
-"""A run is checked once, before any device is touched: types, ranges, names, and what makes two runs the same."""
+"""Checks of a run before any device is touched: types, ranges, names, and settings that contradict each other."""
 
 import copy
 import dataclasses
+import itertools
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -9,39 +11,143 @@ from typing import Any
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from trainer.config.encoding import decode, to_json
-from trainer.config.schedules import resolve_schedule
+from trainer.config.encoding import to_json
 from trainer.config.settings import Optimizer, Run, Schedule
 from trainer.errors import UserError, nearest
 from trainer.experiment import Experiment
 
-_SMALLEST = 2.0**-126  # of float32, in which at least all arithmetic of an update is
+_SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
+_DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
+# The settings that only some schedules use, with the names of these schedules.
+_USED_BY = {
+    **dict.fromkeys(("final", "end"), _DESCENTS),
+    **dict.fromkeys(("boundaries", "factor"), ("step",)),
+    "descent": ("wsd",),
+    "power": ("polynomial",),
+}
 
 
 def resolve(run: Run) -> Run:
-    """A checked copy of `run` in which every 0 that stands for another setting is replaced by it.
+    """A checked copy of `run` in which every None that stands for another setting is replaced by its value.
 
     Raises:
       UserError: a value has the wrong type or is out of range, or settings contradict each other.
     """
     run = copy.deepcopy(run)
     check_types(run)
-    for path, owner, field, _ in list(_fields(run.optimizer, "optimizer.")):
-        value = getattr(owner, field.name)
-        if isinstance(value, Schedule):
-            resolve_schedule(value, path, run)
     _check_optimizer(run.optimizer)
+    for path, schedule in schedules(run.optimizer).items():
+        _resolve_schedule(schedule, path, run)
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
     if run.evaluation.batch_size is None:
         run.evaluation.batch_size = run.batch_size
     best, evaluated = run.checkpoint.best_metric, run.evaluation.every_steps
-    if best and (not evaluated or run.checkpoint.every_steps % evaluated):
+    if best is not None and (evaluated is None or run.checkpoint.every_steps % evaluated):
         raise UserError(
             f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint: checkpoint.every_steps "
             f"({run.checkpoint.every_steps}) must be a multiple of evaluation.every_steps ({evaluated})"
         )
     return run
+
+
+def schedules(optimizer: Optimizer) -> dict[str, Schedule]:
+    """Every schedule of an optimizer by its path in the run, such as `optimizer.schedule`."""
+    return {path: value for path, _, value, _ in _fields(optimizer, "optimizer.") if isinstance(value, Schedule)}
+
+
+def _resolve_schedule(schedule: Schedule, path: str, run: Run) -> None:
+    """Checks a schedule, and fills in `run_steps` if it follows the length of the run."""
+    in_steps(schedule, path, run)
+    to_the_end = schedule.name in _DESCENTS and schedule.end is None
+    steps = schedule.run_steps or run.total_steps
+    times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
+    if to_the_end or (schedule.unit == "percent" and any(times)):
+        schedule.run_steps = steps
+    goes_on = steps < run.total_steps and to_the_end and not path.endswith(".decay_schedule")
+    if goes_on and schedule.peak and not schedule.final:
+        raise UserError(
+            f"{path} is 0 from step {steps + 1} to the end of the run, {run.total_steps}, as its run_steps is {steps}: "
+            f"for a longer {schedule.name} choose a new --workdir and leave run_steps out; a final above 0, or an end, "
+            "says that the rate is meant"
+        )
+
+
+def in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = None) -> Schedule:
+    """The schedule at `path` of `run` with its times in whole updates, and the end of a descent written out.
+
+    `examples`, the length of the training split, gives the length of an epoch. Without it, epochs are only compared
+    with each other.
+
+    Raises:
+      UserError: settings contradict each other, a time is rounded to no update or lies after the end of the run.
+    """
+    _check_used(schedule, path)
+    unit, length = schedule.unit, schedule.run_steps or run.total_steps
+    per_epoch = examples / run.batch_size if examples else None
+    scale = {"steps": 1.0, "epochs": per_epoch, "examples": 1 / run.batch_size, "percent": length / 100}[unit]
+    measure = f" (in steps: {scale:.6g} per {unit.removesuffix('s')})" if scale and unit != "steps" else ""
+
+    def steps(name: str, time: float) -> Any:
+        if unit == "percent" and time > 100:
+            raise UserError(f"{path}.{name} has {time:.12g} percent; of a run there are at most 100")
+        if unit in ("steps", "examples") and time % 1:
+            raise UserError(f"{path}.{name} has {time:.12g} {unit}; a whole number is expected")
+        count = time if scale is None else round(time * scale)
+        if time and not count:
+            raise UserError(f"{path}.{name} has {time:.12g} {unit}, which is no step{measure}")
+        return count
+
+    given = {name: time for name in ("warmup", "end", "descent") if (time := getattr(schedule, name)) is not None}
+    times: dict[str, Any] = {name: steps(name, time) for name, time in given.items()}
+    times["boundaries"] = tuple(steps("boundaries", time) for time in schedule.boundaries)
+    run_end = length if scale else math.inf
+    end = times.get("end", run_end)
+    whole = run_end / (scale or 1) if schedule.end is None else schedule.end
+    fits = schedule.warmup + (schedule.descent or 0) <= whole * (1 + 1e-9)  # the tolerance is for sums as 0.1 + 0.2
+    if fits and times.get("descent", 0) > 1 and times["warmup"] + times["descent"] == end + 1:  # both were rounded up
+        times["descent"] -= 1
+    exact = dataclasses.replace(schedule, **times, unit="steps" if scale else unit)
+    _check_order(schedule, exact, path, run_end, measure, fits)
+    return dataclasses.replace(exact, end=end) if scale and schedule.name in _DESCENTS else exact
+
+
+def _check_used(schedule: Schedule, path: str) -> None:
+    """A setting that does nothing is a mistake: most likely the name is."""
+    name, unit = schedule.name, schedule.unit
+    for field in dataclasses.fields(schedule):
+        users, value = _USED_BY.get(field.name), getattr(schedule, field.name)
+        if users and name not in users and value != field.default:
+            used = f"(used by {', '.join(users)})"
+            raise UserError(f"{path}.{field.name} is {value!r}, which a schedule named {name!r} does not use {used}")
+    if name == "step" and not schedule.boundaries:
+        raise UserError(f"{path}.boundaries is empty; a step schedule needs the {unit} after which it steps down")
+    if name == "wsd" and not schedule.descent:
+        raise UserError(f"{path}.descent is {schedule.descent}; a wsd schedule needs the {unit} of its descent")
+    if not schedule.power:
+        raise UserError(f"{path}.power is 0; it must be above 0")
+    if name in _DESCENTS and schedule.final > schedule.peak:
+        peak = f"a {name} descent ends at or below its peak, {schedule.peak}"
+        raise UserError(f"{path}.final is {schedule.final}; {peak}")
+
+
+def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
+    """Checks the order of times in steps, or in epochs of unknown length; errors show them as they were given."""
+    whole = length if exact.end is None else exact.end  # only a descent has an end, which may lie past that of the run
+    warmup, unit = f"{given.warmup:.12g} {given.unit}", given.unit
+    cut = "" if given.end is not None else f"; for a run cut short, set {path}.run_steps to its full length"
+    hint = measure + cut
+    if exact.warmup >= whole:
+        end = f"{length} steps" if given.end is None else f"{given.end:.12g} {unit}"
+        raise UserError(f"{path}.warmup is {warmup}, but the whole schedule has only {end}{hint}")
+    if not fits or exact.warmup + (exact.descent or 0) > whole * (1 + 1e-9):
+        left = f"{whole - exact.warmup:.12g} of {whole:.12g} {exact.unit if math.isinf(length) else 'steps'}"
+        raise UserError(f"{path}.descent is {given.descent:.12g} {unit}, but the warm-up leaves only {left}{hint}")
+    boundaries = f"{path}.boundaries is {given.boundaries} {unit}"
+    if any(first >= second for first, second in itertools.pairwise((exact.warmup, *exact.boundaries))):
+        raise UserError(f"{boundaries}; they must ascend, the first above the warm-up ({warmup}){measure}")
+    if exact.boundaries and exact.boundaries[-1] >= length:
+        raise UserError(f"{boundaries}, but the run has only {length} steps{hint}")
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -52,7 +158,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     for name in ("eps", "eps_root"):
         if 0 < getattr(optimizer, name) < _SMALLEST:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
-    names = {optimizer.name} | {group.optimizer for group in optimizer.groups.values()} - {None}
+    names = {optimizer.name, *(group.optimizer or optimizer.name for group in optimizer.groups.values())}
     if optimizer.eps == optimizer.eps_root == 0 and names != {"sgd"}:
         raise UserError("optimizer.eps and optimizer.eps_root are both 0: a gradient of zero would be divided by zero")
     if optimizer.rectify and optimizer.amsgrad:
@@ -63,10 +169,13 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         if getattr(optimizer, name) and names != {"adabelief"}:
             other = ", ".join(sorted(names - {"adabelief"}))
             raise UserError(f"optimizer.{name} is for adabelief; there is {other}, too")
+    for path, owner in (("optimizer", optimizer), *((f"optimizer.groups.{k}", g) for k, g in optimizer.groups.items())):
+        if owner.clip_norm == 0:
+            raise UserError(f"{path}.clip_norm is 0; it must be above 0, or None for any norm")
     for label, group in optimizer.groups.items():
         if group.decay_schedule is not None and group.weight_decay:
             raise UserError(f"optimizer.groups.{label} has a weight_decay and a decay_schedule; give one of them")
-        if group.nu_dtype and (group.optimizer or optimizer.name) == "sgd":
+        if group.nu_dtype is not None and (group.optimizer or optimizer.name) == "sgd":
             raise UserError(f"optimizer.groups.{label} has a nu_dtype, but sgd has no second moment")
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
@@ -84,15 +193,14 @@ def check_types(run: Run) -> None:
         raise UserError(
             f"experiment is {type(run.experiment).__name__}, which is not a dataclass with init, loss and source"
         )
-    to_json(run)  # before the types: those of a class that cannot be imported may not be found
-    for path, owner, field, hint in _fields(run):
-        value = getattr(owner, field.name)
+    to_json(run)
+    for path, field, value, hint in _fields(run):
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
-            raise UserError(f"{path} is {value!r}; {_type_name(hint)} is expected") from error
+            raise UserError(f"{path} is {value!r}; {type_name(hint)} is expected") from error
         minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
-        number = isinstance(value, int | float)  # else it is what the setting may be instead of a number
+        number = isinstance(value, int | float)  # a setting may also have None or a text in place of a number
         if number and minimum is not None and value < minimum:
             raise UserError(f"{path} is {value}; it must be at least {minimum}")
         if number and maximum is not None and value > maximum:
@@ -102,85 +210,52 @@ def check_types(run: Run) -> None:
             raise UserError(f"{path} is {value!r}{nearest(value, choices)}")
 
 
-def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field, Any]]:
-    """(path, owner, field, declared type) of every setting below `node`, dataclasses in dicts included."""
-    hints = typing.get_type_hints(type(node))
+def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
+    """(path, field, value, declared type) of every setting below `node`, dataclasses in dicts included."""
+    hints = _types(node)
     for field in dataclasses.fields(node):
         path = prefix + field.name
         value = getattr(node, field.name)
-        if hints[field.name] is not Experiment:  # a protocol: what it asks for is checked by itself
-            yield path, node, field, hints[field.name]
+        if hints[field.name] is not Experiment:  # a protocol, which `check_types` checks by itself
+            yield path, field, value, hints[field.name]
         for name, child in value.items() if isinstance(value, dict) else [("", value)]:
             if dataclasses.is_dataclass(child):
                 yield from _fields(child, f"{path}.{name}." if name else f"{path}.")
 
 
-def _type_name(hint: Any) -> str:
+def _types(node: Any) -> dict[str, Any]:
+    """The declared type of each field of a dataclass."""
+    try:
+        hints = typing.get_type_hints(type(node))
+    except NameError as error:  # `from __future__ import annotations` leaves types as text
+        raise UserError(
+            f"the type of a field of {type(node).__qualname__} is not at the top of a file: {error}"
+        ) from error
+    return {field.name: hints[field.name] for field in dataclasses.fields(node)}
+
+
+def type_name(hint: Any) -> str:
+    """A declared type without the modules of its classes."""
     return hint.__name__ if isinstance(hint, type) else re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(hint))
 
 
-def check_path(run: Run, path: str) -> None:
-    """Raises `UserError` with the nearest name when `path`, such as `optimizer.b1`, is no setting of `run`."""
-    node: Any = run
-    walked = "config"
-    for name in path.split("."):
-        if dataclasses.is_dataclass(node):
-            known = [field.name for field in dataclasses.fields(node)]
-        elif isinstance(node, dict):
-            known = list(node)
-        else:
-            hint = "; give it in the config file first" if node is None else ""
-            raise UserError(f"{walked} is {node!r} and has no field {name!r}{hint}")
-        if name not in known:
-            raise UserError(f"{walked} has no field {name!r}{nearest(name, known)}")
-        node = node[name] if isinstance(node, dict) else getattr(node, name)
-        walked += f".{name}"
-    if dataclasses.is_dataclass(node):
-        known = ", ".join(f"{walked}.{field.name}" for field in dataclasses.fields(node))
-        raise UserError(f"{walked} is a group of settings; set one of {known}")
-
-
-def differences(kept: Run, asked: Run) -> list[str]:
-    """What makes `asked` another run than `kept`: one text per differing setting that may not change on resuming."""
-    found: list[str] = []
-
-    def compare(old: Any, new: Any, path: str) -> None:
-        if type(old) is not type(new) and not (_is_number(old) and _is_number(new)):
-            found.append(f"{path} was {_short(old)}, is {_short(new)}")
-        elif dataclasses.is_dataclass(old):
-            for field in dataclasses.fields(old):
-                if not field.metadata.get("may_change"):
-                    compare(getattr(old, field.name), getattr(new, field.name), f"{path}.{field.name}".lstrip("."))
-        elif isinstance(old, dict) and old.keys() == new.keys():
-            for key in old:
-                compare(old[key], new[key], f"{path}.{key}")
-        elif old != new:
-            found.append(f"{path} was {_short(old)}, is {_short(new)}")
-
-    compare(kept, asked, "")
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def from_json(text: str) -> Run:
-    """The run that `to_json` wrote.
-
-    Only trust a workdir as you would trust code: the experiment's class is imported by the name found there.
+def setting_at(run: Run, path: str) -> tuple[Any, str, Any]:
+    """The dataclass or dict that holds the setting at a path such as `optimizer.b1`, its name, and its declared type.
 
     Raises:
-      UserError: the text is no such JSON, or a class or field it names is no longer there.
+      UserError: there is no such setting; the message has the nearest name.
     """
-    try:
-        run = decode(text)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
-    check_types(run)
-    return run
+    owner, name, hint, node, walked = None, "", Run, run, "config"
+    for name in path.split("."):
+        if dataclasses.is_dataclass(node):
+            known = _types(node)
+        elif isinstance(node, dict):
+            known = dict.fromkeys(node, (typing.get_args(hint) or (Any,))[-1])
+        else:
+            first = f"; give it first, in the config file or by --{walked}=build" if node is None else ""
+            raise UserError(f"{walked} is {node!r} and has no field {name!r}{first}")
+        if name not in known:
+            raise UserError(f"{walked} has no field {name!r}{nearest(name, known)}")
+        owner, hint, walked = node, known[name], f"{walked}.{name}"
+        node = node[name] if isinstance(node, dict) else getattr(node, name)
+    return owner, name, hint

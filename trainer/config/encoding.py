@@ -1,16 +1,24 @@
-"""Runs as JSON: what is written is enough to make the same run again."""
+"""Runs as JSON: enough to make the same run again, and to tell it from another run."""
 
 import dataclasses
+import hashlib
 import importlib
+import importlib.machinery
+import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 from trainer.config.settings import Run
 from trainer.errors import UserError, nearest
 
-_CLASS = "$class"  # the key under which JSON names a dataclass
+# The keys of a dataclass in JSON: its class as "module:class", or its name with the config file that defines it.
+_KEYS = _CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
 
 
 def to_json(run: Run) -> str:
@@ -20,14 +28,8 @@ def to_json(run: Run) -> str:
 
 def _encode(value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(value):
-        kind = type(value)
-        if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
-            raise UserError(
-                f"{path.lstrip('.')} is a {kind.__name__} defined where it cannot be imported again "
-                f"({kind.__module__}): move the class to the top of a module of its own, in the current folder"
-            )
         fields = {f.name: _encode(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
-        return {_CLASS: f"{kind.__module__}:{kind.__name__}", **fields}
+        return _names(type(value)) | fields
     if isinstance(value, dict):
         if _CLASS in value:
             raise UserError(f"{path.lstrip('.')} has the key {_CLASS!r}, which is taken")
@@ -44,22 +46,36 @@ def _encode(value: Any, path: str) -> Any:
     )
 
 
-def decode(text: str) -> Any:
-    """What `to_json` was given; dataclasses are imported by their names, and nothing is checked."""
-    return _decode(json.loads(text))
+def _names(kind: type) -> dict[str, str]:
+    """The keys by which JSON names a class."""
+    if not kind.__module__.startswith(_ConfigFile.prefix):
+        return {_CLASS: f"{kind.__module__}:{kind.__qualname__}"}
+    loader: Any = sys.modules[kind.__module__].__loader__
+    file, here = Path(loader.path), Path.cwd()
+    shown = file.relative_to(here) if file.is_relative_to(here) else file
+    return {_CLASS: kind.__qualname__, _FILE: str(shown), _SHA256: loader.sha256}
+
+
+def from_json(text: str) -> Run:
+    """The run that `to_json` was given; types and ranges are not checked.
+
+    Only trust a workdir as you would trust code: the experiment's class is imported by the name found there.
+
+    Raises:
+      UserError: the text is not the JSON of a run, or a class or field that it names is no longer there.
+    """
+    try:
+        return _decode(json.loads(text))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
 
 
 def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_decode(item) for item in value)
     if isinstance(value, dict) and _CLASS in value:
-        fields = {key: _decode(item) for key, item in value.items() if key != _CLASS}
-        module, _, name = value[_CLASS].partition(":")
-        if module == "__main__":
-            raise UserError(f"{name} was defined in a script or a notebook, from where it cannot be imported again")
-        kind = getattr(_module(module, name), name, None)
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            raise UserError(f"{value[_CLASS]} is not a dataclass any more")
+        fields = {key: _decode(item) for key, item in value.items() if key not in _KEYS}
+        kind = _find_class(value)
         known = {field.name for field in dataclasses.fields(kind)}
         for key in fields.keys() - known:
             raise UserError(f"{value[_CLASS]} has no field {key!r} any more{nearest(key, known)}")
@@ -69,11 +85,114 @@ def _decode(value: Any) -> Any:
     return value
 
 
-def _module(name: str, wanted: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+def _find_class(names: Mapping[str, str]) -> Any:
+    module_name, _, name = names[_CLASS].rpartition(":")
+    if module_name == "__main__" or "<locals>" in name:
         raise UserError(
-            f"{wanted.lstrip('.')}: module {name!r} cannot be imported ({error}): run from the folder that holds it, "
-            "or set PYTHONPATH"
-        ) from error
+            f"{name} was defined in a script, a notebook or a function, and cannot be imported again: train and "
+            "evaluate it there, or define it in a module or in the config file"
+        )
+    if _FILE in names:
+        file = Path(names[_FILE])
+        if not file.is_file():
+            where = "" if file.is_absolute() else f" in the current folder, {Path.cwd()}"
+            raise UserError(f"{name} was defined in {file}, which is missing{where}")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != names[_SHA256]:
+            raise UserError(
+                f"{name} was defined in {file}, which has changed: to use it as it is, give --config={file}"
+            )
+        found: Any = import_file(file, names[_SHA256])
+    else:
+        found = _import(module_name, name)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise UserError(f"{names[_CLASS]} is not a dataclass any more")
+    return found
+
+
+def _import(module: str, wanted: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{wanted}: {error}: run from the folder that holds it, or set PYTHONPATH") from error
+
+
+class _ConfigFile(importlib.machinery.SourceFileLoader):
+    """Imports a config file by a module name that spells its path, so that another process can unpickle its classes."""
+
+    prefix = "trainer.config.file:"  # then the absolute path with escaped dots, such as /home/me/vae%2Epy
+    sha256: str  # of the source that was run
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """The import system asks every entry of `sys.meta_path`."""
+        del path, target
+        if not name.startswith(cls.prefix):
+            return None
+        return importlib.util.spec_from_loader(name, cls(name, unquote(name.removeprefix(cls.prefix))))
+
+    def get_code(self, fullname: str) -> Any:
+        """The compiled source; no cached bytecode, which could be that of an older source."""
+        source = self.get_data(self.path)
+        self.sha256 = hashlib.sha256(source).hexdigest()
+        return self.source_to_code(source, self.path)
+
+
+sys.meta_path.append(_ConfigFile)
+
+
+def import_file(file: Path, sha256: str | None = None) -> ModuleType:
+    """The Python file as a module; it is run unless the source with this hash was imported before."""
+    name = _ConfigFile.prefix + str(file.resolve()).replace("%", "%25").replace(".", "%2E")
+    if name in sys.modules and getattr(sys.modules[name].__loader__, "sha256", None) != sha256:
+        del sys.modules[name]
+    return _import(name, f"config file {str(file)!r}")
+
+
+def differences(kept: str, asked: Run) -> list[str]:
+    """One text for each setting that makes `asked` another run than the JSON of `kept`; no class is imported.
+
+    Raises:
+      UserError: `kept` is not the JSON of a run.
+    """
+    try:
+        old = json.loads(kept)
+    except ValueError as error:
+        raise UserError(f"it is not valid JSON: {error}") from error
+    if not isinstance(old, dict) or old.get(_CLASS) != _names(Run)[_CLASS]:
+        raise UserError(f"it is not the JSON of a {Run.__name__}")
+    return list(_differences(old, asked, ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    if dataclasses.is_dataclass(new) and isinstance(old, dict) and old.get(_CLASS) == _names(type(new))[_CLASS]:
+        fields = {field.name: field for field in dataclasses.fields(new)}
+        for name, field in fields.items():
+            if not field.metadata.get("may_change"):
+                was = old[name] if name in old else _default(field)
+                yield from _differences(was, getattr(new, name), f"{path}.{name}")
+        for name in old:
+            if name not in fields and name not in _KEYS:
+                yield f"{path}.{name}".lstrip(".") + f" was {_shown(old[name])}, is no setting any more"
+    elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        for key in old:
+            yield from _differences(old[key], new[key], f"{path}.{key}")
+    else:
+        new = _encode(new, path)
+        if old != new or isinstance(old, bool) is not isinstance(new, bool):
+            yield f"{path.lstrip('.')} was {_shown(old)}, is {_shown(new)}"
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """The JSON of a field's default, which a run had that was kept before there was such a field."""
+    if field.default_factory is not dataclasses.MISSING:
+        return _encode(field.default_factory(), "")
+    return None if field.default is dataclasses.MISSING else _encode(field.default, "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and _CLASS in value:
+        return value[_CLASS]
+    text = repr(tuple(value) if isinstance(value, list) else value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,42 +1,14 @@
-"""Numbers as functions of the updates already made, built from `optax.schedules`."""
-
-import dataclasses
+"""Schedules in steps as functions of the updates already made, built from `optax.schedules`."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from trainer import config
-from trainer.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Length:
-    """What the units of a schedule are measured by.
-
-    Attributes:
-      total_steps: updates of the run.
-      batch_size: examples per update.
-      examples: how many there are to train on.
-    """
-
-    total_steps: int
-    batch_size: int
-    examples: int
-
-
-def build_schedule(schedule: config.Schedule, length: Length, path: str = "optimizer.schedule") -> optax.Schedule:
-    """The schedule that a resolved config describes, as a traceable function of an int32 count.
-
-    Args:
-      schedule: its settings.
-      length: that of the run.
-      path: the place of the settings in the run, to name in an error.
-
-    Raises:
-      UserError: rounded to whole updates, times fall together, or come after the run.
-    """
-    exact = _in_steps(schedule, length, path)
+def build_schedule(exact: config.Schedule) -> optax.Schedule:
+    """The schedule that `config.in_steps` returned, as a traceable function of an int32 count of updates."""
     peak, final = exact.peak, exact.final
     warmup, end, descent = int(exact.warmup), int(exact.end or 0), int(exact.descent or 0)
     pieces: list[tuple[int, optax.Schedule]] = []  # (first count, function of the counts since then)
@@ -74,35 +46,3 @@ def build_schedule(schedule: config.Schedule, length: Length, path: str = "optim
 def _inverse_sqrt(peak: float, warmup: int) -> optax.Schedule:
     scale = max(warmup, 1)
     return lambda count: peak * jnp.sqrt(scale / jnp.maximum(count + warmup, scale))
-
-
-def _in_steps(schedule: config.Schedule, length: Length, path: str) -> config.Schedule:
-    """The same schedule with every time in whole updates, and the end of the run written out."""
-    run = schedule.run_steps or length.total_steps
-    scale, each = {
-        "steps": (1.0, "step"),
-        "epochs": (length.examples / length.batch_size, "epoch"),
-        "examples": (1 / length.batch_size, "example"),
-        "percent": (run / 100, "percent"),
-    }[schedule.unit]
-    measure = f"{scale:.6g} steps per {each}"
-
-    def steps(name: str, time: int | float) -> int:
-        count = round(time * scale)
-        if time and not count:
-            raise UserError(f"{path}.{name} has {time:.12g} {schedule.unit}, which is no step ({measure})")
-        return count
-
-    warmup, end, descent = (steps(name, getattr(schedule, name) or 0) or None for name in ("warmup", "end", "descent"))
-    warmup, whole = warmup or 0, end or run
-    if descent and descent > 1 and warmup + descent == whole + 1:  # both were rounded up
-        descent -= 1
-    boundaries = tuple(steps("boundaries", boundary) for boundary in schedule.boundaries)
-    exact = dataclasses.replace(schedule, unit="steps", warmup=warmup, end=end, descent=descent, boundaries=boundaries)
-    try:
-        config.check_schedule(exact, path, run)
-    except UserError as error:
-        raise UserError(f"{error} (in steps: {measure})") from error
-    if schedule.name in config.DESCENTS:
-        exact.end = whole
-    return exact
