@@ -12,7 +12,7 @@ import pytest
 from trainer.distributed import Preemption
 
 ROOT = Path(__file__).parents[2]
-# Each process runs it with the flags of its place in the group, under `launch.run_group`.
+# Each process runs it with the flags of its place in the group, by `launch.Group`.
 SCRIPT = """
 import sys
 from trainer import distributed
@@ -48,9 +48,13 @@ print(distributed.gather("values", f"value {index}"), distributed.is_primary())
 
 @pytest.mark.slow
 def test_a_mistake_of_any_process_is_a_collective_error_in_all_and_its_cause_where_it_was_found():
-    command = f"raise SystemExit(run_group({[sys.executable, '-c', SCRIPT]!r}, processes=2, devices=1))"
+    group = f"with Group({[sys.executable, '-c', SCRIPT]!r}, processes=2, devices=1) as group:"
     result = subprocess.run(
-        [sys.executable, "-c", f"from trainer.distributed.launch import run_group; {command}"],
+        [
+            sys.executable,
+            "-c",
+            f"from trainer.distributed.launch import Group\n{group}\n    raise SystemExit(group.wait())",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

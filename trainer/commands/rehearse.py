@@ -34,7 +34,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name, command in (("profile", "train"), ("step", "evaluate")):
         if getattr(options, name) is not None and options.command != command:
             raise UserError(f"--{name} is for --command={command}")
-    from trainer.distributed.launch import run_group
+    from trainer.distributed.launch import Group
 
     if options.workdir is None:
         options.workdir = tempfile.mkdtemp(prefix="rehearsal-")
@@ -43,4 +43,5 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     command = [sys.executable, "-m", "trainer", options.command]
     command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
     command += ["--traceback"] if options.traceback else []
-    return run_group([*command, *overrides], options.processes, options.devices)
+    with Group([*command, *overrides], options.processes, options.devices) as group:
+        return group.wait()

@@ -1,4 +1,8 @@
-"""A group of connected processes on this machine, each with CPU devices of its own."""
+"""A group of connected processes on this machine, each with CPU devices of its own.
+
+with Group([sys.executable, "-m", "trainer", "train", "--config=FILE"], processes=2, devices=4) as group:
+    exit_code = group.wait()
+"""
 
 import ctypes
 import os
@@ -17,20 +21,11 @@ _GRACE_SECONDS = 5.0  # twice what the other processes need to end in good order
 _POLL_SECONDS = 0.05
 
 
-def run_group(command: Sequence[str], processes: int, devices: int) -> int:
-    """Runs a `Group` to its end, passes SIGINT and SIGTERM on to it, and returns its exit code; in the main thread."""
-    with Group(command, processes, devices) as group:
-        signums = (signal.SIGINT, signal.SIGTERM)
-        previous = [signal.signal(signum, lambda signum, _: group.send_signal(signum)) for signum in signums]
-        try:
-            return group.wait()
-        finally:
-            for signum, handler in zip(signums, previous, strict=True):
-                signal.signal(signum, handler)
-
-
 class Group:
-    """Runs a command in several processes, connected as the hosts of a pod are; `with` kills those left at its end."""
+    """Runs a command in several processes, connected as the hosts of a pod are; to be entered in the main thread.
+
+    While entered, it passes SIGINT and SIGTERM on to the processes; at its exit it kills those that still run.
+    """
 
     def __init__(self, command: Sequence[str], processes: int, devices: int) -> None:
         """Adds the flags of `startup.initialize` to `command`; each of the `processes` gets as many CPU `devices`."""
@@ -46,12 +41,16 @@ class Group:
         self._processes = [_start([*command, *flags, f"--process={i}"], environment) for i in range(processes)]
 
     def __enter__(self) -> Self:
+        signums = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {s: signal.signal(s, lambda signum, _: self.send_signal(signum)) for s in signums}
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
             process.wait()
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
 
     def send_signal(self, signum: int) -> None:
         """Sends a signal to every process that still runs."""
@@ -76,10 +75,8 @@ class Group:
                 codes = [process.poll() for process in self._processes]
                 running = None in codes
                 if failed is None and any(codes):
-                    failed, deadline = (
-                        next(i for i, code in enumerate(codes) if code),
-                        time.monotonic() + _GRACE_SECONDS,
-                    )
+                    failed = next(i for i, code in enumerate(codes) if code)
+                    deadline = time.monotonic() + _GRACE_SECONDS
                 if time.monotonic() > deadline:
                     self.send_signal(signal.SIGKILL)
                 ready = selector.select(_POLL_SECONDS if running else 0)
@@ -121,8 +118,7 @@ class _Relay:
 
     def __init__(self, index: int, shown: IO[bytes]) -> None:
         self._index, self._shown = index, shown
-        self._partial = b""  # the line that is not complete yet
-        self._skips = False
+        self._partial, self._skips = b"", False  # the line that is not complete yet; whether Gloo's lines come
 
     def show(self, chunk: bytes) -> bool:
         """Shows the lines that end in `chunk`; an empty one is the pipe's end, for which it returns False."""

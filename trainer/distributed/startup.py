@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 import jax
@@ -122,20 +122,25 @@ def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str 
 
 def _receive(port: int, where: str, count: int, seconds: float) -> None:
     """Process 0: waits for the reports of all other processes, then replies to each."""
+    deadline = time.monotonic() + seconds
     arrived: dict[int, socket.socket] = {}
     error = ""
     with ExitStack() as stack:
         server = stack.enter_context(_listen(port))
-        for index, expected, connection in _reports(server, time.monotonic() + seconds, stack):
-            arrived[index] = connection
-            if expected != count:
-                error = f"process {index} expects {expected} processes, process 0 expects {count}"
-            if error or len(arrived) == count - 1:
-                break
-        else:
-            missing = ", ".join(str(i) for i in range(1, count) if i not in arrived)
-            error = f"only {len(arrived) + 1} of {count} processes came within {seconds:g} s to {where}: "
-            error += f"no process {missing}"
+        while len(arrived) < count - 1 and not error and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with suppress(OSError, ValueError):  # nobody came, or another program, or the process is gone again
+                connection = stack.enter_context(server.accept()[0])
+                connection.settimeout(1)
+                greeting, index, expected = connection.makefile().readline().split()
+                if greeting == _GREETING:
+                    arrived[int(index)] = connection
+                    differs = f"process {index} expects {expected} processes, process 0 expects {count}"
+                    error = "" if int(expected) == count else differs
+        missing = ", ".join(str(i) for i in range(1, count) if i not in arrived)
+        if missing and not error:
+            came = f"{len(arrived) + 1} of {count} processes"
+            error = f"only {came} came within {seconds:g} s to {where}: no process {missing}"
         for connection in arrived.values():
             with suppress(OSError):  # the process is gone; JAX will miss it, too
                 connection.sendall(f"{_GREETING} {error or 'complete'}\n".encode())
@@ -144,34 +149,22 @@ def _receive(port: int, where: str, count: int, seconds: float) -> None:
         raise UserError(error)
 
 
-def _reports(server: socket.socket, deadline: float, stack: ExitStack) -> Iterator[tuple[int, int, socket.socket]]:
-    """The number of each process that reports, the count it expects, and its connection, until the deadline."""
-    while (left := deadline - time.monotonic()) > 0:
-        server.settimeout(left)
-        with suppress(OSError, ValueError):  # nobody came, or another program, or the process is gone again
-            connection = stack.enter_context(server.accept()[0])
-            connection.settimeout(1)
-            greeting, index, expected = connection.makefile().readline().split()
-            if greeting == _GREETING:
-                yield int(index), int(expected), connection
-
-
 def _report(address: tuple[str, int], where: str, index: int, count: int, seconds: float) -> None:
     """Any other process: reports to process 0 until it replies."""
     deadline = time.monotonic() + seconds
     while True:
         problem = "did not answer"
-        greeting = reply = ""
+        reply = ""
         left = max(deadline - time.monotonic(), 0.001)
         # An OSError: process 0 does not listen yet, or its host has no address yet.
         with suppress(OSError), socket.create_connection(address, timeout=left) as connection:
             problem = "still waits for another process"
             connection.sendall(f"{_GREETING} {index} {count}\n".encode())
             connection.settimeout(left + 1)  # process 0 gives up first, and names the missing process
-            greeting, _, reply = connection.makefile(errors="replace").readline().strip().partition(" ")
-        if greeting == _GREETING and reply == "complete":
+            _, _, reply = connection.makefile(errors="replace").readline().strip().partition(f"{_GREETING} ")
+        if reply == "complete":
             return
-        if greeting == _GREETING:
+        if reply:
             raise UserError(reply)
         if time.monotonic() > deadline:
             raise UserError(f"process 0 of {count} at {where} {problem}; process {index} waited {seconds:g} s")
