@@ -1,5 +1,6 @@
 """Workdirs in buckets: what can only be written whole is brought there whole."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_workdir_is_in_a_bucket_if_its_path_has_a_scheme(path, bucket):
 
 
 def metrics(folder, steps, after=0):
-    with MetricsLog(folder, after) as log:
+    with closing(MetricsLog(folder, after)) as log:
         for step in steps:
             log.write(step, {"train/loss": 1 / step}, {"examples_per_second": 5.0})
 
@@ -67,4 +68,4 @@ def test_a_run_is_kept_in_a_bucket_as_in_a_folder(tmp_path, monkeypatch):
     with workdir.locked():
         workdir.write(run, "labels")
         assert workdir.run() == run
-        assert sorted(file.name for file in workdir.path.iterdir()) == ["config.json", "labels.txt"]  # no lock
+        assert sorted(file.name for file in workdir.path.iterdir()) == ["config.json", "params.txt"]  # no lock

@@ -36,8 +36,8 @@ def check_metadata(metadata: dict[str, Any], params: ParamTable) -> list[str]:
     """
     if metadata["params"] != params.fingerprint():
         raise UserError(
-            f"the code has changed since the checkpoint at step {metadata['step']}: its label table (params.txt in the "
-            "workdir) is not that of the model now (see `inspect`); choose another --workdir"
+            f"the code has changed since the checkpoint at step {metadata['step']}: its parameter table (params.txt in "
+            "the workdir) is not that of the model now (see `inspect`); choose another --workdir"
         )
     now = versions()
     return [

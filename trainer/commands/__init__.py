@@ -18,24 +18,24 @@ from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.errors import NotPreparedError, UserError, nearest
 
 _COMMANDS = {
-    "train": "train a run, or go on with it from its last checkpoint",
+    "train": "train a run, or continue it from its last checkpoint",
     "evaluate": "evaluate a checkpoint of a run on every example of a split",
-    "inspect": "show the settings, the label table and the checkpoints of a run",
-    "prepare": "write the data that a run reads to disk",
+    "inspect": "show the settings, the parameter table and the checkpoints of a run",
+    "prepare": "write the data of a run to disk",
     "rehearse": "train in several processes on this machine, as hosts of a pod would",
     "plan": "compile a run for TPUs that are not there: memory, communication, what fits",
 }
 
 
 def run(argv: list[str]) -> int:
-    """Runs a command line and returns its exit code: 2 for the user's mistakes, which are one line."""
+    """Runs a command line and returns its exit code: 2 for a mistake of the user, which is one line on stderr."""
     try:
         code = _run(argv)
         sys.stdout.flush()  # here, where a closed pipe is expected
-    except BrokenPipeError:  # `… | head` closed our output: nobody is left to tell
+        return code
+    except BrokenPipeError:  # `… | head` closed our output, so nobody reads an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return code
 
 
 def _run(argv: list[str]) -> int:
@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> int:
         if {"-h", "--help"} & set(rest):
             parser.print_help()
             return 0
-        # The console script does not put the current folder on the path, as `python -m` does; configs import from it.
+        # Configs import from the current folder, which `python -m` puts on the path, but the console script does not.
         if str(Path.cwd()) not in sys.path and "" not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         # Orbax reports its own options as warnings.
@@ -67,7 +67,7 @@ def _run(argv: list[str]) -> int:
     except UserError as error:
         if "--traceback" in rest:
             traceback.print_exc()
-        hint = _preparing(rest) if isinstance(error, NotPreparedError) else ""
+        hint = _prepare_hint(rest) if isinstance(error, NotPreparedError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -106,16 +106,12 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
 
 
 def _usage() -> str:
-    width = max(map(len, _COMMANDS))
-    commands = "\n".join(f"  {name.ljust(width)}  {text}" for name, text in _COMMANDS.items())
-    return (
-        "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]\n\n"
-        f"{commands}\n\n"
-        "python -m trainer COMMAND --help explains the flags of a command."
-    )
+    usage = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
+    commands = "\n".join(f"  {name:8}  {text}" for name, text in _COMMANDS.items())
+    return f"{usage}\n\n{commands}\n\npython -m trainer COMMAND --help explains the flags of a command."
 
 
-def _preparing(arguments: list[str]) -> str:
+def _prepare_hint(arguments: list[str]) -> str:
     kept = [a for a in arguments if a.startswith(("--config", "--workdir"))]
     if any(a.startswith("--config=") for a in kept):
         kept = [a for a in kept if not a.startswith("--workdir")]

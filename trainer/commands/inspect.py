@@ -1,11 +1,11 @@
-"""`inspect`: what a run is, before it is launched or afterwards."""
+"""`inspect`: the settings, parameters, devices and checkpoints of a run, before it is launched or afterwards."""
 
 import argparse
 from contextlib import closing
 
 from trainer.commands.arguments import Arguments
 
-DESCRIPTION = "Shows a run: settings, labels, devices, checkpoints. --workdir alone is enough. Writes nothing."
+DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdir alone is enough. Writes nothing."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="only make a step with zero gradients, and tell whether each label decays as stated; exit code 1 if not",
+        help="only check in a step with zero gradients whether each label decays as stated; exit code 1 if not",
     )
     parser.add_argument(
         "--compile",
@@ -23,12 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Prints the resolved config, the label table, the devices, and the checkpoints; or what the probe finds."""
+    """Prints the resolved config, parameter table, devices and checkpoints, or with `--probe` the decay check alone."""
     import jax
 
     from trainer import config
     from trainer.checkpoint import Store
-    from trainer.optim.decay_check import probe, probe_text
+    from trainer.optim.decay_check import check_decay, decay_table
     from trainer.program import compile_program
 
     run, workdir = arguments.run, arguments.workdir
@@ -36,9 +36,10 @@ def main(arguments: Arguments) -> int:
         workdir.check(run)
     program = compile_program(run)
     if arguments.options.probe:
-        verdicts = probe(program)
-        print(probe_text(verdicts), end="")
-        return 0 if all(verdict.holds for verdict in verdicts) else 1
+        labels = [param.label for param in program.params.rows]
+        results = check_decay(program.init().params, labels, program.groups, program.optimizer, run.total_steps)
+        print(decay_table(results), end="")
+        return 0 if all(result.holds for result in results) else 1
     print(config.to_json(run))
     print(program.params)
     devices = program.strategy.devices

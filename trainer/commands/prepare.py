@@ -1,14 +1,14 @@
-"""`prepare`: the data of a run, written to disk once."""
+"""`prepare`: writes the data of a run to disk, once."""
 
 import argparse
 
 from trainer.commands.arguments import Arguments
 
-DESCRIPTION = "Writes the data that a run reads. A second time is quick and changes nothing."
+DESCRIPTION = "Writes the data of a run to disk. A second call is quick and changes nothing."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
+    """Adds nothing: the command has no options of its own."""
     del parser
 
 
