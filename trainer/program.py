@@ -46,7 +46,7 @@ class Program:
       train_spec: shapes and dtypes of a global batch of training.
       eval_spec: those of a batch of evaluation.
       params: the table of parameters.
-      groups: the parameter group of each label.
+      groups: the parameter group of each label; None for a frozen label.
       optimizer: makes updates of gradients.
       strategy: how the steps spread over the devices.
       state: the state in shapes, dtypes and shardings.
@@ -61,7 +61,7 @@ class Program:
     train_spec: BatchSpec
     eval_spec: BatchSpec
     params: ParamTable
-    groups: Mapping[str, ParamGroup]
+    groups: Mapping[str, ParamGroup | None]
     optimizer: optax.GradientTransformation
     strategy: Strategy
     state: TrainState

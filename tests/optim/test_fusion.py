@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from trainer.optim.optimizer import build_optimizer, build_treatments
 
+from tests.optim.building import build
 from trainer import config
 from trainer.optim.adabelief import adabelief
-from trainer.optim.schedules import Length
 
 SHAPES = {"kernel": (256, 128), "conv": (3, 3, 32, 64), "bias": (128,)}
 SIZE = 256 * 128 + 3 * 3 * 32 * 64 + 128
@@ -35,7 +34,7 @@ def labelled() -> Any:
     }
     optimizer = config.Optimizer(schedule=config.Schedule("cosine", peak=1e-3, warmup=3), groups=groups)
     labels = {"kernel": "a", "conv": "b", "bias": "b"}
-    return build_optimizer(optimizer, build_treatments(optimizer, labels, Length(10, 1, 10)))
+    return build(optimizer, labels)[0]
 
 
 BFLOAT16 = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}

@@ -1,4 +1,4 @@
-"""Labels, schedule and scaling as one transformation."""
+"""Labels, schedules and update rules as one transformation."""
 
 from typing import Any
 
@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from trainer.optim.optimizer import build_optimizer, build_treatments
 
+from tests.optim.building import build
 from trainer import config
 from trainer.optim.adabelief import adabelief
-from trainer.optim.schedules import Length
 from trainer.rules import paths
 
 LABELS = {"kernel": "decayed", "bias": "plain"}
-LENGTH = Length(total_steps=10, batch_size=1, examples=10)
 
 
 def settings(name: str, decay: float = 0.1) -> config.Optimizer:
@@ -28,7 +26,7 @@ def params() -> dict[str, jax.Array]:
 
 
 def built(optimizer: config.Optimizer, labels: Any = None) -> Any:
-    return build_optimizer(optimizer, build_treatments(optimizer, LABELS if labels is None else labels, LENGTH))
+    return build(optimizer, LABELS if labels is None else labels)[0]
 
 
 def first_update(optimizer: optax.GradientTransformation, grads: Any) -> tuple[Any, Any]:

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from trainer.optim.optimizer import build_optimizer, build_treatments
 
+from tests.optim.building import build
 from trainer import config
-from trainer.optim.schedules import Length
-from trainer.optim.statistics import build_statistics
 
 LABELS = {"a": "first", "b": "second", "c": "first"}
-LENGTH = Length(total_steps=10, batch_size=1, examples=10)
 
 
 def run(optimizer: config.Optimizer, steps: int = 4) -> tuple[dict[str, float], list[Any], Any, Any, Any]:
@@ -22,15 +19,13 @@ def run(optimizer: config.Optimizer, steps: int = 4) -> tuple[dict[str, float], 
     rng = np.random.default_rng(0)
     params: Any = {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=4), "c": rng.normal(size=5)}
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    treatments = build_treatments(optimizer, LABELS, LENGTH)
-    transform = build_optimizer(optimizer, treatments)
+    transform, statistics = build(optimizer, LABELS)
     state, before, grads = transform.init(params), params, []
     for _ in range(steps):
         grads.append(jax.tree.map(lambda x: jnp.asarray(0.5 + rng.normal(size=x.shape), jnp.float32), params))
         before = params
         updates, state = transform.update(grads[-1], state, params)
         params = optax.apply_updates(params, updates)
-    statistics = build_statistics(treatments, LABELS, optimizer.clip_norm or None)
     return jax.tree.map(float, jax.jit(statistics)(grads[-1], params, state)), grads, before, params, state
 
 

@@ -1,75 +1,127 @@
-"""The optimizer of a run: parameter groups from settings and labels, in one transformation."""
+"""The optimizer of a run: schedules, parameter groups, one transformation for all of them, and per-label statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from trainer import config
-from trainer.optim.fused import fused
-from trainer.optim.schedules import Length, build_schedule
-from trainer.optim.statistics import Statistics
-from trainer.optim.statistics import build_statistics as _statistics
-from trainer.optim.treatment import ParamGroup
-from trainer.optim.treatment import norm as global_norm
-from trainer.optim.update_rules import Adam, Belief, Momentum, Scaling
+from trainer.optim.adabelief import Belief
+from trainer.optim.fused import GroupStep, ParamGroup, ScaleByBeliefState, flatten, fused, group_steps, prepare
+from trainer.optim.precision import global_norm, one_minus_power, square
+from trainer.optim.schedules import build_schedule
+from trainer.optim.update_rules import Adam, Momentum
 
 __all__ = ["Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics", "global_norm"]
 
+Groups = Mapping[str, ParamGroup | None]
+Statistics = Callable[[optax.Updates, optax.Params, ScaleByBeliefState], dict[str, Float[Array, ""]]]
+
 
 def build_schedules(run: config.Run, examples: int) -> dict[str, optax.Schedule]:
-    """Every schedule of a resolved run as a function of the updates already made, by its path in the run."""
-    length = Length(run.total_steps, run.batch_size, examples)
-    found = {"optimizer.schedule": run.optimizer.schedule}
-    for label, group in run.optimizer.groups.items():
-        for name in ("schedule", "decay_schedule"):
-            if getattr(group, name) is not None:
-                found[f"optimizer.groups.{label}.{name}"] = getattr(group, name)
-    return {path: build_schedule(schedule, length, path) for path, schedule in found.items()}
+    """Every schedule of a resolved run as a function of the number of updates already made, by its path in the run."""
+    schedules = config.schedules(run.optimizer).items()
+    return {path: build_schedule(config.in_steps(schedule, path, run, examples)) for path, schedule in schedules}
 
 
-def build_groups(optimizer: config.Optimizer, schedules: Mapping[str, optax.Schedule]) -> dict[str, ParamGroup]:
-    """The parameter group of each label."""
+def build_groups(optimizer: config.Optimizer, schedules: Mapping[str, optax.Schedule]) -> dict[str, ParamGroup | None]:
+    """The parameter group of each label; None for a label that is frozen."""
     return {label: _group(optimizer, label, schedules) for label in optimizer.groups}
 
 
-def build_optimizer(
-    optimizer: config.Optimizer, groups: Mapping[str, ParamGroup], labels: Any, seed: int
-) -> optax.GradientTransformationExtraArgs:
-    """One transformation for all groups; `labels` is a tree like the parameters."""
-    tree = jax.tree.map(groups.__getitem__, labels)
-    return fused(tree, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm or None, seed=seed)
-
-
-def build_statistics(groups: Mapping[str, ParamGroup], labels: Any, clip_norm: float | None) -> Statistics:
-    """Per-label statistics of an update."""
-    return _statistics(jax.tree.map(groups.__getitem__, labels), labels, clip_norm)
-
-
-def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, optax.Schedule]) -> ParamGroup:
-    group = optimizer.groups[label]
-    path = f"optimizer.groups.{label}"
+def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, optax.Schedule]) -> ParamGroup | None:
+    o, group, path = optimizer, optimizer.groups[label], f"optimizer.groups.{label}"
+    if group.frozen:
+        return None
     schedule = schedules.get(f"{path}.schedule", schedules["optimizer.schedule"])
-    rate = schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count)
+    rules = {
+        "adabelief": Belief(o.b1, o.b2, o.eps, o.eps_root, o.nesterov, o.rectify, o.sgd_fallback),
+        "adam": Adam(o.b1, o.b2, o.eps, o.eps_root, o.nesterov),
+        "sgd": Momentum(o.b1, o.nesterov),
+    }
     return ParamGroup(
-        _scaling(optimizer, group.optimizer or optimizer.name),
-        rate,
-        # None, not 0: what is multiplied by 0 can turn an infinity into NaN, and −0 into 0.
+        rules[group.optimizer or o.name],
+        schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count),
+        # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
         schedules.get(f"{path}.decay_schedule", group.weight_decay) or None,
-        optimizer.decay,
-        group.frozen,
-        group.clip_norm or None,
+        o.decay,
+        group.clip_norm,
         group.every_steps,
-        group.mu_dtype or optimizer.mu_dtype or None,
-        group.nu_dtype or optimizer.nu_dtype or None,
+        group.mu_dtype or o.mu_dtype,
+        group.nu_dtype or o.nu_dtype,
     )
 
 
-def _scaling(optimizer: config.Optimizer, name: str) -> Scaling:
-    o = optimizer
-    if name == "adam":
-        return Adam(o.b1, o.b2, o.eps, o.eps_root, o.nesterov)
-    if name == "sgd":
-        return Momentum(o.b1, o.nesterov)
-    return Belief(o.b1, o.b2, o.eps, o.eps_root, o.nesterov, o.rectify, o.sgd_fallback)
+def build_optimizer(
+    optimizer: config.Optimizer, groups: Groups, labels: Any, seed: int
+) -> optax.GradientTransformationExtraArgs:
+    """One transformation for all groups; `labels` is a tree like the parameters."""
+    return fused(groups, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
+
+
+def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> Statistics:
+    """Per-label statistics of an update, from its gradients and the parameters and state after it.
+
+    For each label that is not frozen:
+
+    - `grad_norm/LABEL`: the norm of the gradient, before clipping;
+    - `update_ratio/LABEL`: the norm of the update over that of the new parameters; the update before it was rounded to
+      the parameters' dtype, and the last one for a label that is not updated at every step;
+    - `belief/LABEL`: the mean of √(nu/v) over all elements, where v = nu + mu², all corrected, is the second moment of
+      the gradient about zero. Near 1 gradients are noise, and AdaBelief does what Adam would do; near 0 they are as
+      predicted, and its steps are larger by 1/belief. Momentum has none;
+    - `learning_rate/LABEL` and `weight_decay/LABEL`, where the label has a schedule of its own.
+
+    Nothing is stored for them: the update is computed again from the moments.
+    """
+
+    def statistics(
+        grads: optax.Updates, params: optax.Params, state: ScaleByBeliefState
+    ) -> dict[str, Float[Array, ""]]:
+        leaves, _ = flatten(labels, grads, state, params)
+        steps = group_steps(groups, leaves, state.count - 1, clip_norm)
+        updated: dict[str, Any] = {label: groups[label] for label in steps}
+        several_rates = len({group.learning_rate for group in updated.values()}) > 1
+        found: dict[str, Any] = {}
+        for label, group in updated.items():
+            step, own = steps[label], [leaf[1:] for leaf in leaves if leaf[0] == label and leaf[1] is not None]
+            found[f"grad_norm/{label}"] = global_norm([g for g, _, _ in own])
+            weights = global_norm([p for _, _, p in own])
+            moved = global_norm([_displacement(group, step, *leaf) for leaf in own])
+            found[f"update_ratio/{label}"] = moved / jnp.where(weights == 0, 1.0, weights)
+            if several_rates:
+                found[f"learning_rate/{label}"] = step.learning_rate
+            if callable(group.weight_decay):
+                found[f"weight_decay/{label}"] = step.weight_decay
+            if group.rule.nu_about is not None:
+                total = sum((jnp.sum(_belief(group, step, *leaf, state.count)) for leaf in own), jnp.zeros(()))
+                found[f"belief/{label}"] = total / sum(p.size for _, _, p in own)
+        return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+    return statistics
+
+
+def _displacement(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Array) -> Array:
+    """The new parameter minus the old one: p − p' = (u + λp') / (1 − λ), since p' = (1 − λ)p − u."""
+    step, g, mu, nu, nu_max, p = prepare(group, step, g, moments, p)
+    nu = nu if nu_max is None else nu_max
+    moved = -group.rule.update(g, mu, nu, step.bias_corrections, step.learning_rate)
+    if step.weight_decay is None:
+        return moved
+    return (moved - step.weight_decay * p) / (1 - step.weight_decay)
+
+
+def _belief(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Array, count: Array) -> Array:
+    _, _, mu, nu, _, _ = prepare(group, step, g, moments, p)
+    t = (count - 1) // group.every + 1
+    mean_squared = square(mu / one_minus_power(group.rule.b1, t).astype(nu.dtype))
+    nu = nu / one_minus_power(group.rule.b2, t).astype(nu.dtype)
+    if group.rule.nu_about == "mean":
+        about_mean, about_zero = nu, nu + mean_squared
+    else:
+        about_mean, about_zero = jnp.maximum(nu - mean_squared, 0), nu
+    # An element that never had a gradient counts as noise. (With a `where`, XLA:CPU would not fuse this into the sum.)
+    tiny = jnp.finfo(nu.dtype).tiny
+    return jnp.sqrt((about_mean + tiny) / (about_zero + tiny))

@@ -1,19 +1,96 @@
-"""AdaBelief: steps sized by how far each gradient falls from its prediction (Zhuang et al., 2020, arXiv:2010.07468)."""
+"""AdaBelief: its update rule, and the Optax transformations with it (Zhuang et al., 2020, arXiv:2010.07468)."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Inexact, Int32
 
-from trainer.optim.fused import ScaleByBeliefState, fused
-from trainer.optim.treatment import ParamGroup
-from trainer.optim.update_rules import Belief
+from trainer.optim.fused import ParamGroup, ScaleByBeliefState, fused
+from trainer.optim.precision import average, one_minus_power, rectification, squarable, square
+from trainer.rules import path_of
 
-__all__ = ["ScaleByBeliefState", "adabelief", "scale_by_belief"]
+
+class BiasCorrections(NamedTuple):
+    """The factors of one update, the same for all elements."""
+
+    mu: Array  # of the first moment
+    g: Array | None = None  # of the gradient that Nesterov's method adds to it
+    nu: Array | None = None  # of the second moment, under the root
+    undivided: Array | None = None  # whether the root does not divide at all, under rectification
+
+    def mean(self, g: Any, mu: Any, scale: Any) -> Any:
+        """`scale` times the mean gradient without bias."""
+        mean = (scale * self.mu) * mu
+        return mean if self.g is None else mean + (scale * self.g) * g
+
+
+@dataclasses.dataclass(frozen=True)
+class Belief:
+    r"""AdaBelief's update rule, elementwise, for gradient :math:`g_t` of update t = 1, 2, …:
+
+    .. math::
+
+      \mu_t &= b_1 \mu_{t-1} + (1 - b_1) g_t \\
+      \nu_t &= b_2 \nu_{t-1} + (1 - b_2) |g_t - \mu_t|^2 + \varepsilon_{root} \\
+      \hat\mu_t &= \mu_t / (1 - b_1^t), \quad \hat\nu_t = \nu_t / (1 - b_2^t) \\
+      u_t &= \hat\mu_t / (\sqrt{\hat\nu_t} + \varepsilon)
+
+    With `nesterov`, the corrected mu is b1 · mu / (1 − b1^(t+1)) + (1 − b1) · g / (1 − b1^t). With `rectify`, u is
+    r · √(1 − b2^t) times the corrected mu over √nu + eps, with RAdam's factor r; until the variance is tractable, u is
+    the corrected mu with `sgd_fallback`, else 0. Attributes are as for `adabelief`.
+    """
+
+    b1: Any = 0.9
+    b2: Any = 0.999
+    eps: Any = 1e-16
+    eps_root: Any = 1e-16
+    nesterov: bool = False
+    rectify: bool = False
+    sgd_fallback: bool = True
+
+    nu_about = "mean"
+
+    def update_mu(self, g: Inexact[Array, "*s"], mu: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+        """The mean gradient."""
+        return average(self.b1, mu, g)
+
+    def update_nu(self, g: Inexact[Array, "*s"], mu: Inexact[Array, "*s"], nu: Inexact[Array, "*s"]) -> Any:
+        """The mean squared error of the new `mu` as a prediction of `g`."""
+        # A step towards error² is more exact than b2 · nu + (1 − b2) · error²: in float32 the two weights do not add
+        # up to 1. And the last operation adds two arrays: XLA:CPU computes an array plus a scalar (Optax's
+        # `nu + eps_root`) again in each fusion that reads it, from copies of the old moments.
+        return (1 - self.b2) * (square(squarable(g - mu)) - nu) + (nu + self.eps_root)
+
+    def bias_corrections(self, t: Int32[Array, ""]) -> BiasCorrections:
+        """The scalars of update t, counted from 1, in the widest float that is enabled."""
+        mu, g = mean_corrections(self.b1, t, self.nesterov)
+        remaining = one_minus_power(self.b2, t)
+        if not self.rectify:
+            return BiasCorrections(mu, g, 1 / remaining)
+        factor, intractable = rectification(self.b2, t)
+        factor = jnp.where(intractable, 1.0 if self.sgd_fallback else 0.0, factor * jnp.sqrt(remaining))
+        return BiasCorrections(mu * factor, None if g is None else g * factor, None, intractable)
+
+    def update(self, g: Any, mu: Any, nu: Any, corrections: BiasCorrections, scale: Any) -> Any:
+        """`scale` times u, from the new moments."""
+        root = jnp.sqrt(nu if corrections.nu is None else nu * corrections.nu) + self.eps
+        if corrections.undivided is not None:
+            root = jnp.where(corrections.undivided, jnp.ones_like(root), root)
+        return corrections.mean(g, mu, scale) / root
+
+
+def mean_corrections(b1: Any, t: Int32[Array, ""], nesterov: bool) -> tuple[Array, Array | None]:
+    """The factors of mu and, under Nesterov, of the gradient, in the corrected mean."""
+    if not nesterov:
+        return 1 / one_minus_power(b1, t), None
+    following = jnp.asarray(optax.safe_increment(t))  # t + 1, but never beyond the largest int32
+    return b1 / one_minus_power(b1, following), (1 - b1) / one_minus_power(b1, t)
 
 
 def adabelief(
@@ -36,90 +113,64 @@ def adabelief(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaBelief: Adam, but dividing by how far gradients fall from their mean instead of by how large they are.
 
-    With gradient :math:`g_t` in update t = 1, 2, …, all of it elementwise:
+    The update is p ← p − α · (u + λ · p), where `Belief` gives u. Its state is one `ScaleByBeliefState`. The arithmetic
+    is in float32 or wider, also for 16-bit parameters; the update is rounded to their dtype once, at the end.
 
-    .. math::
-
-      m_t &= b_1 m_{t-1} + (1 - b_1) g_t \\
-      s_t &= b_2 s_{t-1} + (1 - b_2) |g_t - m_t|^2 + \varepsilon_{root} \\
-      \hat m_t &= m_t / (1 - b_1^t), \quad \hat s_t = s_t / (1 - b_2^t) \\
-      d_t &= \hat m_t / (\sqrt{\hat s_t} + \varepsilon) \\
-      p_t &= p_{t-1} - \alpha_t (d_t + \lambda_t p_{t-1})
-
-    **What eps and eps_root do.** `eps` is added outside the root, once. `eps_root` is added to s at every update and so
-    accumulates inside it: √ŝ never falls below √(eps_root / (1 − b2)), which is 3.2e-7 by default, and 3.2e-3 with
-    eps_root = 1e-8, where gradients below that size make the update one of SGD with momentum. Algorithm 2 of the paper
-    has its ε in both places, and the authors' package has one argument for both. The paper's settings are 1e-8 for
-    vision and 1e-12 or 1e-16 for LSTMs.
-
-    With 16-bit parameters the moments are float32 unless told otherwise, the arithmetic is in float32, and the update
-    is rounded to the parameter's dtype once, at its end.
+    **eps and eps_root differ.** `eps` is added outside the root, once. `eps_root` is added to nu in every update and
+    accumulates: the root is at least √(eps_root / (1 − b2)), 3.2e-7 by default, 3.2e-3 with eps_root = 1e-8, and for
+    smaller gradients the update is SGD with momentum. The paper's ε is both: 1e-8 for vision, 1e-12 or 1e-16 for LSTMs.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> def f(x): return jnp.sum(x ** 2)
     >>> optimizer = adabelief(learning_rate=0.003)
     >>> x = jnp.array([1., 2., 3.])
-    >>> print('f(x):', f(x))
-    f(x): 14.0
     >>> state = optimizer.init(x)
-    >>> for _ in range(5):
+    >>> for _ in range(2):
     ...     updates, state = optimizer.update(jax.grad(f)(x), state, x)
     ...     x = optax.apply_updates(x, updates)
     ...     print(f'f(x): {f(x):.2E}')
     f(x): 1.40E+01
     f(x): 1.39E+01
-    f(x): 1.39E+01
-    f(x): 1.38E+01
-    f(x): 1.38E+01
 
     Args:
       learning_rate: α, a number, an array, or a schedule of the number of updates already made.
       b1: decay of the mean gradient, in [0, 1).
       b2: decay of the mean squared error, in [0, 1).
       eps: added to the root in the denominator, ≥ 0.
-      eps_root: added to s at every update, ≥ 0. With 0, derivatives through the update are NaN where s is 0.
-      weight_decay: λ, a number, an array, or a schedule like the learning rate; None for none. `update` then needs the
-        parameters.
+      eps_root: added to nu in every update, ≥ 0. With 0, derivatives through the update are NaN where nu is 0.
+      weight_decay: λ, of the same kinds as the learning rate; None for none. With it, `update` needs the parameters.
       weight_decay_mask: which leaves decay: a tree of bools, a prefix of such a tree, or a function of the parameters
         that returns one; None for all. Under `optax.inject_hyperparams` name a function in `static_args`.
-      nesterov: looks one step ahead: m̂ = b1 · m / (1 − b1^(t+1)) + (1 − b1) · g / (1 − b1^t).
-      decay: "decoupled", as above; "fixed" is not multiplied by the learning rate, p − α·d − λ·p; "coupled" is added to
-        the gradient before anything else.
-      rectify: RAdam's rectification (see `trainer.optim.update_rules.rectification`): d = r · √(1 − b2^t) · m̂ / (√s + eps)
-        from the update on in which the variance is tractable.
-      sgd_fallback: what rectification does until then: d = m̂, or nothing but decay.
-      amsgrad: divides by the largest s so far.
-      mu_dtype: in which m is stored: float32, float64 or bfloat16; None for the parameter's dtype, but at least
-        float32. Bfloat16 is rounded stochastically.
-      nu_dtype: in which s is stored, likewise.
-      seed: of the stochastic rounding, which depends on it, on the update, and on the place in the tree alone.
-
-    Returns:
-      A transformation whose state is one `ScaleByBeliefState`.
+      nesterov: looks one update ahead.
+      decay: "decoupled", as above; "fixed", p ← p − α · u − λ · p; "coupled", λ · p is added to the gradient first.
+      rectify: RAdam's rectification (see `Belief` and `trainer.optim.precision.rectification`).
+      sgd_fallback: whether rectification begins with SGD with momentum; else with weight decay only.
+      amsgrad: divides by the root of the largest nu so far.
+      mu_dtype: dtype of mu in the state, float32, float64 or bfloat16; None for the parameter's, but at least float32.
+      nu_dtype: dtype of nu in the state, likewise. Bfloat16 is rounded stochastically.
+      seed: of the stochastic rounding, which depends only on it, on the update, and on the leaf's number in the tree.
 
     Raises:
-      ValueError: an argument is out of its range, or is lost in the dtype that it would be used in; `rectify` together
-        with `amsgrad`, which the authors' package ignores there.
+      ValueError: an argument is out of its range, or 0 in the dtype in which it is used; `rectify` with `amsgrad`.
     """
-    scaling = _belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback, amsgrad)
+    b1, b2, eps, eps_root = (x.item() if isinstance(x, np.generic) else x for x in (b1, b2, eps, eps_root))
+    rule = Belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback)
+    _check_ranges(rule)
+    if rectify and amsgrad:
+        raise ValueError("rectify and amsgrad cannot be combined: rectification assumes the variance, not its maximum")
     if decay not in ("decoupled", "fixed", "coupled"):
         raise ValueError(f"decay is {decay!r}; it must be 'decoupled', 'fixed' or 'coupled'")
     if isinstance(weight_decay_mask, jax.Array):
-        raise ValueError(
-            "weight_decay_mask is an array, as optax.inject_hyperparams makes of a function: give it "
-            "static_args='weight_decay_mask'"
-        )
-    dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
-    plain = ParamGroup(scaling, learning_rate, **dtypes)
-    decayed = ParamGroup(scaling, learning_rate, weight_decay, decay, **dtypes)
-    if weight_decay is None or weight_decay_mask is None:
-        return fused(decayed, amsgrad=amsgrad, seed=seed)
+        raise ValueError("weight_decay_mask is an array, give optax.inject_hyperparams static_args='weight_decay_mask'")
+    plain = ParamGroup(rule, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    groups = {"plain": plain, "decayed": dataclasses.replace(plain, weight_decay=weight_decay, decay=decay)}
+    mask = True if weight_decay is None or weight_decay_mask is None else weight_decay_mask
 
-    def treatments(params: optax.Params) -> Any:
-        mask = weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask
-        return jax.tree.map(lambda keep: decayed if keep else plain, mask)
+    def labels(params: optax.Params) -> Any:
+        tree = mask(params) if callable(mask) else mask
+        return jax.tree.map(lambda keep: "decayed" if keep else "plain", tree)
 
-    return fused(treatments, amsgrad=amsgrad, seed=seed)
+    return fused(groups, labels, amsgrad=amsgrad, seed=seed)
 
 
 def scale_by_belief(
@@ -136,35 +187,14 @@ def scale_by_belief(
     nu_dtype: Any = None,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction d of `adabelief`, without learning rate and decay, for chains of transformations.
-
-    Args:
-      b1: as for `adabelief`, like all others.
-      b2: decay of the mean squared error.
-      eps: added to the root.
-      eps_root: added to s at every update.
-      nesterov: looks one step ahead.
-      rectify: RAdam's rectification.
-      sgd_fallback: what rectification does at first.
-      amsgrad: divides by the largest s so far.
-      mu_dtype: in which m is stored.
-      nu_dtype: in which s is stored.
-      seed: of the stochastic rounding.
-
-    Raises:
-      ValueError: as for `adabelief`.
-    """
-    scaling = _belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback, amsgrad)
-    # The update of a learning rate of −1 is the direction itself.
-    treatment = ParamGroup(scaling, -1.0, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
-    return fused(treatment, amsgrad=amsgrad, seed=seed)
+    """The update u of `adabelief`, for chains: its update for learning rate −1. Arguments and errors are the same."""
+    options = {"nesterov": nesterov, "rectify": rectify, "sgd_fallback": sgd_fallback, "amsgrad": amsgrad}
+    return adabelief(-1.0, b1, b2, eps, eps_root, **options, mu_dtype=mu_dtype, nu_dtype=nu_dtype, seed=seed)
 
 
-def _belief(
-    b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, rectify: bool, sgd_fallback: bool, amsgrad: bool
-) -> Belief:
-    b1, b2, eps, eps_root = (x.item() if isinstance(x, np.generic) else x for x in (b1, b2, eps, eps_root))
-    for name, value in {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}.items():
+def _check_ranges(rule: Belief) -> None:
+    for name in ("b1", "b2", "eps", "eps_root"):
+        value = getattr(rule, name)
         if isinstance(value, jax.Array | np.ndarray):
             if not jnp.issubdtype(value.dtype, jnp.floating) or jnp.finfo(value.dtype).bits < 32:
                 raise ValueError(
@@ -177,8 +207,38 @@ def _belief(
             raise ValueError(f"{name} is {value}; it must be in [0, 1)")
         elif not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a finite number and not negative")
-    if isinstance(eps, float | int) and isinstance(eps_root, float | int) and eps == eps_root == 0:
+    if all(isinstance(value, float | int) and value == 0 for value in (rule.eps, rule.eps_root)):
         raise ValueError("eps and eps_root are both 0: a gradient of zero would be divided by zero")
-    if rectify and amsgrad:
-        raise ValueError("rectify and amsgrad cannot be combined: rectification assumes the variance, not its maximum")
-    return Belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback)
+
+
+def from_optax(state: optax.OptState, like: ScaleByBeliefState | None = None) -> ScaleByBeliefState:
+    """The state with which `adabelief` continues a run of `optax.adabelief`: the same count, mu and nu.
+
+    Args:
+      state: of `optax.adabelief` or `optax.scale_by_belief`, alone or anywhere inside of chains and wrappers.
+      like: the result of `init`, whose dtypes the moments get; None to keep those of Optax.
+
+    Raises:
+      ValueError: `state` holds not exactly one AdaBelief state (Adam's is not one), or other arrays than `like`.
+    """
+    theirs: Any = optax.ScaleByBeliefState
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, theirs))
+    found = [node for node in nodes if isinstance(node, theirs)]
+    if len(found) != 1:
+        raise ValueError(f"there are {len(found)} states of optax.scale_by_belief in this state; one is expected")
+    ours = ScaleByBeliefState(found[0].count, found[0].mu, found[0].nu)
+    if like is None:
+        return ours
+    if not isinstance(like, ScaleByBeliefState):
+        raise ValueError(f"`like` is a {type(like).__name__}; the result of the init of `adabelief` is expected")
+    if like.nu_max is not None:
+        raise ValueError("amsgrad needs the largest second moment, which an Optax state does not have")
+    if jax.tree.structure(ours) != jax.tree.structure(like):
+        raise ValueError("the state has other parameters than `like`")
+
+    def cast(keys: Any, old: Any, new: Any) -> Any:
+        if old.shape != new.shape:
+            raise ValueError(f"{path_of(keys)} has shape {old.shape}; {new.shape} is expected")
+        return old.astype(new.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, ours, like)

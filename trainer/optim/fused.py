@@ -1,6 +1,7 @@
-"""One update for every leaf of a tree, whatever its group: moments, direction, decay and learning rate in one pass."""
+"""One pass over the parameters of all groups: clipping, update rule, weight decay, learning rate, stored moments."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,9 +10,33 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from trainer.optim.precision import key_of, storage_dtype, store
-from trainer.optim.treatment import Leaf, Scalars, Treatments, check_precision, is_none, per_leaf, rates, with_scalars
-from trainer.optim.update_rules import Momentum
+from trainer.optim.precision import check_precision, global_norm, key_of, storage_dtype, store
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParamGroup:
+    """How the parameters of one label are updated.
+
+    Attributes:
+      rule: the update rule, `trainer.optim.adabelief.Belief` or another class with its methods.
+      learning_rate: a number, an array, or a schedule of the number of updates already made.
+      weight_decay: likewise; None for none.
+      decay: "decoupled" adds weight_decay · p to the rule's update; "fixed" does not multiply it by the learning rate;
+        "coupled" adds it to the gradient.
+      clip_norm: largest norm of the gradient of the whole group; None for any.
+      every: the group is updated at counts 0, every, 2·every, …; the gradients between are not used.
+      mu_dtype: dtype of mu in the state; None for the parameter's, but at least float32.
+      nu_dtype: dtype of nu in the state, likewise.
+    """
+
+    rule: Any
+    learning_rate: Any
+    weight_decay: Any = None
+    decay: str = "decoupled"
+    clip_norm: float | None = None
+    every: int = 1
+    mu_dtype: Any = None
+    nu_dtype: Any = None
 
 
 class ScaleByBeliefState(NamedTuple):
@@ -19,7 +44,7 @@ class ScaleByBeliefState(NamedTuple):
 
     Attributes:
       count: updates made; stays at the largest int32 when it gets there.
-      mu: mean of the gradients, like the parameters; `optax.MaskedNode` for a leaf that is frozen.
+      mu: mean of the gradients, like the parameters; `optax.MaskedNode` for a frozen leaf.
       nu: mean of the squared prediction errors, like the parameters but real; `MaskedNode` also where none is kept.
       nu_max: the largest `nu` so far, under `amsgrad`; else None.
     """
@@ -30,31 +55,50 @@ class ScaleByBeliefState(NamedTuple):
     nu_max: Any = None
 
 
+class GroupStep(NamedTuple):
+    """The scalars of one group in one update."""
+
+    bias_corrections: Any  # of the update rule
+    learning_rate: Array
+    weight_decay: Array | None
+    clip: Array | None  # factor of the gradient
+    due: Array | None  # whether the group is updated at all; None for always
+
+
 def fused(
-    treatments: Treatments, *, amsgrad: bool = False, clip_norm: float | None = None, seed: Any = 0
+    groups: Mapping[str, ParamGroup | None],
+    labels: Any,
+    *,
+    amsgrad: bool = False,
+    clip_norm: float | None = None,
+    seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation that treats every leaf as `treatments` says.
+    """The transformation that updates each leaf as the group of its label says.
 
     The arithmetic is in float32 or wider; updates have the parameter's dtype (the gradient's, without parameters). A
-    leaf whose gradient is None is left alone, and so is one that is frozen: its update is −0, which added to any number
-    gives that number to the bit.
+    leaf whose gradient is None is left alone. The update of a frozen leaf is −0: any number plus −0 is that number, bit
+    for bit.
 
     Args:
-      treatments: what happens to each leaf.
+      groups: by label; None for a label whose leaves are frozen.
+      labels: a tree of labels like the parameters, a prefix of one, or a function of the parameters that returns one.
       amsgrad: whether leaves are divided by the root of their largest second moment so far.
-      clip_norm: the largest norm of the gradient of all leaves that are not frozen; None for any.
+      clip_norm: largest norm of the gradient of all leaves that are not frozen; None for any.
       seed: of the stochastic rounding of bfloat16 moments.
     """
 
     def init(params: optax.Params) -> ScaleByBeliefState:
-        leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
         # `optax.tree_map_params` calls with a node that has no leaf, to find where in the state parameters are.
-        given = per_leaf(treatments, params) if leaves else []
-        for leaf, treatment in zip(leaves, given, strict=True):
-            if leaf is not None:
-                check_precision(treatment, jnp.result_type(leaf))
-        moments = [_zeros(leaf, treatment) for leaf, treatment in zip(leaves, given, strict=True)]
-        mu, nu = structure.unflatten(m for m, _ in moments), structure.unflatten(s for _, s in moments)
+        names = _label_tree(labels, params) if jax.tree.leaves(params) else params
+
+        def zeros(label: str, p: Any, *, second: bool) -> Any:
+            group, dtype = groups[label], jnp.result_type(p)
+            if group is None or (second and group.rule.nu_about is None):
+                return optax.MaskedNode()
+            check_precision(dtype, group.rule, group.mu_dtype, group.nu_dtype)
+            return jnp.zeros_like(p, storage_dtype(dtype, group.nu_dtype if second else group.mu_dtype, real=second))
+
+        mu, nu = (jax.tree.map(partial(zeros, second=second), names, params) for second in (False, True))
         nu_max = jax.tree.map(jnp.zeros_like, nu) if amsgrad else None
         return ScaleByBeliefState(jnp.zeros((), jnp.int32), mu, nu, nu_max)
 
@@ -62,16 +106,19 @@ def fused(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, ScaleByBeliefState]:
         del extra
-        leaves, structure = take_apart(treatments, updates, state, params)
+        leaves, structure = flatten(labels, updates, state, params)
         if amsgrad and state.nu_max is None and jax.tree.leaves(state.nu):
             raise ValueError("amsgrad needs a state with the largest second moments, made by its own init")
-        results = []
-        for i, (leaf, scalars) in enumerate(with_scalars(leaves, state.count, clip_norm)):
-            if scalars is None:
-                u = None if leaf.g is None else jnp.full_like(leaf.g, -0.0, _dtype(leaf))
-                results.append((u, leaf.m, leaf.s, leaf.s_max))
+        steps = group_steps(groups, leaves, state.count, clip_norm)
+        results: list[tuple] = []
+        for number, (label, g, moments, p) in enumerate(leaves):
+            if g is None:
+                results.append((None, *moments))
+            elif (group := groups[label]) is None:
+                results.append((jnp.full_like(g, -0.0, (g if p is None else p).dtype), *moments))
             else:
-                results.append(_update_leaf(leaf, scalars, partial(_save, seed, state.count, i)))
+                store_new = partial(_store_new, steps[label].due, seed, state.count, number)
+                results.append(_update_leaf(group, steps[label], g, moments, p, store_new))
         updates, mu, nu, nu_max = (structure.unflatten([result[i] for result in results]) for i in range(4))
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ScaleByBeliefState(count, mu, nu, None if state.nu_max is None else nu_max)
@@ -79,90 +126,115 @@ def fused(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type] - its state is ours
 
 
-def take_apart(
-    treatments: Treatments, updates: optax.Updates, state: Any, params: optax.Params | None
-) -> tuple[list[Leaf], Any]:
-    """The leaves of an update, and the structure of its tree, in which None is a leaf."""
-    if not isinstance(state, ScaleByBeliefState):
-        raise ValueError(
-            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.migrate.from_optax makes "
-            "one of a state of optax.adabelief"
-        )
-    gradients, structure = jax.tree.flatten(updates, is_leaf=is_none)
-    none = [None] * len(gradients)
-    trees = (state.mu, state.nu, state.nu_max, params)
-    columns = [none if tree is None else structure.flatten_up_to(tree) for tree in trees]
-    given = per_leaf(treatments, updates)
-    # Python numbers are parameters, too.
-    gradients, columns[3] = ([None if x is None else jnp.asarray(x) for x in xs] for xs in (gradients, columns[3]))
-    return [Leaf(*values) for values in zip(gradients, *columns, given, strict=True)], structure
+def _update_leaf(
+    group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Any, store_new: Callable[..., Array]
+) -> tuple[Array, Any, Any, Any]:
+    """The update of one leaf, and its new mu, nu and nu_max as they are stored."""
+    rule, dtype, (stored_mu, stored_nu, stored_max) = group.rule, (g if p is None else p).dtype, moments
+    step, g, mu, nu, nu_max, p = prepare(group, step, g, moments, p)
+    stored_mu = store_new(rule.update_mu(g, mu), stored_mu, second=False)
+    # From here on the moments are as they are stored: the next update reads nothing else.
+    mu = stored_mu.astype(mu.dtype)
+    if nu is not None:
+        stored_nu = store_new(rule.update_nu(g, mu, nu), stored_nu, second=True)
+        nu = stored_nu.astype(nu.dtype)
+    if nu_max is not None:
+        stored_max = jnp.maximum(stored_max, stored_nu)
+        nu = stored_max.astype(nu_max.dtype)
+    u = rule.update(g, mu, nu, step.bias_corrections, -step.learning_rate)
+    if step.weight_decay is not None:
+        u = u - step.weight_decay * p
+    u = u.astype(dtype)
+    u = u if step.due is None else jnp.where(step.due, u, jnp.full_like(u, -0.0))
+    return u, stored_mu, stored_nu, stored_max
 
 
-def prepare(leaf: Leaf, scalars: Scalars) -> tuple[Leaf, Scalars]:
-    """Leaf and scalars in the dtype of the computation; the gradient clipped, and with the coupled decay in it."""
-    arrays: list[Any] = [None if x is None or isinstance(x, optax.MaskedNode) else x for x in leaf[:5]]
+def prepare(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
+    """Step, gradient, mu, nu, nu_max and parameter in the dtype of the computation; moments that are not kept are None.
+
+    The gradient is clipped, and coupled decay is added to it; other weight decay becomes the share of p to subtract.
+    """
+    arrays = [None if isinstance(x, optax.MaskedNode) else x for x in (g, *moments, p)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
     real = jnp.finfo(dtype).dtype
-    to = (dtype, dtype, real, real, dtype)
-    values: list[Any] = [None if x is None else x.astype(t) for x, t in zip(arrays, to, strict=True)]
-    g, m, s, s_max, p = values
-    scalars = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(real), scalars)
-    if scalars.clip is not None:
-        g = g * scalars.clip
-    if scalars.weight_decay is not None:
+    dtypes = (dtype, dtype, real, real, dtype)
+    values: list[Any] = [None if x is None else x.astype(to) for x, to in zip(arrays, dtypes, strict=True)]
+    g, mu, nu, nu_max, p = values
+    step = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(real), step)
+    if step.clip is not None:
+        g = g * step.clip
+    if step.weight_decay is not None:
         if p is None:
             raise ValueError("weight decay needs the parameters: call update(gradients, state, params)")
-        if leaf.treatment.decay == "coupled":
-            g = g + scalars.weight_decay * p
-    return Leaf(g, m, s, s_max, p, leaf.treatment), scalars
+        if group.decay == "coupled":
+            g, step = g + step.weight_decay * p, step._replace(weight_decay=None)
+        elif group.decay == "decoupled":
+            step = step._replace(weight_decay=step.learning_rate * step.weight_decay)
+    return step, g, mu, nu, nu_max, p
 
 
-def _save(seed: Any, count: Int32[Array, ""], index: int, x: Array, old: Array, *, second: bool) -> Array:
-    """A new moment of leaf number `index` as it is stored, in the dtype of the old one."""
-    if old.dtype != jnp.bfloat16:  # no key is needed, and tracing one for every leaf takes its time
-        return x.astype(old.dtype)
-    return store(x, old.dtype, key_of(seed, count, 2 * index + second))
+def group_steps(
+    groups: Mapping[str, ParamGroup | None], leaves: Sequence[tuple], count: Int32[Array, ""], clip_norm: float | None
+) -> dict[str, GroupStep]:
+    """The scalars of each group that has a gradient, in the update after `count` others; leaves are from `flatten`."""
+    gradients = [(label, g) for label, g, _, _ in leaves if g is not None and groups[label] is not None]
+    clip_all = None if clip_norm is None else _clip([g for _, g in gradients], clip_norm, None)
+    steps = {}
+    for label in dict.fromkeys(label for label, _ in gradients):
+        group: Any = groups[label]
+        decay = None if group.weight_decay is None else _value(group.weight_decay, count)
+        # Bias corrections follow the updates of the group, schedules those of the run.
+        t = jnp.asarray(optax.safe_increment(count if group.every == 1 else count // group.every))
+        own = [g for other, g in gradients if other == label]
+        clip = clip_all if group.clip_norm is None else _clip(own, group.clip_norm, clip_all)
+        due = None if group.every == 1 else count % group.every == 0
+        steps[label] = GroupStep(group.rule.bias_corrections(t), _value(group.learning_rate, count), decay, clip, due)
+    return steps
 
 
-def _update_leaf(stored: Leaf, scalars: Scalars, save: Callable[..., Array]) -> tuple[Any, Any, Any, Any]:
-    """The update, and the new moments."""
-    leaf, scalars = prepare(stored, scalars)
-    scaling, due = leaf.treatment.scaling, scalars.due
-    m = _if_due(due, save(scaling.first(leaf.g, leaf.m), stored.m, second=False), stored.m)
-    # From here on the moments are those that are stored: the next update will know no others.
-    leaf = leaf._replace(m=m.astype(leaf.m.dtype))
-    s, s_max = stored.s, stored.s_max
-    if not isinstance(scaling, Momentum):
-        s = _if_due(due, save(scaling.second(leaf.g, leaf.m, leaf.s), stored.s, second=True), stored.s)
-        leaf = leaf._replace(s=s.astype(leaf.s.dtype))
-        if s_max is not None:
-            s_max = jnp.maximum(s_max, s)
-            leaf = leaf._replace(s=s_max.astype(leaf.s.dtype))
-    rate, shrink = rates(leaf.treatment, scalars)
-    u = scaling.direction(leaf.g, leaf.m, leaf.s, scalars.corrections, -rate)
-    if shrink is not None:
-        u = u - shrink * leaf.p
-    u = u.astype(_dtype(stored))
-    return _if_due(due, u, jnp.full_like(u, -0.0)), m, s, s_max
+def _value(number: Any, count: Int32[Array, ""]) -> Array:
+    return jnp.asarray(number(count) if callable(number) else number)
 
 
-def _if_due(due: Any, new: Any, old: Any) -> Any:
-    return new if due is None else jnp.where(due, new, old)
+def _clip(gradients: Sequence[Array], limit: float, before: Array | None) -> Array:
+    """The factor that brings the norm of the gradients, already multiplied by `before`, down to `limit`."""
+    norm = global_norm(gradients)
+    if before is None:
+        return limit / jnp.maximum(norm, limit)
+    return before * (limit / jnp.maximum(norm * before, limit))
 
 
-def _dtype(leaf: Leaf) -> Any:
-    """The dtype of an update."""
-    return (leaf.g if leaf.p is None else leaf.p).dtype
+def flatten(labels: Any, updates: Any, state: Any, params: Any) -> tuple[list[tuple[Any, Any, tuple, Any]], Any]:
+    """(label, gradient, (mu, nu, nu_max), parameter) of each leaf, and the structure of the tree; None is a leaf."""
+    if not isinstance(state, ScaleByBeliefState):
+        raise ValueError(
+            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.adabelief.from_optax makes "
+            "one of a state of optax.adabelief"
+        )
+    gradients, structure = jax.tree.flatten(updates, is_leaf=_is_none)
+    trees = (state.mu, state.nu, state.nu_max, params)
+    mu, nu, nu_max, params = (
+        [None] * len(gradients) if tree is None else structure.flatten_up_to(tree) for tree in trees
+    )
+    names = jax.tree.leaves(_label_tree(labels, updates), is_leaf=_is_none)
+    # Python numbers are parameters, too.
+    gradients, params = ([None if x is None else jnp.asarray(x) for x in column] for column in (gradients, params))
+    return list(zip(names, gradients, zip(mu, nu, nu_max, strict=True), params, strict=True)), structure
 
 
-def _zeros(leaf: Any, treatment: Any) -> tuple[Any, Any]:
-    """The first moments of a parameter, which may be None."""
-    if leaf is None:
-        return None, None
-    dtype, masked = jnp.result_type(leaf), optax.MaskedNode()
-    if treatment.frozen:
-        return masked, masked
-    m = jnp.zeros_like(leaf, storage_dtype(dtype, treatment.mu_dtype))
-    if isinstance(treatment.scaling, Momentum):
-        return m, masked
-    return m, jnp.zeros_like(leaf, storage_dtype(dtype, treatment.nu_dtype, real=True))
+def _label_tree(labels: Any, tree: Any) -> Any:
+    """The label of each leaf, in a tree like `tree`; None where that has None."""
+    return jax.tree.broadcast(labels(tree) if callable(labels) else labels, tree, is_leaf=_is_none)
+
+
+def _store_new(due: Any, seed: Any, count: Array, number: int, x: Array, old: Array, *, second: bool) -> Array:
+    """A new moment of leaf `number` in the dtype of the old one, or the old one where the group is not due."""
+    if old.dtype == jnp.bfloat16:
+        x = store(x, old.dtype, key_of(seed, count, 2 * number + second))
+    else:  # no key is needed, and tracing one for every leaf takes its time
+        x = x.astype(old.dtype)
+    return x if due is None else jnp.where(due, x, old)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

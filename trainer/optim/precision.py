@@ -1,35 +1,124 @@
-"""How moments are stored: in their own dtype, and in bfloat16 by stochastic rounding, so that small changes survive."""
+"""Exact arithmetic in few bits: averages, bias corrections, rectification, and moments rounded stochastically."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32, Integer, Shaped, UInt32
+from jaxtyping import Array, Float, Inexact, Int32, Integer, Shaped, UInt32
 
 STORED = ("float32", "float64", "bfloat16")
-"""The dtypes that moments may have. Float16 is none of them: a squared gradient of 1e-4 is 0 in it."""
+"""The dtypes that moments may have. Float16 is not among them: a squared gradient of 1e-4 would be 0."""
+
+
+def average(b: Any, mean: Inexact[Array, "*s"], x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """b · mean + (1 − b) · x, as a step towards x, so that the weights sum to 1 in float32; b = 0 gives x itself."""
+    if isinstance(b, jax.Array):
+        return b * mean + (1 - b) * x
+    if b == 0:
+        return x
+    error = x - mean
+    # 0 · error is NaN where x is infinite: an infinity must not pass for a large number.
+    return mean + (1 - b) * (squarable(error) + 0 * error)
+
+
+def squarable(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """`x` within ±√max/4 of its dtype, 4.6e18 in float32: an average of squares never recovers from an infinity."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(squarable(x.real), squarable(x.imag))
+    limit = 0.25 * jnp.sqrt(jnp.finfo(x.dtype).max)
+    return jnp.clip(x, -limit, limit)
+
+
+def square(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """|x|², real."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+def global_norm(arrays: Sequence[Any]) -> Float[Array, ""]:
+    """The Euclidean norm of arrays taken as one vector, in float32 or wider."""
+    squares = [jnp.sum(square(x.astype(compute_dtype(x.dtype)))) for x in arrays]
+    return jnp.sqrt(sum(squares, jnp.zeros(())))
+
+
+def one_minus_power(b: Any, t: Int32[Array, ""]) -> Array:
+    """1 − b^t without cancellation: in float32, 1 − 0.999^1 would have a relative error of 5e-5."""
+    if isinstance(b, jax.Array):
+        return -jnp.expm1(t * jnp.log(b))
+    return -jnp.expm1(t * math.log(b)) if b else jnp.ones(())
+
+
+def rectification(b2: Any, t: Int32[Array, ""]) -> tuple[Array, Array]:
+    r"""RAdam's factor r of update t, and whether the variance is still intractable (Liu et al., arXiv:1908.03265).
+
+    .. math::
+
+      N_\infty = \frac{2}{1 - b_2} - 1, \quad N = N_\infty - \frac{2 t b_2^t}{1 - b_2^t}, \quad
+      r = \sqrt{\frac{(N - 4)(N - 2) N_\infty}{(N_\infty - 4)(N_\infty - 2) N}} \quad \text{where } N \ge 5
+
+    At first, N is the difference of two numbers near 2/(1 − b2). With δ = −ln b2 and the Langevin function
+    L(y) = coth y − 1/y nothing cancels: N∞ = 2/δ + L(δ/2) and N = L(δ/2) + t·(1 − L(tδ/2)).
+    """
+    delta = -(jnp.log(b2) if isinstance(b2, jax.Array) else jnp.asarray(math.log(b2) if b2 else -math.inf))
+    first = 1 - _one_minus_langevin(delta / 2)
+    most, length = 2 / delta + first, first + t * _one_minus_langevin(t * delta / 2)
+    intractable = length < 5
+    # The factor must be finite where it is not used, too: derivatives go through both branches of a `where`.
+    n, limit = jnp.maximum(length, 5.0), jnp.maximum(most, 5.0)
+    return jnp.sqrt((n - 4) * (n - 2) * limit / ((limit - 4) * (limit - 2) * n)), intractable
+
+
+def _one_minus_langevin(y: Array) -> Array:
+    """1 − coth y + 1/y, for y > 0; below 1/4 by the series of coth, where the two nearly cancel."""
+    small, large = jnp.minimum(y, 0.25), jnp.maximum(y, 0.25)
+    z = small * small
+    tail = 1 / 4725 - z * (2 / 93555 - z * (1382 / 638512875))
+    series = small * (1 / 3 - z * (1 / 45 - z * (2 / 945 - z * tail)))
+    return jnp.where(y < 0.25, 1 - series, 1 / large - 2 / jnp.expm1(2 * large))
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """The dtype in which a leaf of `dtype` is computed: its own, but no less than float32 (or complex64)."""
+    """The dtype in which a parameter of `dtype` is updated: its own, but at least float32 (or complex64)."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def storage_dtype(leaf_dtype: Any, asked: Any, *, real: bool = False) -> Any:
-    """The dtype of a moment: what was asked for, or the leaf's, but no less than float32; complex with the leaf.
+def storage_dtype(param_dtype: Any, requested: Any, *, real: bool = False) -> Any:
+    """The dtype of a moment: the requested one, or the parameter's, but at least float32.
 
     Args:
-      leaf_dtype: of the parameter.
-      asked: `mu_dtype` or `nu_dtype`; None for the default.
-      real: whether the moment is real even if the leaf is complex.
+      param_dtype: of the parameter; a moment of a complex parameter is complex.
+      requested: `mu_dtype` or `nu_dtype`; None for the default.
+      real: whether the moment is real even if the parameter is complex.
     """
-    dtype = compute_dtype(leaf_dtype)
+    dtype = compute_dtype(param_dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         if not real:
             return dtype
         dtype = jnp.finfo(dtype).dtype
-    return dtype if asked is None else jnp.dtype(asked)
+    return dtype if requested is None else jnp.dtype(requested)
+
+
+def check_precision(param_dtype: Any, rule: Any, mu_dtype: Any, nu_dtype: Any) -> None:
+    """Raises `ValueError` for a moment dtype that is not in `STORED`, and for an eps that the arithmetic would lose."""
+    for name, requested in (("mu_dtype", mu_dtype), ("nu_dtype", nu_dtype)):
+        if requested is not None and _name(requested) not in STORED:
+            raise ValueError(f"{name} is {_name(requested)}; moments are stored as {', '.join(STORED)}")
+    computed = jnp.finfo(compute_dtype(param_dtype)).dtype
+    stored = storage_dtype(param_dtype, nu_dtype, real=True)
+    # eps_root is added to the second moment and must not be lost when that is stored, either.
+    for name, used in (("eps", computed), ("eps_root", computed), ("eps_root", stored)):
+        value, smallest = getattr(rule, name, 0.0), float(jnp.finfo(used).tiny)
+        if isinstance(value, float | int) and 0 < value < smallest:
+            raise ValueError(f"{name} is {value}, which is 0 in {used}; its smallest number is {smallest:.3g}")
+
+
+def _name(dtype: Any) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
 
 
 def key_of(seed: int | Integer[Array, ""], count: Int32[Array, ""], stream: int) -> UInt32[Array, ""]:
@@ -44,7 +133,7 @@ def store(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, ""]) -> Sha
     """`x` in `dtype`; rounded stochastically if that is bfloat16, with the expectation x.
 
     Rounding to nearest would lose every change below 2⁻⁹ of the value, and with b2 = 0.999 a moment changes by about
-    2⁻¹⁰ of itself. Which way a value goes depends on `key` and on its place in the array alone, so the result is the
+    2⁻¹⁰ of its value. The direction depends only on `key` and on the element's index in the array, so the result is the
     same on every topology, and the same again when a run is resumed.
     """
     if dtype != jnp.bfloat16 or x.dtype == jnp.bfloat16:
@@ -54,14 +143,14 @@ def store(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, ""]) -> Sha
 
 @jax.custom_jvp
 def _round(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Float[Array, "*shape"]:
-    # The carry would make a zero of the largest NaNs. CPU and TPU compute no such NaN, and looking for it there would
-    # cost up to a fifth of the update; on NVIDIA devices it is the NaN that arithmetic gives.
+    # The carry would turn the largest NaNs into zeros. CPU and TPU compute no such NaN, and a test for it would cost up
+    # to a fifth of the update there; on NVIDIA devices it is the NaN that arithmetic gives.
     return lax.platform_dependent(x, key, cpu=_carry, tpu=_carry, default=_carry_but_for_nan)
 
 
 def _carry(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Float[Array, "*shape"]:
-    # The lower 16 bits are cut off, after a random number of as many bits was added: with the probability that they
-    # are of a whole, it carries into the last place that stays. Zero and the infinities stay what they are.
+    # A random 16-bit number is added before the lower 16 bits are cut off: it carries into the last place that is kept
+    # with a probability proportional to the bits that are cut off. Zero and the infinities are not changed.
     noise = _hash(x.shape, key) >> 16
     bits = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
@@ -73,26 +162,24 @@ def _carry_but_for_nan(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Flo
 
 @_round.defjvp
 def _round_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    return _round(*primals), tangents[0].astype(jnp.bfloat16)  # in expectation it is the identity
+    return _round(*primals), tangents[0].astype(jnp.bfloat16)  # in expectation, rounding is the identity
 
 
 def _hash(shape: tuple[int, ...], key: UInt32[Array, ""]) -> UInt32[Array, "*shape"]:
     """A number for each element, of which the upper 16 bits are used.
 
-    A single multiplication, because a CPU has no time for more. For a given element the numbers of different updates
-    are as independent as their keys, which is what rounding without bias over time needs. In one update those of
-    neighbours are correlated (by up to 0.7), much as the points of a lattice: sums over a leaf err less than with
-    independent numbers. A flat iota costs XLA nothing, on a mesh either, where one per dimension becomes a small kernel
-    each on TPU.
+    One multiplication is all that a CPU has time for. The numbers of one element in different updates are as
+    independent as the keys of these updates; rounding without bias over time needs no more. In one update the numbers
+    of neighbours are correlated (by up to 0.7), like the points of a lattice: sums over an array err less than with
+    independent numbers. XLA computes a flat iota for nothing, on a mesh too; an iota for each dimension would become a
+    small kernel each on TPU.
     """
-    size = 1
-    for n in shape:
-        size *= n
-    return (lax.iota(jnp.uint32, size).reshape(shape) ^ key) * jnp.uint32(0x9E3779B1)
+    numbers = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    return (numbers ^ key) * jnp.uint32(0x9E3779B1)
 
 
 def _avalanche(x: UInt32[Array, ""]) -> UInt32[Array, ""]:
-    """Every bit of the input changes half of the output's (constants: Wellons' hash prospector, lowbias32)."""
+    """A hash in which every bit of the input changes half of the output's (lowbias32 of Wellons' hash prospector)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
