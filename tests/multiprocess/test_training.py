@@ -94,7 +94,7 @@ def test_only_the_first_process_writes_and_speaks(in_two):
     assert event_steps(workdir) == list(range(1, 21))
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert sorted(path.name for path in workdir.iterdir()) == [
-        *(".lock", "checkpoints", "config.json", "params.txt", "metrics.jsonl", "profile", "tensorboard"),
+        *(".lock", "checkpoints", "config.json", "metrics.jsonl", "params.txt", "profile", "tensorboard"),
         "timing.jsonl",
     ]
 
