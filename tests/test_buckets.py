@@ -1,4 +1,4 @@
-"""Workdirs in buckets: what can only be written whole is brought there whole."""
+"""Workdirs in buckets, where files cannot be appended to and are copied instead."""
 
 from contextlib import closing
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what is refused."""
+"""Which checkpoints are kept, and which are refused."""
 
 import dataclasses
 import math

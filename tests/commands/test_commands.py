@@ -163,7 +163,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a right command line prints."""
+    """The standard output of a correct command line."""
     assert run(list(arguments)) == 0
     return capsys.readouterr().out
 

@@ -101,7 +101,7 @@ def test_batches_lie_end_to_end_in_the_order_of_the_run(source):
     np.testing.assert_array_equal(numbers, Order(EXAMPLES, seed=0)(0, STEPS * BATCH))
 
 
-def test_every_row_of_a_batch_is_one_whole_example_and_unmasked(source):
+def test_every_place_of_a_batch_holds_one_complete_example_unmasked(source):
     expected = arrays()
     for batch in whole(source):
         np.testing.assert_array_equal(batch["x"], expected["x"][batch["number"]])
@@ -114,20 +114,20 @@ def test_a_stream_that_starts_later_is_the_tail_of_the_whole(source, start):
     assert_same(whole(source, start=start), whole(source)[start:])
 
 
-ROWS = [[7], [0, 1, 2, 3], [0, 2, 4, 6], [1, 2, 5, 7], list(range(BATCH))]
+PLACES = [[7], [0, 1, 2, 3], [0, 2, 4, 6], [1, 2, 5, 7], list(range(BATCH))]
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_a_stream_of_some_rows_is_those_rows_of_every_batch(source, rows):
-    expected = [{name: array[rows] for name, array in batch.items()} for batch in whole(source)]
-    assert_same(whole(source, local_examples=np.array(rows)), expected)
+@pytest.mark.parametrize("places", PLACES)
+def test_a_stream_of_some_places_is_those_places_of_every_batch(source, places):
+    expected = [{name: array[places] for name, array in batch.items()} for batch in whole(source)]
+    assert_same(whole(source, local_examples=np.array(places)), expected)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_once_of_some_rows_is_those_rows_of_every_batch_and_of_its_mask(source, rows):
-    expected = [{name: array[rows] for name, array in batch.items()} for batch in once(source, BATCH)]
+@pytest.mark.parametrize("places", PLACES)
+def test_once_of_some_places_is_those_places_of_every_batch_and_of_its_mask(source, places):
+    expected = [{name: array[places] for name, array in batch.items()} for batch in once(source, BATCH)]
     assert len(expected) == 3
-    assert_same(list(once(source, BATCH, local_examples=np.array(rows))), expected)
+    assert_same(list(once(source, BATCH, local_examples=np.array(places))), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -179,24 +179,24 @@ def test_all_batches_of_once_have_one_shape_and_the_fewest_batches_do(source, ba
     assert len(batches) == -(-EXAMPLES // batch_size)
 
 
-def test_prefetch_gives_what_put_made_of_each_batch_in_order():
+def test_prefetch_gives_each_batch_as_it_was_sharded_in_order():
     batches = [{"number": np.array([i])} for i in range(10)]
     found = prefetch(batches, lambda batch: {"number": batch["number"] + 100})
     assert [int(batch["number"][0]) for batch in found] == list(range(100, 110))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
-def test_put_runs_exactly_depth_batches_ahead_of_the_one_in_use(depth):
-    put: list[int] = []
+def test_exactly_depth_batches_are_sharded_ahead_of_the_one_in_use(depth):
+    sharded: list[int] = []
 
     def record(batch: Any) -> Any:
-        put.append(batch["number"])
+        sharded.append(batch["number"])
         return batch
 
     endless = ({"number": i} for i in range(10**9))
     for in_use, batch in enumerate(islice(prefetch(endless, record, depth), 20)):
         assert batch["number"] == in_use
-        assert put == list(range(in_use + depth + 1))
+        assert sharded == list(range(in_use + depth + 1))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 4])

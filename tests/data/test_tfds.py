@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class ManyFeatures(tfds.core.GeneratorBasedBuilder):
-    """A data set with more than a model needs, some of it nothing that a device can hold."""
+    """A data set with more features than a model needs, some of which no device can hold."""
 
     VERSION = tfds.core.Version("1.0.0")
 

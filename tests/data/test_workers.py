@@ -70,15 +70,15 @@ def test_workers_give_the_batches_of_threads_from_any_start_bit_for_bit_and_end_
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_rows_that_processes_read_with_workers_make_up_the_global_batch(processes):
-    # Every other row for each, as chips of a torus lie: not one run after the other.
-    rows = [np.arange(place, BATCH, processes) for place in range(processes)]
-    read = [stream(Source(), seed=0, batch_size=BATCH, start=0, stop=5, local_examples=r, workers=1) for r in rows]
+def test_places_that_processes_read_with_workers_make_up_the_global_batch(processes):
+    # Each process reads every other place, as for the chips of a torus, and not one range.
+    places = [np.arange(first, BATCH, processes) for first in range(processes)]
+    read = [stream(Source(), seed=0, batch_size=BATCH, start=0, stop=5, local_examples=p, workers=1) for p in places]
     for parts, expected in zip(zip(*read, strict=True), whole()[:5], strict=True):
         for name, array in expected.items():
             joined = np.empty_like(array)
-            for r, part in zip(rows, parts, strict=True):
-                joined[r] = part[name]
+            for p, part in zip(places, parts, strict=True):
+                joined[p] = part[name]
             np.testing.assert_array_equal(joined, array)
 
 

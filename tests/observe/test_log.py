@@ -40,10 +40,10 @@ def write(workdir: Path, steps: range, after_step: int = 0) -> None:
 
 
 def rows(workdir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The rows by a reader that, as JSON does, knows no NaN."""
+    """The rows, by a reader that refuses NaN, as strict JSON does."""
 
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not valid JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in (workdir / file).read_text().splitlines()]
 
@@ -244,6 +244,6 @@ def test_evaluations_and_saves_do_not_count_in_the_examples_per_second_of_the_ne
     usual = statistics.median(rate for step, rate in rates.items() if step % 10 == 0)
     after_saves = [rates[step] for step in (15, 35, 55)]
     after_evaluations = [rates[step] for step in (25, 45)]
-    # Of several rows, one that nothing else on this machine delayed.
+    # The largest, as other processes of this machine may have delayed some.
     assert max(after_saves) > usual / 5
     assert max(after_evaluations) > usual / 5

@@ -10,7 +10,7 @@ from trainer.observe.progress import Progress, clock
 
 
 def on_terminal(*calls: tuple[str, tuple], total: int = 1000, seconds: float = 0.0) -> str:
-    """What a terminal receives of these calls of Progress."""
+    """The output of these calls of Progress, as a terminal receives it."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream:
         progress = Progress(total, stream, seconds=seconds)

@@ -83,7 +83,7 @@ class _Trial(Progress):
 
 
 def _dry_run(run: "Run") -> str:
-    """Tries all that a run does in a temporary workdir, and returns a table of it."""
+    """Tries every part of a run in a temporary workdir, and returns a table of results and times."""
     import jax
     import numpy as np
 
