@@ -225,25 +225,26 @@ def test_a_launch_that_died_before_its_first_checkpoint_can_be_launched_again_wi
 
 
 def test_more_steps_than_a_schedule_was_made_for_are_refused_with_the_way_out(tmp_path):
-    optimizer = make_run().optimizer  # a linear descent over the whole run
+    descent = dataclasses.replace(make_run().optimizer.schedule, final=1e-3)  # linear, over the whole run
+    optimizer = dataclasses.replace(make_run().optimizer, schedule=descent)
     quietly(make_run(4, **settings(optimizer=optimizer)), tmp_path / "run")
     with pytest.raises(UserError, match=r"run_steps was 4, is 6 .*--config.optimizer.schedule.run_steps=4 keeps"):
         quietly(make_run(6, **settings(optimizer=optimizer)), tmp_path / "run")
-    schedule = dataclasses.replace(optimizer.schedule, run_steps=4)
+    schedule = dataclasses.replace(descent, run_steps=4)
     longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
     assert int(quietly(longer, tmp_path / "run")[0].step) == 6
+    assert [row["train/learning_rate"] for row in rows(tmp_path / "run")][4:] == [np.float32(1e-3).item()] * 2
 
 
-def test_way_out_names_every_schedule_that_follows_the_length(tmp_path):
-    short, long = (make_run(steps) for steps in (4, 6))
-    for run in (short, long):
-        run.optimizer.groups["decayed"] = config.Group(decay_schedule=config.Schedule("wsd", descent=2))
-    folder = Workdir(tmp_path / "run")
-    (folder.checkpoints / "4").mkdir(parents=True)
-    folder.write(config.resolve(short), "")
-    flags = [f"--config.optimizer.{path}.run_steps=4" for path in ("schedule", "groups.decayed.decay_schedule")]
-    with pytest.raises(UserError, match=rf"\(it follows total_steps: {' '.join(flags)} keeps the schedule as it was\)"):
-        folder.check(config.resolve(long))
+def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_path):
+    optimizer = make_run().optimizer  # a linear descent to 0 over the whole run
+    quietly(make_run(4, **settings(optimizer=optimizer)), tmp_path / "run")
+    with pytest.raises(UserError, match=r"run_steps was 4, is 6 .*cannot be kept: optimizer.schedule is 0 from step 5"):
+        quietly(make_run(6, **settings(optimizer=optimizer)), tmp_path / "run")
+    schedule = dataclasses.replace(optimizer.schedule, run_steps=4)
+    longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
+    with pytest.raises(UserError, match=r"^optimizer.schedule is 0 from step 5 to the end of the run, 6"):
+        quietly(longer, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damaged", ["state/d/*", "metadata/metadata", "state/_METADATA"])

@@ -327,6 +327,46 @@ def test_schedule_at_the_edge_of_what_fits_is_accepted(settings):
     config.resolve(make_run(20, optimizer=config.Optimizer(schedule=config.Schedule(**{"peak": 0.3} | settings))))
 
 
+DESCENTS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {"warmup": 2},
+    "polynomial": {"power": 2.0},
+    "wsd": {"descent": 5},
+}
+
+
+def longer(schedule: config.Schedule, path: str = "optimizer.schedule") -> config.Run:
+    """A run of 20 steps with a schedule at a path."""
+    return changed(
+        make_run(20, optimizer=dataclasses.replace(make_run().optimizer, schedule=config.Schedule())), path, schedule
+    )
+
+
+@pytest.mark.parametrize("path", ["optimizer.schedule", "optimizer.groups.plain.schedule"])
+@pytest.mark.parametrize("name", DESCENTS)
+def test_learning_rate_that_is_0_for_the_rest_of_the_run_is_refused_with_the_ways_out(name, path):
+    with pytest.raises(UserError) as error:
+        config.resolve(longer(config.Schedule(name, run_steps=12, **DESCENTS[name]), path))
+    assert str(error.value) == (
+        f"{path} is 0 from step 13 to the end of the run, 20, as its run_steps is 12: for a longer {name} choose a new "
+        "--workdir and leave run_steps out; a final above 0, or an end, says that the rate is meant"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"final": 1e-6}, {"end": 12}, {"peak": 0.0}, {"run_steps": 20}, {"run_steps": 30}],
+    ids=["final", "end", "peak-0", "whole", "cut-short"],
+)
+@pytest.mark.parametrize("name", DESCENTS)
+def test_learning_rate_of_0_that_is_asked_for_is_accepted(name, settings):
+    config.resolve(longer(config.Schedule(name, **{"run_steps": 12} | DESCENTS[name] | settings)))
+
+
+def test_weight_decay_may_be_0_for_the_rest_of_the_run():
+    config.resolve(longer(config.Schedule("cosine", run_steps=12), "optimizer.groups.plain.decay_schedule"))
+
+
 def optimizer_with(**fields: Any) -> config.Run:
     return make_run(optimizer=dataclasses.replace(make_run().optimizer, **fields))
 
@@ -341,6 +381,8 @@ def optimizer_with(**fields: Any) -> config.Run:
         ({"sgd_fallback": False}, "optimizer.sgd_fallback is False, which says something about optimizer.rectify only"),
         ({"rectify": True, "name": "adam"}, "optimizer.rectify is for adabelief; there is adam, too"),
         ({"mu_dtype": "float16"}, "optimizer.mu_dtype is 'float16'"),
+        ({"clip_norm": 0.0}, "optimizer.clip_norm is 0; it must be above 0, or None for any norm"),
+        ({"ema_decay": 1.0}, "optimizer.ema_decay is 1.0; it must be below 1"),
     ],
 )
 def test_optimizer_settings_that_contradict_each_other_are_refused(fields, message):
@@ -362,6 +404,10 @@ def test_optimizer_settings_that_contradict_each_other_are_refused(fields, messa
         (
             config.Group(optimizer="sgd", nu_dtype="bfloat16"),
             "optimizer.groups.plain has a nu_dtype, but sgd has no second moment",
+        ),
+        (
+            config.Group(clip_norm=0.0),
+            "optimizer.groups.plain.clip_norm is 0; it must be above 0, or None for any norm",
         ),
         (config.Group(every_steps=0), "optimizer.groups.plain.every_steps is 0; it must be at least 1"),
     ],

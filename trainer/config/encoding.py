@@ -74,8 +74,8 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_decode(item) for item in value)
     if isinstance(value, dict) and _CLASS in value:
-        fields = {key: _decode(item) for key, item in value.items() if key not in _KEYS}
         kind = _find_class(value)
+        fields = {key: _decode(item) for key, item in value.items() if key not in _KEYS}
         known = {field.name for field in dataclasses.fields(kind)}
         for key in fields.keys() - known:
             raise UserError(f"{value[_CLASS]} has no field {key!r} any more{nearest(key, known)}")

@@ -1,0 +1,101 @@
+"""A workdir: it holds one run, says how that can go on, and is tried before anything is computed."""
+
+import copy
+import dataclasses
+import re
+import resource
+import signal
+
+import pytest
+
+from tests.tasks import Task, make_run
+from trainer import config
+from trainer.errors import UserError
+from trainer.workdir import Workdir
+
+DESCENT = config.Schedule("cosine", warmup=1)
+SHALLOW = dataclasses.replace(DESCENT, final=1e-4)
+
+
+def holding(path, run: config.Run) -> Workdir:
+    """A workdir with a run and a checkpoint of it."""
+    workdir = Workdir(path)
+    (workdir.checkpoints / "4").mkdir(parents=True)
+    workdir.write(config.resolve(run), "")
+    return workdir
+
+
+def with_schedules(steps: int, rate: config.Schedule, decay: config.Schedule | None = None) -> config.Run:
+    groups = {"decayed": config.Group(decay_schedule=copy.copy(decay)), "plain": config.Group()}
+    return make_run(steps, optimizer=dataclasses.replace(make_run().optimizer, schedule=copy.copy(rate), groups=groups))
+
+
+@pytest.mark.parametrize("decay", [None, config.Schedule("wsd", descent=2)], ids=["rate", "rate-and-decay"])
+def test_way_out_names_every_schedule_that_follows_the_length_and_leads_to_a_run_that_works(decay, tmp_path):
+    folder = holding(tmp_path / "run", with_schedules(4, SHALLOW, decay))
+    longer = with_schedules(6, SHALLOW, decay)
+    with pytest.raises(UserError, match=r"\(it follows total_steps: .* keeps the schedule as it was\)") as error:
+        folder.check(config.resolve(longer))
+    flags = re.findall(r"--config\.(\S+)\.run_steps=4", str(error.value))
+    assert flags == ["optimizer.schedule", "optimizer.groups.decayed.decay_schedule"][: 1 + (decay is not None)]
+    for path in flags:
+        config.schedules(longer.optimizer)[path].run_steps = 4
+    folder.check(config.resolve(longer))
+
+
+def test_way_out_that_would_train_at_a_rate_of_0_is_not_given(tmp_path):
+    folder = holding(tmp_path / "run", with_schedules(4, DESCENT))
+    with pytest.raises(UserError) as error:
+        folder.check(config.resolve(with_schedules(6, DESCENT)))
+    held = f"workdir {tmp_path}/run holds a run with other settings: optimizer.schedule.run_steps was 4, is 6 "
+    reason = (
+        "(it follows total_steps, and cannot be kept: optimizer.schedule is 0 from step 5 to the end of the run, 6,"
+    )
+    assert str(error.value).startswith(held + reason)
+    assert "--config" not in str(error.value)
+
+
+def test_setting_that_is_gone_is_shown_as_a_difference(tmp_path):
+    folder = holding(tmp_path / "run", make_run())
+    folder.config.write_text(folder.config.read_text().replace('"seed": 0', '"sede": 0'))
+    with pytest.raises(UserError, match=r"holds a run with other settings: sede was 0, is no setting any more; choose"):
+        folder.check(config.resolve(make_run()))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "gpt2"}'])
+def test_config_json_of_another_program_is_left_alone(text, tmp_path):
+    folder = Workdir(tmp_path)
+    folder.config.write_text(text)
+    with pytest.raises(UserError, match=f"^{folder.config} cannot be read: it is not .*; choose another --workdir"):
+        folder.check(config.resolve(make_run()))
+
+
+def test_run_without_a_checkpoint_may_begin_anew_with_other_settings(tmp_path):
+    folder = Workdir(tmp_path)
+    folder.write(config.resolve(make_run(experiment=Task(noise=0.5))), "")
+    folder.check(config.resolve(make_run()))
+
+
+def test_disk_on_which_nothing_can_be_written_is_found_when_the_workdir_is_opened(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # files can be made, and not written
+        with pytest.raises(UserError, match=f"^nothing can be written in workdir {workdir.path}: File too large$"):
+            workdir.locked().__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_opening_a_workdir_leaves_only_its_lock(tmp_path):
+    with Workdir(tmp_path / "run").locked():
+        assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("path", ["/proc/run", "/dev/null/run"])
+def test_impossible_workdir_is_one_line(path):
+    with pytest.raises(UserError, match=f"^nothing can be written in workdir {path}: ") as error:
+        Workdir(path).locked().__enter__()
+    assert "\n" not in str(error.value)
