@@ -1,6 +1,5 @@
 """The training loop."""
 
-import contextlib
 import os
 from os import PathLike
 from pathlib import Path
@@ -42,11 +41,10 @@ def train(
       DivergedError: a step gave NaN or Inf; the last checkpoint is from before it.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    with contextlib.ExitStack() as stack:
-        program = agreed_program(run, workdir)
-        if progress is None:
-            silent = None if verbose and distributed.is_primary() else stack.enter_context(Path(os.devnull).open("w"))
-            progress = Progress(run.total_steps, silent)
+    program = agreed_program(run, workdir)
+    with Path(os.devnull).open("w") as silent:
+        shown = None if verbose and distributed.is_primary() else silent
+        progress = progress or Progress(run.total_steps, shown)
         return train_program(program, workdir, progress, profile=profile, handle_signals=handle_signals)
 
 
@@ -58,7 +56,7 @@ def train_program(
     profile: tuple[int, int] | None = None,
     handle_signals: bool = True,
 ) -> TrainState:
-    """The loop: arguments, result and errors are those of `train`."""
+    """The loop; arguments, result and errors are as of `train`."""
     with open_session(program, workdir, progress, profile=profile, handle_signals=handle_signals) as session:
         state = session.initial_state()
         for step, batch in session.batches():

@@ -29,16 +29,7 @@ from trainer.workdir import Workdir
 class Session:
     """An opened workdir, with the methods of the training loop in the order in which it calls them.
 
-    Attributes:
-      program: the run.
-      start: the step of the checkpoint that the run continues from; 0 for none.
-      train_source: the examples to train on, in memory if they fit.
-      eval_source: the examples to evaluate on, likewise.
-      store: the checkpoints.
-      log: the metrics files; `NoLog` in all processes but the first.
-      progress: the progress line.
-      profile: a trace of some steps, or of none.
-      preemption: signals.
+    `start` is the step of the checkpoint that the run continues from, 0 for none; `open_session` makes all parts.
     """
 
     program: Program
@@ -47,18 +38,11 @@ class Session:
     eval_source: RandomAccessSource
     store: Store
     log: MetricsLog | NoLog
-    progress: Progress
+    recorder: Recorder
     profile: Profile
     preemption: Preemption
-
-    def __post_init__(self) -> None:
-        """Nothing was trained or evaluated yet."""
-        program, logs = self.program, lambda step: self.program.due(step).log
-        devices = program.strategy.devices
-        self._recorder = Recorder(program.run, self.start, logs, devices, self.log, self.progress)
-        self._step = self.start
-        self._evaluated: dict[str, float] | None = None
-        self._signum: int | None = None
+    _evaluated: dict[str, float] | None = None  # after the newest step
+    _signum: int | None = None
 
     def initial_state(self) -> TrainState:
         """The state of the newest checkpoint, or a fresh one."""
@@ -80,14 +64,13 @@ class Session:
             workers=run.loading.workers,
         )
         for step, batch in enumerate(prefetch(batches, strategy.shard_batch), self.start + 1):
-            self._step = step
             with self.profile.step(step):
                 yield step, batch
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""
         self.profile.dispatched(step, metrics)
-        self._recorder.add(step, metrics)
+        self.recorder.add(step, metrics)
 
     def due(self, step: int) -> Due:
         """What is due after a step; a signal makes it the last one. Ask once a step."""
@@ -97,7 +80,7 @@ class Session:
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the state after the newest step, and writes the result in that step's row."""
-        self._evaluated = self._recorder.flush_with(lambda: evaluate_split(self.program, state, self.eval_source))
+        self._evaluated = self.recorder.flush_with(lambda: evaluate_split(self.program, state, self.eval_source))
 
     def save(self, state: TrainState) -> None:
         """Starts to save the state after the newest step, once all metrics up to it are on disk.
@@ -105,13 +88,13 @@ class Session:
         Raises:
           DivergedError: the state holds NaN or Inf.
         """
-        self._recorder.flush()
-        with self._recorder.paused():
+        step = self.recorder.flush()
+        with self.recorder.paused():
             # Loss and gradient of this step may be finite, and the parameters after it not.
             if not _all_finite(state):
-                raise DivergedError(f"the state after step {self._step} holds NaN or Inf")
+                raise DivergedError(f"the state after step {step} holds NaN or Inf")
             self.log.sync()
-            self.store.save(state, make_metadata(self.program.run, self.program.params, self._step), self._evaluated)
+            self.store.save(state, make_metadata(self.program.run, self.program.params, step), self._evaluated)
 
     def finish(self) -> None:
         """Waits for the last save; raises `Interrupted` if a signal ended the run."""
@@ -119,7 +102,7 @@ class Session:
         if self._signum is not None:
             # A process that got no signal only knows that there was one; SIGINT has the smallest number.
             signals = distributed.gather("signal", str(int(self._signum)))
-            raise Interrupted(self._step, min(map(int, signals)))
+            raise Interrupted(self.recorder.flush(), min(map(int, signals)))
 
 
 @contextmanager
@@ -131,20 +114,7 @@ def open_session(
     profile: tuple[int, int] | None = None,
     handle_signals: bool = True,
 ) -> Iterator[Session]:
-    """Opens a workdir for the run of `program`; all processes of the run open it together.
-
-    Args:
-      program: the run.
-      workdir: a folder that is new, empty, or holds this run.
-      progress: shows the run.
-      profile: the first and the last step, counted from 1, to write a profile of; None for none.
-      handle_signals: whether SIGINT and SIGTERM save the state and end the run.
-
-    Raises:
-      UserError: the run cannot be started; a checkpoint that is there is left as it is.
-      DivergedError: a step gave NaN or Inf; the last checkpoint is from before it.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
-    """
+    """Opens a workdir; all processes of a run open it together. Arguments and errors are as of `train`."""
     folder, run, table = Workdir(workdir), program.run, str(program.params)
     with ExitStack() as stack:
         with distributed.collective_errors("the workdir and the data"):
@@ -166,12 +136,13 @@ def open_session(
                 )
         distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
         stack.callback(progress.end_line)
-        for text in (table, *notes):
+        for text in (table, *program.strategy.notes, *notes):
             progress.message(text)
         log: MetricsLog | NoLog = NoLog()
         if distributed.is_primary():
             folder.write(run, table)  # not before: a checkpoint that does not fit must leave everything as it is
-            log = stack.enter_context(MetricsLog(folder.path, start))
+            log = MetricsLog(folder.path, start)
+        stack.callback(log.close)
         stack.enter_context(_naming_the_last_checkpoint(store))
         profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
         stack.callback(profiler.close)
@@ -179,7 +150,8 @@ def open_session(
         preemption = stack.enter_context(Preemption(handle_signals))
         # Last: an exception on this process alone must not wait for the others in what is closed above.
         stack.enter_context(distributed.fail_fast())
-        session = Session(program, start, *sources, store, log, progress, profiler, preemption)
+        recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
+        session = Session(program, start, *sources, store, log, recorder, profiler, preemption)
         yield session
         session.finish()
 

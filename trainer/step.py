@@ -155,10 +155,8 @@ def accumulate(
 
 def _checked(result: Any) -> tuple[Metrics, Collections]:
     """The result of a loss if it is as the protocol says. Runs while a step is traced, so it costs nothing."""
-    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Mapping) for part in result)):
-        raise UserError(
-            "loss must return a pair of mappings, (metrics, collections); without collections, (metrics, {})"
-        )
+    if not (isinstance(result, tuple) and [isinstance(part, Mapping) for part in result] == [True, True]):
+        raise UserError("loss must return a pair of mappings, (metrics, collections); without collections (metrics, {})")
     metrics, collections = result
     if "loss" not in metrics:
         raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
@@ -177,8 +175,8 @@ def _carried(given: Collections, returned: Collections) -> Collections:
     for name in sorted(given.keys() | returned.keys()):
         if name not in given:
             raise UserError(
-                f"loss returns the collection {name!r}, which init does not: if the model sows it, pop it from the "
-                f"collections and use it in the loss, as in collections.pop({name!r}); else return it from init as well"
+                f"loss returns the collection {name!r}, which init does not: if the model sows it, pop it and add it "
+                f"to the loss, as in collections.pop({name!r}); else return it from init as well"
             )
         if name not in returned:
             raise UserError(

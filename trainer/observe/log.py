@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,12 +81,6 @@ class MetricsLog:
             file.close()
         self._mirror.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class NoLog:
     """The log of a process that writes no metrics."""
@@ -96,6 +90,9 @@ class NoLog:
 
     def sync(self) -> None:
         """Has nothing to put on disk."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
 
 
 def read_rows(file: Folder) -> Iterator[dict[str, Any]]:
@@ -148,23 +145,28 @@ class Recorder:
         # All processes must find at the same step that a run diverged, so they cannot go by what is computed already.
         self._polls = distributed.count() == 1
         self._in_flight: deque[tuple[int, Metrics]] = deque()
+        self._newest = self._clock_step = self._began_step = start
         self._first = start + 1
-        self._clock_step = self._began_step = start
         self._clock = self._began = time.perf_counter()
         self._seconds_per_step = math.nan
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched."""
-        pending = self._in_flight
+        pending, self._newest = self._in_flight, step
         pending.append((step, metrics))
         while len(pending) > 1 and (len(pending) > self._limit or (self._polls and _is_ready(pending[0][1]))):
             self.flush(keep=len(pending) - 1)
 
-    def flush(self, *, keep: int = 0) -> None:
-        """Waits for all steps in flight but the newest `keep`, and writes the rows that are due."""
+    def flush(self, *, keep: int = 0) -> int:
+        """Waits for all steps in flight but the newest `keep`, and writes the rows that are due.
+
+        Returns:
+          The newest step that was dispatched.
+        """
         while len(self._in_flight) > keep:
             step, metrics = self._in_flight.popleft()
             self._write(step, self._read(step, metrics), {})
+        return self._newest
 
     def flush_with(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Like `flush`, but the newest row also has what `evaluate` returns."""
