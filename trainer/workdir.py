@@ -37,9 +37,9 @@ class Mirror:
         """Copies every file to the bucket, if the place is one."""
         if self._scratch is not None:
             for file in (path for path in self.folder.rglob("*") if path.is_file()):
-                copy = self._place / file.relative_to(self.folder).as_posix()
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(file.read_bytes())
+                target = self._place / file.relative_to(self.folder).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
 
     def close(self) -> None:
         """Copies for the last time, and removes a temporary folder."""
@@ -59,23 +59,16 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
 
     def run(self) -> config.Run | None:
-        """The resolved run kept here, rebuilt from its JSON, or None.
-
-        Raises:
-          UserError: the JSON is damaged, or a class that it names cannot be imported.
-        """
+        """The resolved run kept here, or None; raises `UserError` if its JSON or a class that it names has changed."""
         try:
             return config.from_json(self.config.read_text()) if self.config.is_file() else None
         except (OSError, UserError) as error:
             raise UserError(f"{self.config} cannot be read: {error}") from error
 
     def check(self, run: config.Run) -> None:
-        """Raises `UserError` if another run is kept here, or files that are no run's, or the path is no folder's."""
-        if isinstance(self.path, Path):
-            there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-            if not there.is_dir():
-                below = "" if there == self.path else f": {there} is a file"
-                raise UserError(f"workdir {self.path} is not a folder{below}")
+        """Raises `UserError` if another run or other files are kept here, or if the path is that of a file."""
+        if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
+            raise UserError(f"workdir {self.path} is not a folder")
         if not self.config.is_file():
             # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
             if self.path.is_dir() and any(not file.name.startswith(".") for file in self.path.iterdir()):
@@ -99,19 +92,14 @@ class Workdir:
     def write(self, run: config.Run, params: str) -> None:
         """Keeps the resolved run and its table of parameters."""
         for file, text in ((self.config, config.to_json(run)), (self.params, params)):
-            if is_bucket(file):  # an object appears at once
-                file.write_text(text)
-                continue
-            temporary = file.with_name(f".{file.name}.tmp")
+            temporary = file if is_bucket(file) else file.with_name(f".{file.name}.tmp")  # objects appear at once
             temporary.write_text(text)
-            temporary.replace(file)
+            if temporary != file:
+                temporary.replace(file)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, tries to write in it, and holds it for this process, however the process may end.
-
-        A bucket has no such locks: nothing keeps a second process out of it.
-        """
+        """Makes the folder, tries to write in it, and holds its lock until the process ends; a bucket has no locks."""
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

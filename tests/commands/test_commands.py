@@ -213,7 +213,7 @@ MISTAKES = {
     ),
     "type-of-dict": (
         ["train", DIGITS, "--config.optimizer.groups=plain"],
-        "config.optimizer.groups cannot be set on the command line, as it is dict[str, Group]: set it in the config",
+        "config.optimizer.groups is dict[str, Group], which no flag can set: set it in the config file",
     ),
     "field-of-none": (
         ["train", DIGITS, "--config.optimizer.groups.plain.schedule.peak=1"],

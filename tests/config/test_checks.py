@@ -381,7 +381,7 @@ def optimizer_with(**fields: Any) -> config.Run:
         ({"sgd_fallback": False}, "optimizer.sgd_fallback is False, which says something about optimizer.rectify only"),
         ({"rectify": True, "name": "adam"}, "optimizer.rectify is for adabelief; there is adam, too"),
         ({"mu_dtype": "float16"}, "optimizer.mu_dtype is 'float16'"),
-        ({"clip_norm": 0.0}, "optimizer.clip_norm is 0; it must be above 0, or None for any norm"),
+        ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0; it must be above 0"),
         ({"ema_decay": 1.0}, "optimizer.ema_decay is 1.0; it must be below 1"),
     ],
 )
@@ -407,7 +407,7 @@ def test_optimizer_settings_that_contradict_each_other_are_refused(fields, messa
         ),
         (
             config.Group(clip_norm=0.0),
-            "optimizer.groups.plain.clip_norm is 0; it must be above 0, or None for any norm",
+            "optimizer.groups.plain.clip_norm is 0.0; it must be above 0",
         ),
         (config.Group(every_steps=0), "optimizer.groups.plain.every_steps is 0; it must be at least 1"),
     ],

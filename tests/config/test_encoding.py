@@ -207,7 +207,7 @@ def test_types_as_text_that_cannot_be_found_are_one_line():
     class Hidden(Task):
         depth: "Nowhere" = 2  # noqa: F821 # pyrefly: ignore[unknown-name]
 
-    with pytest.raises(UserError, match=r"the type of a field of .*Hidden is not at the top of a file: name 'Nowhere'"):
+    with pytest.raises(UserError, match=r"Hidden has a field of a type that cannot be found: name 'Nowhere'"):
         config.resolve(make_run(experiment=Hidden()))
 
 

@@ -1,7 +1,6 @@
 """From a command line to a run: the config file, its overrides, and the workdir."""
 
 import argparse
-import copy
 import dataclasses
 import inspect
 import re
@@ -21,13 +20,7 @@ _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """A parsed command line.
-
-    Attributes:
-      run: the resolved run, overrides applied.
-      workdir: the folder given, or None.
-      options: the command's own options.
-    """
+    """A parsed command line: the resolved run with its overrides, the workdir if one is given, the command's flags."""
 
     run: "Run"
     workdir: "Workdir | None"
@@ -46,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with what all commands share; a command adds its own options."""
+    """A parser with the flags that all commands share; a command adds its own."""
     parser = _Parser(
         prog=f"python -m trainer {command}",
         description=description,
@@ -60,22 +53,17 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_group_options(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that several processes carry out together."""
+    """Adds the flags of a command that several processes run together."""
     group = parser.add_argument_group(
         "several processes", "On Cloud TPU, GKE, Slurm and Open MPI they find each other without the first three."
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it will listen")
     group.add_argument("--process", metavar="I", type=int, help="which process this is, from 0")
     group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
+    seconds: dict[str, Any] = {"metavar": "SECONDS", "type": int}
+    group.add_argument("--wait", default=300, help="how long to wait for the others (default 300)", **seconds)
     group.add_argument(
-        "--wait", metavar="SECONDS", type=int, default=300, help="how long to wait for the others (default 300)"
-    )
-    group.add_argument(
-        "--heartbeat",
-        metavar="SECONDS",
-        type=int,
-        default=100,
-        help="how long after one was killed the others end (default 100)",
+        "--heartbeat", default=100, help="how long after one was killed the others end (default 100)", **seconds
     )
 
 
@@ -89,7 +77,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
     options, unknown = parser.parse_known_args(own)
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z_]+', parser.format_help())))}")
+        raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z_-]+', parser.format_help())))}")
     return options, overrides
 
 
@@ -118,15 +106,13 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The command's own flags, and the overrides, to which a value in an argument of its own is joined by `=`."""
     own: list[str] = []
     overrides: list[str] = []
-    open_flag = False
-    for argument in argv:
+    for previous, argument in zip(["", *argv], argv, strict=False):
         if _OVERRIDE.match(argument):
             overrides.append(argument)
-        elif open_flag and not argument.startswith("-"):
+        elif _OVERRIDE.match(previous) and "=" not in previous and not argument.startswith("-"):
             overrides[-1] += f"={argument}"
         else:
             own.append(argument)
-        open_flag = bool(_OVERRIDE.match(argument)) and "=" not in argument
     return own, overrides
 
 
@@ -134,19 +120,14 @@ def _override(run: "Run", overrides: Sequence[str]) -> "Run":
     """The run with the settings given on the command line, in their order."""
     from trainer import config
 
-    run = copy.deepcopy(run)
     config.check_types(run)
     given: dict[str, list[str | None]] = {}
     for match in filter(None, map(_OVERRIDE.match, overrides)):
         given.setdefault(match[2], []).append("false" if match[1] else match[3])
     for path, texts in given.items():
         owner, name, hint = config.setting_at(run, path)
-        current = owner[name] if isinstance(owner, dict) else getattr(owner, name)
-        value = _parse(f"config.{path}", hint, current, texts)
-        if isinstance(owner, dict):
-            owner[name] = value
-        else:
-            setattr(owner, name, value)
+        get, put = (dict.get, dict.__setitem__) if isinstance(owner, dict) else (getattr, object.__setattr__)
+        put(owner, name, _parse(f"config.{path}", hint, get(owner, name), texts))
     return run
 
 
@@ -162,8 +143,9 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
     if dataclasses.is_dataclass(current):
         known = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(current))
         raise UserError(f"{path} is a group of settings; set one of {known}")
+    expected = config.type_name(hint)
     if None in texts and hint is not bool:
-        raise UserError(f"{path} has no value: {config.type_name(hint)} is expected")
+        raise UserError(f"{path} has no value: {expected} is expected")
     holder = dataclasses.make_dataclass("Holder", [("value", hint)])(current)
     argv = ["", *(f"--config.value={'true' if text is None else text}" for text in texts)]
     values = flags.FlagValues()
@@ -171,11 +153,9 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
         parsed = config_flags.DEFINE_config_dataclass("config", holder, flag_values=values, sys_argv=argv)
         values(argv)
     except flags.IllegalFlagValueError as error:
-        raise UserError(f"{path} is {texts[-1]!r}; {config.type_name(hint)} is expected") from error
+        raise UserError(f"{path} is {texts[-1]!r}; {expected} is expected") from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be set on the command line, as it is {config.type_name(hint)}: set it in the config file"
-        ) from error
+        raise UserError(f"{path} is {expected}, which no flag can set: set it in the config file") from error
     return parsed.value.value
 
 

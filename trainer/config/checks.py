@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import operator
 import re
 import typing
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ from trainer.errors import UserError, nearest
 from trainer.experiment import Experiment
 
 _SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
+_BOUNDS = {
+    "minimum": (operator.lt, "at least"),
+    "maximum": (operator.gt, "at most"),
+    "above": (operator.le, "above"),
+    "below": (operator.ge, "below"),
+}
 _DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
 # The settings that only some schedules use, with the names of these schedules.
 _USED_BY = {
@@ -124,8 +131,6 @@ def _check_used(schedule: Schedule, path: str) -> None:
         raise UserError(f"{path}.boundaries is empty; a step schedule needs the {unit} after which it steps down")
     if name == "wsd" and not schedule.descent:
         raise UserError(f"{path}.descent is {schedule.descent}; a wsd schedule needs the {unit} of its descent")
-    if not schedule.power:
-        raise UserError(f"{path}.power is 0; it must be above 0")
     if name in _DESCENTS and schedule.final > schedule.peak:
         peak = f"a {name} descent ends at or below its peak, {schedule.peak}"
         raise UserError(f"{path}.final is {schedule.final}; {peak}")
@@ -133,12 +138,13 @@ def _check_used(schedule: Schedule, path: str) -> None:
 
 def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
     """Checks the order of times in steps, or in epochs of unknown length; errors show them as they were given."""
-    whole = length if exact.end is None else exact.end  # only a descent has an end, which may lie past that of the run
-    warmup, unit = f"{given.warmup:.12g} {given.unit}", given.unit
-    cut = "" if given.end is not None else f"; for a run cut short, set {path}.run_steps to its full length"
-    hint = measure + cut
+    unit, warmup, hint = given.unit, f"{given.warmup:.12g} {given.unit}", measure
+    if given.end is None:
+        whole, end = length, f"{length} steps"
+        hint += f"; for a run cut short, set {path}.run_steps to its full length"
+    else:  # a descent with an end of its own, which may lie past that of the run
+        whole, end = exact.end or 0, f"{given.end:.12g} {unit}"
     if exact.warmup >= whole:
-        end = f"{length} steps" if given.end is None else f"{given.end:.12g} {unit}"
         raise UserError(f"{path}.warmup is {warmup}, but the whole schedule has only {end}{hint}")
     if not fits or exact.warmup + (exact.descent or 0) > whole * (1 + 1e-9):
         left = f"{whole - exact.warmup:.12g} of {whole:.12g} {exact.unit if math.isinf(length) else 'steps'}"
@@ -152,9 +158,6 @@ def _check_order(given: Schedule, exact: Schedule, path: str, length: float, mea
 
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Raises `UserError` for settings that contradict each other or that would do nothing."""
-    for name in ("b1", "b2", "ema_decay"):
-        if (getattr(optimizer, name) or 0) >= 1:
-            raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}; it must be below 1")
     for name in ("eps", "eps_root"):
         if 0 < getattr(optimizer, name) < _SMALLEST:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
@@ -169,9 +172,6 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         if getattr(optimizer, name) and names != {"adabelief"}:
             other = ", ".join(sorted(names - {"adabelief"}))
             raise UserError(f"optimizer.{name} is for adabelief; there is {other}, too")
-    for path, owner in (("optimizer", optimizer), *((f"optimizer.groups.{k}", g) for k, g in optimizer.groups.items())):
-        if owner.clip_norm == 0:
-            raise UserError(f"{path}.clip_norm is 0; it must be above 0, or None for any norm")
     for label, group in optimizer.groups.items():
         if group.decay_schedule is not None and group.weight_decay:
             raise UserError(f"optimizer.groups.{label} has a weight_decay and a decay_schedule; give one of them")
@@ -190,21 +190,18 @@ def check_types(run: Run) -> None:
     if not isinstance(run, Run):
         raise UserError(f"get_config() must return a trainer.config.Run, not {type(run).__name__}")
     if not isinstance(run.experiment, Experiment) or not dataclasses.is_dataclass(run.experiment):
-        raise UserError(
-            f"experiment is {type(run.experiment).__name__}, which is not a dataclass with init, loss and source"
-        )
+        name = type(run.experiment).__name__
+        raise UserError(f"experiment is {name}, which is not a dataclass with init, loss and source")
     to_json(run)
     for path, field, value, hint in _fields(run):
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             raise UserError(f"{path} is {value!r}; {type_name(hint)} is expected") from error
-        minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
-        number = isinstance(value, int | float)  # a setting may also have None or a text in place of a number
-        if number and minimum is not None and value < minimum:
-            raise UserError(f"{path} is {value}; it must be at least {minimum}")
-        if number and maximum is not None and value > maximum:
-            raise UserError(f"{path} is {value}; it must be at most {maximum}")
+        for name, bound in field.metadata.get("bounds", {}).items() if isinstance(value, int | float) else ():
+            is_wrong, text = _BOUNDS[name]
+            if is_wrong(value, bound):
+                raise UserError(f"{path} is {value}; it must be {text} {bound}")
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise UserError(f"{path} is {value!r}{nearest(value, choices)}")
@@ -228,9 +225,7 @@ def _types(node: Any) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(type(node))
     except NameError as error:  # `from __future__ import annotations` leaves types as text
-        raise UserError(
-            f"the type of a field of {type(node).__qualname__} is not at the top of a file: {error}"
-        ) from error
+        raise UserError(f"{type(node).__qualname__} has a field of a type that cannot be found: {error}") from error
     return {field.name: hints[field.name] for field in dataclasses.fields(node)}
 
 

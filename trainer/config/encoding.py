@@ -125,9 +125,8 @@ class _ConfigFile(importlib.machinery.SourceFileLoader):
     sha256: str  # of the source that was run
 
     @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(cls, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
         """The import system asks every entry of `sys.meta_path`."""
-        del path, target
         if not name.startswith(cls.prefix):
             return None
         return importlib.util.spec_from_loader(name, cls(name, unquote(name.removeprefix(cls.prefix))))
@@ -167,14 +166,13 @@ def differences(kept: str, asked: Run) -> list[str]:
 
 def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
     if dataclasses.is_dataclass(new) and isinstance(old, dict) and old.get(_CLASS) == _names(type(new))[_CLASS]:
-        fields = {field.name: field for field in dataclasses.fields(new)}
-        for name, field in fields.items():
+        gone = {name: value for name, value in old.items() if name not in _KEYS}
+        for field in dataclasses.fields(new):
+            was = gone.pop(field.name) if field.name in gone else _default(field)
             if not field.metadata.get("may_change"):
-                was = old[name] if name in old else _default(field)
-                yield from _differences(was, getattr(new, name), f"{path}.{name}")
-        for name in old:
-            if name not in fields and name not in _KEYS:
-                yield f"{path}.{name}".lstrip(".") + f" was {_shown(old[name])}, is no setting any more"
+                yield from _differences(was, getattr(new, field.name), f"{path}.{field.name}")
+        for name, was in gone.items():
+            yield f"{path}.{name}".lstrip(".") + f" was {_shown(was)}, is no setting any more"
     elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         for key in old:
             yield from _differences(old[key], new[key], f"{path}.{key}")
@@ -185,10 +183,10 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    """The JSON of a field's default, which a run had that was kept before there was such a field."""
-    if field.default_factory is not dataclasses.MISSING:
-        return _encode(field.default_factory(), "")
-    return None if field.default is dataclasses.MISSING else _encode(field.default, "")
+    """The JSON of a field's default, which a run had if it was kept before there was such a field."""
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return None if default is dataclasses.MISSING else _encode(default, "")
 
 
 def _shown(value: Any) -> str:

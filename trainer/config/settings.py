@@ -9,16 +9,15 @@ from trainer.experiment import Experiment
 def setting(
     default: Any = dataclasses.MISSING,
     *,
-    minimum: float | None = None,
-    maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
     may_change: bool = False,
+    **bounds: float,
 ) -> Any:
-    """A dataclass field with its default, the smallest and largest accepted number, and the accepted names.
+    """A dataclass field with its default, its accepted names, and the bounds `minimum`, `maximum`, `above` and `below`.
 
     `may_change` says that a run may be resumed with another value. Every other setting makes it another run.
     """
-    metadata = {"minimum": minimum, "maximum": maximum, "choices": choices, "may_change": may_change}
+    metadata = {"choices": choices, "may_change": may_change, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -49,8 +48,8 @@ class Schedule:
     """Times from the first update at which `step` multiplies by `factor`."""
     factor: float = setting(0.1, minimum=0, maximum=1)
     """Factor of `step`."""
-    power: float = setting(1.0, minimum=0)
-    """Exponent of `polynomial`, above 0: peak − final is multiplied by (share of the descent that is left) ** power."""
+    power: float = setting(1.0, above=0)
+    """Exponent of `polynomial`: peak − final is multiplied by (share of the descent that is left) ** power."""
     run_steps: int | None = setting(None, minimum=1)
     """Length in updates of the run that the schedule is made for; None for `total_steps`. Resolving fills it in when
     the schedule depends on it, so that more steps cannot change the values of updates already made."""
@@ -72,7 +71,7 @@ class Group:
     """Factor of the group's learning rate."""
     frozen: bool = setting(False)
     """Whether the parameters never change; no gradients are computed for them, and no moments kept."""
-    clip_norm: float | None = setting(None, minimum=0)
+    clip_norm: float | None = setting(None, above=0)
     """Largest norm of the group's gradient, which is scaled down to it; None for any."""
     every_steps: int = setting(1, minimum=1)
     """Steps between updates of the group, from the first step on; the gradients between are not used."""
@@ -90,10 +89,10 @@ class Optimizer:
     """`adabelief`, or for comparison `adam` or `sgd` with momentum b1."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """The learning rate."""
-    b1: float = setting(0.9, minimum=0)
-    """Decay of the mean of the gradients per update, below 1."""
-    b2: float = setting(0.999, minimum=0)
-    """Decay of the mean of the squared prediction errors per update, below 1."""
+    b1: float = setting(0.9, minimum=0, below=1)
+    """Decay of the mean of the gradients per update."""
+    b2: float = setting(0.999, minimum=0, below=1)
+    """Decay of the mean of the squared prediction errors per update."""
     eps: float = setting(1e-16, minimum=0)
     """Added to the root in the denominator. The paper's settings: 1e-8 for vision, 1e-16 or 1e-12 for LSTMs."""
     eps_root: float = setting(1e-16, minimum=0)
@@ -109,15 +108,15 @@ class Optimizer:
     decay: str = setting("decoupled", choices=("decoupled", "fixed", "coupled"))
     """`decoupled` subtracts learning rate · weight_decay · parameter at each update; `fixed` leaves out the learning
     rate; `coupled` adds weight_decay · parameter to the gradient."""
-    clip_norm: float | None = setting(None, minimum=0)
+    clip_norm: float | None = setting(None, above=0)
     """Largest global norm of the gradient, which is scaled down to it before groups clip theirs; None for any."""
     mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
     """Dtype in which first moments are stored; None for that of the parameters, but at least float32. Rounding to
     bfloat16 is stochastic, so that the mean over many updates is exact."""
     nu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
     """Dtype in which second moments are stored, likewise."""
-    ema_decay: float | None = setting(None, minimum=0)
-    """Decay per update, below 1, of the EMA params, an exponential moving average that is evaluated in place of the
+    ema_decay: float | None = setting(None, minimum=0, below=1)
+    """Decay per update of the EMA params, an exponential moving average that is evaluated in place of the
     parameters; None for no average. The first 1 / (1 − decay) updates count equally."""
     labels: tuple[tuple[str, str], ...] = setting(((".*", "default"),))
     """Ordered (regex, label) rules over whole parameter paths; the first match wins."""
