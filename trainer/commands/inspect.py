@@ -4,6 +4,7 @@ import argparse
 from contextlib import closing
 
 from trainer.commands.arguments import Arguments
+from trainer.commands.plan import print_here
 
 DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdir alone is enough. Writes nothing."
 
@@ -50,9 +51,7 @@ def main(arguments: Arguments) -> int:
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if arguments.options.compile:
-        from trainer.plan import planning, report
-
-        print(report.machine_text(planning.here(program)))
+        print_here(program)
     else:
         print("memory and operations of the two steps: inspect --compile")
     if workdir is not None and workdir.checkpoints.is_dir():
