@@ -1,4 +1,4 @@
-"""Every config says what it costs and gives, has its reviewed label table, and trains."""
+"""Every config says what it costs and gives, has its reviewed table of parameters, and trains."""
 
 import ast
 import gzip
@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trainer.observe.tables import label_table_text
 
 from experiments.datasets.fashion_mnist_local import FOLDER_VARIABLE
 from trainer import config, train
 from trainer.commands.arguments import load_config
 from trainer.data import tfds
 from trainer.observe.log import read_rows
-from trainer.optim.decay_check import probe
+from trainer.optim.decay_check import check_decay
 from trainer.program import compile_program
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +74,8 @@ def test_config_states_command_cost_and_expected_result(path):
 
 
 @each_config
-def test_label_table_is_the_reviewed_one(path, run, request):
-    golden, found = GOLDEN / f"{path.stem}.txt", label_table_text(compile_program(run).rows, run.optimizer)
+def test_table_of_parameters_is_the_reviewed_one(path, run, request):
+    golden, found = GOLDEN / f"{path.stem}.txt", str(compile_program(run).params)
     if request.config.getoption("--update-goldens"):
         golden.write_text(found)
     assert found == golden.read_text(), "if this is meant: pytest tests/test_configs.py --update-goldens"
@@ -88,7 +87,10 @@ def test_every_golden_belongs_to_a_config():
 
 @each_config
 def test_parameters_decay_as_the_labels_say(shrunk):
-    assert [verdict for verdict in probe(compile_program(shrunk)) if not verdict.holds] == []
+    program = compile_program(shrunk)
+    labels = [param.label for param in program.params.rows]
+    results = check_decay(program.init().params, labels, program.groups, program.optimizer, shrunk.total_steps)
+    assert [str(result) for result in results if not result.holds] == []
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def closed_form(schedule: config.Schedule, total_steps: int = LENGTH.total_steps
         case "polynomial":
             values = final + (peak - final) * left**schedule.power
         case "wsd":
-            values = final + (peak - final) * np.clip((e - t) / schedule.descent, 0, 1)
+            values = final + (peak - final) * np.clip((e - t) / (schedule.descent or 0), 0, 1)
         case "step":
             values = peak * schedule.factor ** sum((t >= boundary).astype(int) for boundary in schedule.boundaries)
         case "inverse_sqrt":
