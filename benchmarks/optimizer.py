@@ -1,21 +1,20 @@
-"""What an update costs: AdaBelief here against Optax's AdaBelief and Adam, and against moving the memory alone.
+"""Time and memory traffic of an update: AdaBelief here, Optax's AdaBelief and Adam, and moving the memory alone.
 
     python -m benchmarks.optimizer                      # both trees, about 4 minutes
     python -m benchmarks.optimizer --tree=resnet50 --rounds=40
     python -m benchmarks.optimizer --tpu=v5e:2x2        # compiled for a TPU that is not there; needs the extra `tpu`
 
-Update and application to the parameters in one compiled function, everything donated, measured in turn, in rounds, in
-one process. Ratios are medians of the rounds' ratios. Bytes per parameter are what XLA says that its fusions read and
-write, temporary bytes what it allocates beside arguments and results.
+One compiled function makes the update and applies it to the parameters, with all arguments donated. All candidates are
+measured in turn, in rounds, in one process; ratios are medians of the rounds' ratios. Bytes per parameter are the reads
+and writes of XLA's fusions by its own cost analysis, temporary bytes its allocations beside arguments and results.
 
-The memory pass reads four arrays and writes three, as an update must: p ← p + g, m ← m + g, s ← s + g, a fusion each,
-since XLA:CPU writes one array a fusion. The lean pass reads the gradient for the parameters only.
+The memory pass reads four arrays and writes three, as an update must: p ← p + g, mu ← mu + g, nu ← nu + g, a fusion
+each, since XLA:CPU writes one array a fusion. The lean pass reads the gradient for the parameters only.
 """
 
 import argparse
 import dataclasses
 import math
-import os
 import re
 import statistics
 import time
@@ -26,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from trainer.optim.optimizer import build_optimizer, build_treatments
 
+from benchmarks import header
 from trainer import config
+from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optim.adabelief import adabelief
-from trainer.optim.schedules import Length
-from trainer.optim.statistics import build_statistics
+from trainer.plan.topology import find
 
 OURS = "adabelief"
 LOGGED_EVERY = 50
@@ -77,7 +76,7 @@ TREES = {"resnet50": resnet50, "transformer": transformer}
 
 @dataclasses.dataclass
 class Case:
-    """Something to measure.
+    """A candidate to measure.
 
     Attributes:
       step: (parameters, state, gradients) → (parameters, state).
@@ -99,22 +98,25 @@ def of(transform: optax.GradientTransformation) -> Case:
 
 
 def labelled(shapes: dict[str, tuple[int, ...]], *, clip: bool, measured: bool) -> Case:
-    """AdaBelief with every feature of labels that every leaf can have: groups with decay, decay and learning-rate
-    schedules, multipliers, an update every other step, clipping by group, statistics in every fiftieth step."""
-    groups = {
-        "embedding": config.Group(lr_multiplier=0.1, clip_norm=10.0 * clip),
-        "kernel": config.Group(weight_decay=0.1, clip_norm=10.0 * clip),
+    """AdaBelief with every feature of parameter groups: decay, schedules of decay and of learning rates, multipliers,
+    an update every other step, clipping by group, statistics in every fiftieth step."""
+    clip_norm = 10.0 if clip else None
+    settings = {
+        "embedding": config.Group(lr_multiplier=0.1, clip_norm=clip_norm),
+        "kernel": config.Group(weight_decay=0.1, clip_norm=clip_norm),
         "scale": config.Group(decay_schedule=config.Schedule("linear", peak=0.1), every_steps=2),
         "bias": config.Group(schedule=config.Schedule("cosine", peak=2e-3, warmup=10)),
     }
     labels = {path: path.split("/")[-1] if "/" in path else "embedding" for path in shapes}
-    groups = {label: group for label, group in groups.items() if label in labels.values()}
-    optimizer = config.Optimizer(schedule=config.Schedule("cosine", peak=1e-3, warmup=100), groups=groups)
-    treatments = build_treatments(optimizer, labels, Length(total_steps=1000, batch_size=1, examples=1000))
-    transform = build_optimizer(optimizer, treatments)
+    settings = {label: group for label, group in settings.items() if label in labels.values()}
+    optimizer = config.Optimizer(schedule=config.Schedule("cosine", peak=1e-3, warmup=100), groups=settings)
+    no_experiment: Any = None
+    run = config.Run(no_experiment, total_steps=1000, batch_size=1, optimizer=optimizer)
+    groups = build_groups(optimizer, build_schedules(run, examples=1000))
+    transform = build_optimizer(optimizer, groups, labels, seed=0)
     if not measured:
         return of(transform)
-    numbers = build_statistics(treatments, labels)
+    numbers = build_statistics(groups, labels, clip_norm=None)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, after = transform.update(grads, state[0], params)
@@ -134,7 +136,7 @@ def labelled(shapes: dict[str, tuple[int, ...]], *, clip: bool, measured: bool) 
 
 
 def normed(transform: optax.GradientTransformation) -> Case:
-    """Update and application, and the norm of the gradient, which every training step needs to notice divergence."""
+    """Update and application, and the norm of the gradient, by which every training step notices divergence."""
     plain = of(transform)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -155,7 +157,7 @@ def memory(*, lean: bool) -> Case:
 
 
 def cases(shapes: dict[str, tuple[int, ...]]) -> dict[str, Case]:
-    """All that is measured, by name."""
+    """All candidates by name."""
     bf16 = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
     return {
         "adabelief": of(adabelief(1e-3)),
@@ -213,10 +215,8 @@ def measure(shapes: dict[str, tuple[int, ...]], rounds: int) -> None:
 
 
 def compile_for_tpu(shapes: dict[str, tuple[int, ...]], topology: str) -> None:
-    """Prints what the TPU compiler estimates; cycles are those of fusions, copies between memories not included."""
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    """Prints the TPU compiler's estimates; cycles are those of fusions, without copies between memories."""
+    device = find(topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(tree: Any) -> Any:
@@ -242,16 +242,15 @@ def compile_for_tpu(shapes: dict[str, tuple[int, ...]], topology: str) -> None:
 
 
 def main() -> None:
-    """Measures what the command line asks for."""
+    """Measures the trees of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", choices=TREES, help="only one of the trees")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for this topology instead, such as v5e:2x2")
     options = parser.parse_args()
     if options.tpu:
-        quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-        quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        os.environ |= {"JAX_PLATFORMS": "cpu"} | quiet
+        jax.config.update("jax_platforms", "cpu")
+    print(header())
     for name in [options.tree] if options.tree else TREES:
         print(f"\n{name}:")
         if options.tpu:

@@ -1,4 +1,4 @@
-"""A decoder of two layers on data that lies in memory, and a task whose rows are large."""
+"""A decoder of two layers on data in memory, and a task with large examples."""
 
 import dataclasses
 from typing import Any
@@ -38,7 +38,7 @@ def make_run(batch_size: int = 16, strategy: str = "fsdp", **model: Any) -> conf
 
 @dataclasses.dataclass
 class Wide(Task):
-    """Rows of 4 MiB, so that some thousands of them fill a device."""
+    """Examples of 4 MiB: some thousands of them fill a device."""
 
     def source(self, split):
         return ArraySource({"x": np.zeros((1, 2**20), np.float32), "label": np.zeros(1, np.int32)})
@@ -47,8 +47,8 @@ class Wide(Task):
         return {"params": {"scale": jnp.ones(2**20)}}
 
     def loss(self, variables, batch, *, key, train):
-        rows = jnp.sum(jnp.tanh(batch["x"] * variables["params"]["scale"]), axis=1)
-        return {"loss": Mean.of(rows, batch["mask"])}, {}
+        losses = jnp.sum(jnp.tanh(batch["x"] * variables["params"]["scale"]), axis=1)
+        return {"loss": Mean.of(losses, batch["mask"])}, {}
 
 
 @dataclasses.dataclass

@@ -1,12 +1,14 @@
-"""The command `plan`: its table, its flags, and its mistakes in one line."""
+"""The command `plan`: its table, its flags, and one-line errors."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+import trainer
 from trainer.commands import run
 
+TRAINER = Path(trainer.__file__).parent
 SIZES = "length=64, width=128, vocab=256, heads=8, mlp_width=256"
 TEXT = f"""
 from tests.plan.models import Decoder
@@ -26,6 +28,7 @@ def config(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 def test_the_table_has_every_strategy_asked_for_and_both_steps(config, capsys):
     assert run(["plan", config, "--topology=v5e:2x2", "--strategies=data,fsdp,tensor", "--fast"]) == 0
     out, err = capsys.readouterr()
@@ -46,13 +49,14 @@ def test_the_table_has_every_strategy_asked_for_and_both_steps(config, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 def test_search_prints_flags_that_the_command_line_takes(tmp_path, capsys):
     file = tmp_path / "config.py"
     file.write_text(TEXT.replace("Decoder", "Rematerialised").replace(SIZES, ""))
     assert run(["plan", f"--config={file}", "--topology=v5e:1x1", "--search"]) == 0
     out = capsys.readouterr().out
     flags = re.findall(r"--config\.parallel\.strategy=.*", out)
-    assert len(flags) == 2 * 3  # remat policies × counts of microbatches
+    assert len(flags) == 2 * 3  # remat policies × numbers of microbatches
     assert run(["inspect", f"--config={file}", *flags[-1].split()]) == 0
 
 
@@ -62,7 +66,9 @@ def test_search_prints_flags_that_the_command_line_takes(tmp_path, capsys):
         ([], "error: give --topology=NAME, such as --topology=v5e:4x4,v4:2x2x4"),
         (["--topology=v5e:2x3"], "error: no topology 'v5e:2x3'; did you mean '2x4'?"),
         (["--topology=v5e:2x2", "--strategies=fdsp"], "error: no strategy 'fdsp'; did you mean 'fsdp'?"),
-        (["--topology=v5e:4x4"], "error: batch_size 8 does not divide over 16 devices"),
+        pytest.param(
+            ["--topology=v5e:4x4"], "error: batch_size 8 does not divide over 16 batch shards", marks=pytest.mark.tpu
+        ),
         (["--batch_per_chp=2"], "error: unknown flag --batch_per_chp; did you mean '--batch_per_chip'?"),
         (["--topology=v5e:2x2", "--batch_per_chip=0"], "error: --batch_per_chip is 0; it must be at least 1"),
         (["--topology=v5e:2x2", "--batch_per_chip=2", "--search"], "error: --search finds the batch by itself"),
@@ -85,3 +91,12 @@ def test_inspect_gives_the_figures_of_this_machine(config, capsys):
     assert shown["moments"] == f"{(8 * parameters + 4) / 2**20:.2f}M"
     assert (shown["collective"], shown["of HBM"], shown["at least"]) == ("all-reduce", "-", "-")
     assert float(shown["GFLOP"]) > 0
+
+
+def test_only_the_command_imports_the_package():
+    importing = [
+        file.relative_to(TRAINER).as_posix()
+        for file in TRAINER.rglob("*.py")
+        if re.search(r"(from|import) trainer\.plan\b|from trainer import .*\bplan\b", file.read_text())
+    ]
+    assert [name for name in importing if not name.startswith("plan/")] == ["commands/plan.py"]

@@ -1,4 +1,4 @@
-"""Plans: bytes against the shapes' own, every strategy on every generation, layouts, and what does not fit."""
+"""Plans: bytes on a device, every strategy on every TPU generation, layouts, and steps that do not fit."""
 
 import dataclasses
 import math
@@ -11,78 +11,91 @@ from jax.sharding import SingleDeviceSharding
 from tests.plan.models import Rematerialised, Wide, make_run
 from trainer import config
 from trainer.plan import planning
-from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
+from trainer.plan.analysis import Collective, HloAnalysis
+from trainer.plan.compiling import FAST, CompiledStep, OutOfMemory, compile_step
 from trainer.plan.planning import Layout
-from trainer.plan.search import Largest, remat_policies, search
+from trainer.plan.search import LargestBatch, remat_policies, search
 from trainer.plan.topology import find
+from trainer.plan.variants import axis_changes, with_batch, with_strategy
+from trainer.sharding import STRATEGIES
 
 PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 512 * 256 + 5 * 256  # the head is the embedding
 SMALL = {"length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
 
 
+@pytest.mark.tpu
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-@pytest.mark.parametrize("strategy", planning.strategies())
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_both_steps_of_every_strategy_compile_for_every_generation(topology, strategy):
     there = find(topology)
     run = make_run(strategy=strategy, **SMALL)
-    program = planning.built(run, there, Layout(torus=True))
+    program = planning.program_for(run, there, Layout(torus=True))
     for step, spec in ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec)):
-        found = compile_for(step, (program.state, program.strategy.abstract_batch(spec)), len(there.devices), FAST)
-        assert isinstance(found, Figures)
-        assert found.program.exact
+        arguments = (program.state, program.strategy.abstract_batch(spec))
+        compiled = compile_step(step, arguments, len(there.devices), FAST)
+        assert isinstance(compiled, CompiledStep)
+        assert compiled.hlo.exact
         if step is program.train_step:
             held = sum(map(planning.shard_bytes, jax.tree.leaves(program.state)))
-            assert found.aliased >= held  # all that is donated is taken over
+            assert compiled.aliased >= held  # the results reuse all donated memory
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("strategy", "split"), [("data", ()), ("zero1", ("moments",)), ("fsdp", ("moments", "parameters"))]
+    ("strategy", "sharded"), [("data", ()), ("zero1", ("moments",)), ("fsdp", ("moments", "params"))]
 )
-def test_bytes_on_a_device_are_the_whole_by_the_devices_that_split_it(strategy, split):
+def test_bytes_on_a_device_are_all_bytes_by_the_devices_that_shard_them(strategy, sharded):
     there = find("v5e:2x4")
     plan = planning.plan(make_run(strategy=strategy), there, fast=True)
     parameters = 4 * PARAMETERS
-    for name, whole in {"parameters": parameters, "moments": 2 * parameters}.items():
-        share = 8 if name in split else 1
-        assert getattr(plan, name) == pytest.approx(whole / share, rel=0.02)
-    assert plan.gradients == pytest.approx(parameters / (8 if split else 1), rel=0.02)
-    assert isinstance(plan.train, Figures)
-    assert 0 <= plan.train.arguments - plan.parameters - plan.moments < 2**20  # the batch, and tiles that are not full
+    for name, size in {"params": parameters, "moments": 2 * parameters}.items():
+        shards = 8 if name in sharded else 1
+        assert getattr(plan, name) == pytest.approx(size / shards, rel=0.02)
+    assert plan.gradients == pytest.approx(parameters / (8 if sharded else 1), rel=0.02)
+    assert isinstance(plan.train, CompiledStep)
+    assert 0 <= plan.train.arguments - plan.params - plan.moments < 2**20  # the batch, and padding of tiles
     assert plan.fits
 
 
+@pytest.mark.tpu
 def test_operations_are_those_of_the_matrices():
     there = find("v5e:2x2")
     plan = planning.plan(make_run(batch_size=8, strategy="data"), there, fast=True)
-    tokens, causal = 2 * 128, 2 * 2 * 128 * 256 * 2 * 128 * 2  # a device has 2 rows; scores and their sums, 2 layers
-    matrices = PARAMETERS - 5 * 256  # and scales of norms are none
+    tokens, causal = (
+        2 * 128,
+        2 * 2 * 128 * 256 * 2 * 128 * 2,
+    )  # a device has 2 examples; scores and their sums, 2 layers
+    matrices = PARAMETERS - 5 * 256  # without the scales of norms
     forward = 2 * tokens * matrices + causal
-    lookups = 2 * tokens * 512 * 256  # of which the gradient is a product
+    lookups = 2 * tokens * 512 * 256  # whose gradient is a product
     for step, operations in ((plan.evaluation, forward), (plan.train, 3 * forward + lookups)):
-        assert isinstance(step, Figures)
-        assert step.program.flops == pytest.approx(operations, rel=0.01)
+        assert isinstance(step, CompiledStep)
+        assert step.hlo.flops == pytest.approx(operations, rel=0.01)
 
 
-def test_a_mean_of_the_parameters_counts_and_is_evaluated_beside_them():
+@pytest.mark.tpu
+def test_ema_params_count_and_are_evaluated_beside_the_parameters():
     run, there = make_run(strategy="data", **SMALL), find("v5e:2x2")
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, ema_decay=0.9))
     plan = planning.plan(run, there, fast=True)
-    assert plan.mean == plan.parameters
-    assert isinstance(plan.evaluation, Figures)
-    rest = plan.moments + plan.parameters
-    assert dataclasses.replace(plan, hbm=plan.evaluation.peak + rest).fits
-    assert not dataclasses.replace(plan, hbm=plan.evaluation.peak + rest - 1).fits
+    assert plan.ema == plan.params
+    assert isinstance(plan.evaluation, CompiledStep)
+    needed = plan.evaluation.peak + plan.moments + plan.params
+    assert dataclasses.replace(plan, hbm_bytes=needed).fits
+    assert not dataclasses.replace(plan, hbm_bytes=needed - 1).fits
 
 
+@pytest.mark.tpu
 def test_another_batch_does_not_mind_schedules_in_epochs():
     run = make_run(strategy="data", **SMALL)
     schedule = config.Schedule("step", unit="epochs", warmup=0.25, boundaries=(20,))
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule=schedule))
-    found = planning.train_only(planning.with_batch(run, 4, 1), find("v5e:2x2"))
-    assert isinstance(found, Figures)
+    step = planning.compile_train_fast(with_batch(run, 4, 1), find("v5e:2x2"))
+    assert isinstance(step, CompiledStep)
 
 
+@pytest.mark.tpu
 def test_frozen_parameters_have_no_gradients():
     there = find("v5e:2x2")
     groups = {"still": config.Group(frozen=True), "moving": config.Group()}
@@ -90,21 +103,21 @@ def test_frozen_parameters_have_no_gradients():
     run = make_run(strategy="data", **SMALL)
     run = dataclasses.replace(run, optimizer=config.Optimizer(labels=labels, groups=groups))
     plan = planning.plan(run, there, fast=True)
-    assert plan.parameters - plan.gradients == 256 * 128 * 4
+    assert plan.params - plan.gradients == 256 * 128 * 4
 
 
 def test_of_the_layouts_the_best_is_that_which_fits_sends_least_and_takes_least():
-    def figures(sent, peak):
-        program = dataclasses.make_dataclass("Program", ["collectives"])
-        collective = dataclasses.make_dataclass("Collective", ["sent"])
-        return Figures(0, 0, 0, peak, program([collective(sent)]), 0.0)
+    def step(sent, peak):
+        exchange = Collective("collective-permute", "u8", sent, 2, 1, asynchronous=False)
+        return CompiledStep(0, 0, 0, peak, HloAnalysis((exchange,), 0, exact=True, windowed=False), 0.0)
 
-    a, b, c, d = Layout(True), Layout(True, True), Layout(False), Layout(False, True)
-    assert planning.best({a: TooLarge(9, (), 0.0), b: figures(5, 8), c: figures(9, 1)}) == b
-    assert planning.best({a: figures(100, 8), b: figures(101, 7), c: figures(103, 1)}) == b
-    assert planning.best({c: TooLarge(9, (), 0.0), d: TooLarge(8, (), 0.0)}) == d
+    a, b, c, d = Layout(True), Layout(True, False), Layout(False), Layout(False, False)
+    assert planning.best({a: OutOfMemory(9, (), 0.0), b: step(5, 8), c: step(9, 1)}) == b
+    assert planning.best({a: step(100, 8), b: step(101, 7), c: step(103, 1)}) == b
+    assert planning.best({c: OutOfMemory(9, (), 0.0), d: OutOfMemory(8, (), 0.0)}) == d
 
 
+@pytest.mark.tpu
 def test_what_does_not_fit_names_its_largest_buffers():
     device = find("v5e:1x1").devices[0]
     x = jax.ShapeDtypeStruct((2**30,), jnp.float32, sharding=SingleDeviceSharding(device))
@@ -114,8 +127,8 @@ def test_what_does_not_fit_names_its_largest_buffers():
         with jax.named_scope("the_flipping"):
             return jnp.flip(x), jnp.flip(y)
 
-    found = compile_for(step, (x, x), 1, FAST)
-    assert isinstance(found, TooLarge)
+    found = compile_step(step, (x, x), 1, FAST)
+    assert isinstance(found, OutOfMemory)
     assert found.needed >= 4 * 2**32
     assert sum(b.count * b.bytes for b in found.buffers) == pytest.approx(found.needed, rel=0.01)
     assert {b.shape for b in found.buffers if b.bytes == 2**32} == {"f32[1073741824]"}
@@ -123,19 +136,22 @@ def test_what_does_not_fit_names_its_largest_buffers():
     assert any("the_flipping" in b.name for b in found.buffers)
 
 
+@pytest.mark.tpu
 def test_the_largest_batch_fits_and_twice_as_much_does_not():
     there = find("v5e:1x1")
     run = config.resolve(config.Run(Wide(), total_steps=1, batch_size=3))
     (one,) = search(run, there, microbatches=(1,))
     assert math.log2(one.batch_size).is_integer()
-    for factor, outcome in ((1, Figures), (2, TooLarge)):
-        assert isinstance(planning.train_only(planning.with_batch(run, factor * one.batch_size, 1), there), outcome)
+    for factor, outcome in ((1, CompiledStep), (2, OutOfMemory)):
+        step = planning.compile_train_fast(with_batch(run, factor * one.batch_size, 1), there)
+        assert isinstance(step, outcome)
     assert one.flags() == (
         f"--config.parallel.strategy=data --config.batch_size={one.batch_size} --config.microbatches=1 "
         f"--config.evaluation.batch_size={one.batch_size}"
     )
 
 
+@pytest.mark.tpu
 def test_remat_policies_are_tried_where_the_experiment_has_them():
     run = config.resolve(config.Run(Rematerialised(), total_steps=1, batch_size=1))
     found = list(search(run, find("v5e:1x1"), microbatches=(1,)))
@@ -143,13 +159,30 @@ def test_remat_policies_are_tried_where_the_experiment_has_them():
     assert found[1].flags().endswith("--config.experiment.remat=full")
 
 
-def test_evaluation_gets_as_many_rows_at_a_time_as_training_does():
-    largest = Largest("fsdp", ("parallel.tensor=0",), None, 4, 64, None)
+def test_evaluation_gets_as_many_examples_at_a_time_as_training_does():
+    largest = LargestBatch("fsdp", ("parallel.tensor=None",), None, 4, 64, None)
     assert (
-        "--config.parallel.tensor=0 --config.batch_size=64 --config.microbatches=4 --config.evaluation.batch_size=16"
+        "--config.parallel.tensor=None --config.batch_size=64 --config.microbatches=4 --config.evaluation.batch_size=16"
         in largest.flags()
     )
 
 
 def test_without_remat_policies_there_is_nothing_to_try():
     assert remat_policies(Wide()) == (None,)
+
+
+def test_another_strategy_keeps_the_sizes_of_the_axes_that_it_uses():
+    parallel = config.Parallel(strategy="fsdp_tensor", fsdp=4, tensor=2)
+    run = dataclasses.replace(make_run(**SMALL), parallel=parallel)
+    kept = {name: with_strategy(run, name).parallel for name in STRATEGIES}
+    assert {name: (p.strategy, p.fsdp, p.tensor) for name, p in kept.items()} == {
+        "data": ("data", None, None),
+        "zero1": ("zero1", 4, None),
+        "fsdp": ("fsdp", 4, None),
+        "tensor": ("tensor", None, 2),
+        "zero1_tensor": ("zero1_tensor", 4, 2),
+        "fsdp_tensor": ("fsdp_tensor", 4, 2),
+        "pmap": ("pmap", None, None),
+    }
+    assert axis_changes(run, with_strategy(run, "fsdp")) == ("parallel.tensor=None",)
+    assert axis_changes(run, run) == ()

@@ -1,4 +1,4 @@
-"""Topologies: names, memory, links, and what is said of names that are none."""
+"""Topologies: names, memory, links, and errors for unknown names."""
 
 import importlib.util
 import math
@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.plan.topology import find, known_shapes
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("name", "chips", "gib"),
     [("v4:2x2x4", 16, 32), ("v5e:4x4", 16, 16), ("v5p:2x2x2", 8, 95), ("v6e:4x4", 16, 32), ("v5p:4x4x8", 128, 95)],
@@ -22,10 +23,12 @@ def test_a_chip_is_a_device_whose_memory_is_nearly_the_published_one(name, chips
     assert 0.95 * gib * 2**30 <= topology.hbm_bytes <= 1.01 * gib * 2**30
 
 
+@pytest.mark.tpu
 def test_older_chips_are_two_devices():
     assert len(find("v3:2x2").devices) == 8
 
 
+@pytest.mark.tpu
 def test_slices_are_told_apart():
     topology = find("v5e:2x2", slices=2)
     assert topology.chips == 8
@@ -44,12 +47,13 @@ def test_slices_are_told_apart():
         ("v6e", "no topology 'v6e' (known for v6e: 1x1, "),
     ],
 )
-def test_a_name_that_is_none_is_an_error_with_the_nearest_and_the_known_ones(name, message):
+def test_an_unknown_name_is_an_error_with_the_nearest_and_the_known_ones(name, message):
     with pytest.raises(UserError) as error:
         find(name)
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize("generation", ["v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x"])
 def test_the_smallest_and_the_largest_known_shapes_are_known_to_the_compiler(generation):
     shapes = known_shapes(generation)
@@ -57,6 +61,7 @@ def test_the_smallest_and_the_largest_known_shapes_are_known_to_the_compiler(gen
         assert find(f"{generation}:{shape}").chips == math.prod(map(int, shape.split("x")))
 
 
+@pytest.mark.tpu
 def test_seconds_are_bytes_over_all_links_that_a_chip_has_in_its_slice():
     sent = 1e9
     assert find("v5e:4x4").seconds(sent) == pytest.approx(sent / (4 * 50e9))
@@ -74,6 +79,7 @@ def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
     assert str(error.value) == "planning needs the TPU compiler: pip install 'belief-trainer[tpu]'"
 
 
+@pytest.mark.tpu
 def test_two_processes_plan_at_once_and_print_nothing():
     code = "from trainer.plan.topology import find; assert find('v5e:2x2').chips == 4; input()"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW_"))}

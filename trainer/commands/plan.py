@@ -1,20 +1,21 @@
-"""`plan`: what a run takes on TPUs that are not there."""
+"""`plan`: memory and communication of a run on TPUs that are not there."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from trainer.commands.arguments import Arguments
 from trainer.errors import UserError, nearest
 
 DESCRIPTION = (
-    "Compiles the train step and the evaluation step for TPU topologies, without any TPU: memory, communication, "
-    "what does not fit. Needs libtpu (pip install 'belief-trainer[tpu]'). Writes nothing."
+    "Compiles the train step and the evaluation step for TPU topologies, without any TPU, and shows memory, "
+    "communication, and what does not fit. Needs libtpu (pip install 'belief-trainer[tpu]'). Writes nothing."
 )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Where, which strategies, how thoroughly."""
+    """Adds the topologies, the strategies, the batch and the effort."""
     parser.add_argument(
         "--topology",
         metavar="NAME[,NAME...]",
@@ -25,20 +26,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--batch_per_chip", type=int, metavar="N", help="examples on each chip instead of the config's batch_size"
     )
     parser.add_argument("--fast", action="store_true", help="compile with little effort: six times faster")
-    parser.add_argument(
-        "--search", action="store_true", help="find the largest batch that fits, and print the flags to use"
-    )
+    parser.add_argument("--search", action="store_true", help="find the largest batch that fits, and the flags to use")
 
 
 def main(arguments: Arguments) -> int:
-    """Prints a table for each topology, and what goes on to stderr; exit code 1 if nothing fits one of them."""
+    """Prints a table for each topology, and progress to stderr; exit code 1 if nothing fits one of the topologies."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # devices that are there are left alone
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for others go in, but do not come out
-    from trainer.plan import planning, report
-    from trainer.plan.search import search
-    from trainer.plan.topology import find
+    jax.config.update("jax_platforms", "cpu")  # do not touch the devices of this machine
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot load programs for absent devices
+    from trainer.plan import report, topology, variants
+    from trainer.sharding import STRATEGIES
 
     options, run = arguments.options, arguments.run
     if not options.topology:
@@ -47,50 +45,50 @@ def main(arguments: Arguments) -> int:
         raise UserError(f"--batch_per_chip is {options.batch_per_chip}; it must be at least 1")
     if options.batch_per_chip is not None and options.search:
         raise UserError("--search finds the batch by itself: give it or --batch_per_chip")
-    strategies = _strategies(options.strategies, run.parallel.strategy, planning.strategies())
-    topologies = [find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]
-    all_fit = True
-    for topology in topologies:
-        there = run
-        if options.batch_per_chip:
-            there = planning.with_batch(run, options.batch_per_chip * topology.chips, run.microbatches)
-        found: list = []
-        errors: list[tuple[str, UserError]] = []
-        for strategy in strategies:
-
-            def note(text: str, at: str = f"{topology.name}, {strategy}") -> None:
-                print(f"{at}: {text}", file=sys.stderr, flush=True)
-
-            chosen = planning.with_strategy(there, strategy)
-            try:
-                if options.search:
-                    changes = [
-                        f"parallel.{axis}={getattr(chosen.parallel, axis)}"
-                        for axis in ("fsdp", "tensor")
-                        if getattr(chosen.parallel, axis) != getattr(run.parallel, axis)
-                    ]
-                    found += search(chosen, topology, changes=changes, note=note)
-                else:
-                    found.append(planning.plan(chosen, topology, fast=options.fast, note=note))
-            except UserError as error:  # this strategy is nothing for this run; others may be
-                errors.append((strategy, error))
-        if not found:
-            raise errors[0][1]
-        if options.search:
-            text = report.search_text(topology, found)
-        else:
-            text = report.plans_text(topology, found, options.fast)
-        print(text, flush=True)  # at once: should the compiler crash with a later topology, this is not lost
-        for strategy, error in errors:
-            print(f"{strategy} is left out: {error}\n")
-        all_fit &= any(one.fits for one in found)
+    asked = options.strategies or run.parallel.strategy
+    strategies = list(STRATEGIES) if asked == "all" else asked.split(",")
+    for name in strategies:
+        if name not in STRATEGIES:
+            raise UserError(f"no strategy {name!r}{nearest(name, STRATEGIES)}")
+    fit = []
+    for there in [topology.find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]:
+        batch_size = options.batch_per_chip and options.batch_per_chip * there.chips
+        variant = variants.with_batch(run, batch_size, run.microbatches) if batch_size else run
+        fit.append(_print_topology(variant, there, strategies, options))
     print(report.SEARCH_LEGEND if options.search else report.LEGEND, end="")
-    return 0 if all_fit else 1
+    return 0 if all(fit) else 1
 
 
-def _strategies(asked: str | None, own: str, known: Sequence[str]) -> Sequence[str]:
-    names = known if asked == "all" else (asked or own).split(",")
-    for name in names:
-        if name not in known:
-            raise UserError(f"no strategy {name!r}{nearest(name, known)}")
-    return names
+def _print_topology(run: Any, topology: Any, strategies: Sequence[str], options: argparse.Namespace) -> bool:
+    """Prints the table of one topology and the strategies that are impossible there; returns whether anything fits."""
+    from trainer.plan import planning, report, search, variants
+
+    results: list = []
+    errors: dict[str, UserError] = {}
+    for strategy in strategies:
+
+        def progress(text: str, where: str = f"{topology.name}, {strategy}") -> None:
+            print(f"{where}: {text}", file=sys.stderr, flush=True)
+
+        variant = variants.with_strategy(run, strategy)
+        try:
+            if options.search:
+                results += search.search(variant, topology, variants.axis_changes(run, variant), progress)
+            else:
+                results.append(planning.plan(variant, topology, fast=options.fast, progress=progress))
+        except UserError as error:  # other strategies may still be possible
+            errors[strategy] = error
+    if not results:
+        raise errors[strategies[0]]
+    text = report.search_text(topology, results) if options.search else report.plans_text(topology, results)
+    print(text, flush=True)  # at once: the compiler may crash on a later topology
+    for strategy, error in errors.items():
+        print(f"{strategy} is left out: {error}\n")
+    return any(result.fits for result in results)
+
+
+def print_here(program: Any) -> None:
+    """Prints the table of a program that was compiled for the devices of this process."""
+    from trainer.plan import planning, report
+
+    print(report.here_text(planning.plan_here(program)))

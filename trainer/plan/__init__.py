@@ -1,1 +1,1 @@
-"""Compiles a run for TPU topologies that are not there, and reports what the compiler says."""
+"""Ahead-of-time compilation of a run for TPU topologies, and tables of memory and communication from XLA's results."""

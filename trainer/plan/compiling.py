@@ -1,4 +1,4 @@
-"""Compiles one program for a topology: its figures, or what does not fit."""
+"""Ahead-of-time compilation of one step: its memory and HLO analysis, or the buffers that do not fit."""
 
 import dataclasses
 import re
@@ -11,43 +11,43 @@ from typing import Any
 
 import jax
 
-from trainer.plan.collectives import HloProgram, read
+from trainer.plan.analysis import HloAnalysis, analyze
 
-# Compiles about six times faster, with nearly the same memory and communication; it overlaps less.
+# Compiles about six times faster; memory and collectives are nearly the same, but fewer collectives are asynchronous.
 FAST = {"xla_optimization_level": "EFFORT_O0"}
-_MOST_BUFFERS = 5  # to show of a step that does not fit
+_MOST_BUFFERS = 5  # listed for a step that does not fit
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
-    """What the compiler says of a program, on one device.
+class CompiledStep:
+    """Memory and HLO of a compiled step, on one device.
 
     Attributes:
-      arguments: bytes of what goes in.
-      aliased: bytes of arguments whose memory the results take over.
-      temporaries: bytes beside arguments and results.
-      peak: bytes of all of these, which the compiler compares with the memory of a device.
-      program: communication and matrix products.
-      seconds: how long compiling took.
+      arguments: bytes of the arguments.
+      aliased: bytes of arguments whose memory the results reuse.
+      temporaries: bytes of everything that is neither argument nor result.
+      peak: bytes of arguments, results and temporaries, without `aliased` twice; must be at most the device's memory.
+      hlo: collectives and floating-point operations.
+      seconds: the time to compile.
     """
 
     arguments: int
     aliased: int
     temporaries: int
     peak: int
-    program: HloProgram
+    hlo: HloAnalysis
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Buffers of one shape that the same line of a model makes.
+    """Buffers of one shape that the same operation of a model makes.
 
     Attributes:
       count: how many there are.
       bytes: of one.
       shape: such as "bf16[8,1024,768]".
-      name: the operation, with the modules around it; or the argument.
+      name: the operation, after the modules around it; or the argument.
     """
 
     count: int
@@ -57,13 +57,13 @@ class Buffer:
 
 
 @dataclasses.dataclass(frozen=True)
-class TooLarge:
-    """A program that does not fit.
+class OutOfMemory:
+    """A step that needs more memory than a device has.
 
     Attributes:
       needed: bytes on a device.
       buffers: the largest ones, the largest total first.
-      seconds: how long the compiler took to find out.
+      seconds: the time until the compiler refused.
     """
 
     needed: int
@@ -71,74 +71,78 @@ class TooLarge:
     seconds: float
 
 
-def compile_for(step: Any, arguments: Sequence[Any], chips: int, options: Mapping[str, Any]) -> Figures | TooLarge:
+def compile_step(
+    step: Any, arguments: Sequence[Any], devices: int, options: Mapping[str, Any]
+) -> CompiledStep | OutOfMemory:
     """Compiles a step ahead of time.
 
     Args:
-      step: of `jax.jit` or `jax.pmap`, for devices of a topology.
-      arguments: in shapes, dtypes and shardings.
-      chips: how many devices it is for.
-      options: for the compiler.
+      step: a function of `jax.jit` or `jax.pmap`, for the devices of a topology.
+      arguments: shapes, dtypes and shardings.
+      devices: the number of devices.
+      options: XLA's compiler options.
     """
     lowered = step.lower(*arguments)
-    with tempfile.TemporaryDirectory() as notes:
+    with tempfile.TemporaryDirectory() as dump:
         start = time.perf_counter()
         try:
-            compiled = lowered.compile(compiler_options={**options, "xla_dump_to": notes})
+            compiled = lowered.compile(compiler_options={**options, "xla_dump_to": dump})
         except jax.errors.JaxRuntimeError as error:
             needed = re.search(r"CompileTimeHbmOom.*\(([\d.]+)([KMGT]?)\) exceeds available", str(error))
             if needed is None:
                 raise
             size = float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2] or " "))
             seconds = time.perf_counter() - start
-            buffers = read_buffers(_note(notes, "-buffer-assignment.txt") or "", _note(notes, ".txt") or "")
-            return TooLarge(int(size), buffers[:_MOST_BUFFERS], seconds)
+            # The error states the sum alone.
+            buffers = read_buffers(_dumped(dump, "-buffer-assignment.txt") or "", _dumped(dump, ".txt") or "")
+            return OutOfMemory(int(size), buffers[:_MOST_BUFFERS], seconds)
         seconds = time.perf_counter() - start
-        # The compiler's own text: JAX 0.10 cannot read all that libtpu writes. What JAX has in its cache leaves none.
-        program = read(_note(notes, ".txt") or compiled.as_text(), chips)
+        # XLA's dump, as JAX 0.10 cannot read every program of libtpu. A program from JAX's cache leaves no dump.
+        hlo = analyze(_dumped(dump, ".txt") or compiled.as_text(), devices)
     memory = compiled.memory_analysis()
-    # Not the compiler's own peak_memory_in_bytes: that leaves out the gaps between buffers, which HBM must hold, too.
+    # Not XLA's `peak_memory_in_bytes`, which leaves out the gaps between buffers: HBM holds them, too.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-    return Figures(
-        memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes, peak, program, seconds
+    return CompiledStep(
+        memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes, peak, hlo, seconds
     )
 
 
-def _note(folder: str, ending: str) -> str | None:
-    """What the compiler wrote of the optimized program; None if it wrote nothing."""
+def _dumped(folder: str, ending: str) -> str | None:
+    """XLA's dump of the optimized program; None if XLA wrote no such file."""
     file = next(Path(folder).glob(f"*after_optimizations{ending}"), None)
     return file.read_text() if file else None
 
 
 def read_buffers(assignment: str, program: str) -> tuple[Buffer, ...]:
-    """The buffers in a device's memory, from the compiler's notes, those that take the most together first.
+    """The buffers in a device's memory, the largest total first.
 
     Args:
-      assignment: of buffers to memory. Values that take turns in one place are one buffer: the first of the largest.
-      program: the compiled program, which knows the names.
+      assignment: XLA's dump of the buffer assignment. Values that share a place one after the other are one buffer,
+        named after the first of the largest.
+      program: XLA's dump of the program, which has the operations' names.
     """
     names = dict(
         re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name="([^"]*)"', program, re.MULTILINE)
     )
-    found: Counter[tuple[str, str, int]] = Counter()
+    counts: Counter[tuple[str, str, int]] = Counter()
     for allocation in re.split(r"^allocation ", assignment, flags=re.MULTILINE)[1:]:
-        if ", color " in allocation.partition("\n")[0]:  # in another memory than the large one
+        if ", color " in allocation.partition("\n")[0]:  # on-chip memory, not HBM
             continue
         places: dict[int, tuple[str, str, int]] = {}
         for value, size, offset, shape in re.findall(
             r"value: <\d+ (\S+?)(?:\{[^}]*\})? @0> \(size=(\d+),offset=(\d+)\): (\S+)", allocation
         ):
-            kept = places.get(int(offset))
-            if kept is None or kept[2] < int(size):
-                places[int(offset)] = (_name(names.get(value, value)), shape.partition("{")[0], int(size))
-        found.update(_apart(places))
-    buffers = [Buffer(count, size, shape, name) for (name, shape, size), count in found.items()]
+            largest = places.get(int(offset))
+            if largest is None or largest[2] < int(size):
+                places[int(offset)] = (_short_name(names.get(value, value)), shape.partition("{")[0], int(size))
+        counts.update(_without_overlaps(places))
+    buffers = [Buffer(count, size, shape, name) for (name, shape, size), count in counts.items()]
     return tuple(sorted(buffers, key=lambda buffer: -buffer.count * buffer.bytes))
 
 
-def _apart(places: Mapping[int, tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Of buffers by their place in an allocation those that do not overlap a larger one."""
+def _without_overlaps(places: Mapping[int, tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """The buffers of an allocation, by offset, without those that overlap a larger one."""
     taken: list[tuple[int, int]] = []
     kept = []
     for offset, buffer in sorted(places.items(), key=lambda item: -item[1][2]):
@@ -149,8 +153,8 @@ def _apart(places: Mapping[int, tuple[str, str, int]]) -> list[tuple[str, str, i
     return kept
 
 
-def _name(operation: str) -> str:
-    """An operation's name without what JAX puts around it, so that layers which are alike get one line."""
+def _short_name(operation: str) -> str:
+    """An operation's name without JAX's wrappers and with N for numbers, so that equal layers share one name."""
     parts = [
         part for part in operation.split("/") if not re.fullmatch(r"jit\(\w+\)|while|body|closed_call|checkpoint", part)
     ]

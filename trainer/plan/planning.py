@@ -1,4 +1,4 @@
-"""Plans a run on a topology: each strategy compiled in the layout that communicates least, with what it takes."""
+"""The plan of a run: both steps compiled for a topology, in the layout that communicates least."""
 
 import dataclasses
 import math
@@ -9,248 +9,190 @@ import jax
 import numpy as np
 
 from trainer import config
-from trainer.plan.compiling import FAST, Figures, TooLarge, compile_for
+from trainer.plan.compiling import FAST, CompiledStep, OutOfMemory, compile_step
 from trainer.plan.topology import Topology
 from trainer.program import Program, compile_program
-from trainer.sharding.mesh import axis_sizes
+from trainer.sharding import STRATEGIES
 
-# Above this size in MiB XLA splits matrix products into loops that compute and send in turn; raised, it never does.
-UNSPLIT = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# XLA:TPU makes windowed einsums of matrix products above this many MiB: with this value, of none.
+NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a compiled step can have that the strategy leaves open.
+    """Choices of compilation that a strategy leaves open.
 
     Attributes:
       torus: whether fsdp has a mesh axis for each dimension of the torus.
-      unsplit: whether the compiler is told not to split matrix products into loops.
+      windowed: whether XLA may make windowed einsums, loops that compute and send parts of a matrix product in turn.
     """
 
     torus: bool
-    unsplit: bool = False
+    windowed: bool = True
 
     @property
     def options(self) -> Mapping[str, str]:
-        """What the compiler is told."""
-        return UNSPLIT if self.unsplit else {}
+        """Options for the compiler."""
+        return {} if self.windowed else NO_WINDOWED_EINSUM
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A strategy on a topology, in bytes on one device.
+    """A run on a topology; sizes are bytes on one device.
 
     Attributes:
-      run: as compiled.
-      layout: the one chosen.
-      tried: how many layouts were compared.
-      parameters: all that the device holds of the parameters.
-      moments: of the optimizer's state.
-      mean: of the mean of the parameters, which is evaluated in their place; 0 where none is kept.
-      gradients: of all gradients at once, where the model is not frozen; the compiler may need fewer at a time.
+      run: the run.
+      layout: the layout that it was compiled in.
+      layouts_compared: the number of layouts among which it is the best.
+      params: size of the parameters' shards.
+      moments: size of the optimizer state's shards.
+      ema: size of the EMA params' shards, which evaluation reads instead of the parameters; 0 without EMA.
+      gradients: size of all gradients together, none for frozen parameters; XLA may hold fewer at a time.
       train: the train step.
-      evaluation: the evaluation step; what it does not read stays where it is meanwhile, and is not in its figures.
-      hbm: memory of the device; 0 where it is not known.
+      evaluation: the evaluation step; the state that it does not read stays in memory, outside of its sizes.
+      fast: whether both were compiled with little effort.
+      hbm_bytes: memory of a device; 0 if unknown.
     """
 
     run: config.Run
     layout: Layout
-    tried: int
-    parameters: int
+    layouts_compared: int
+    params: int
     moments: int
-    mean: int
+    ema: int
     gradients: int
-    train: Figures | TooLarge
-    evaluation: Figures | TooLarge
-    hbm: int
+    train: CompiledStep | OutOfMemory
+    evaluation: CompiledStep | OutOfMemory
+    fast: bool
+    hbm_bytes: int
 
     @property
     def fits(self) -> bool:
-        """Whether both steps fit, evaluation with the moments beside it, and the parameters where it reads the mean."""
+        """Whether both steps fit, the evaluation step beside all state that it does not read."""
         train, evaluation = self.train, self.evaluation
+        unread = self.moments + (self.params if self.ema else 0)
         return (
-            isinstance(train, Figures)
-            and isinstance(evaluation, Figures)
-            and (evaluation.peak + self.moments + (self.parameters if self.mean else 0) <= self.hbm)
+            isinstance(train, CompiledStep)
+            and isinstance(evaluation, CompiledStep)
+            and evaluation.peak + unread <= self.hbm_bytes
         )
 
 
-def strategies() -> tuple[str, ...]:
-    """The names of all strategies."""
-    field = next(f for f in dataclasses.fields(config.Parallel) if f.name == "strategy")
-    return field.metadata["choices"]
+def plan(run: config.Run, topology: Topology, *, fast: bool, progress: Callable[[str], None] = lambda _: None) -> Plan:
+    """Compiles both steps of a run, in the best layout.
 
-
-def with_strategy(run: config.Run, strategy: str) -> config.Run:
-    """The run under another strategy; sizes of axes that it does not use are left to it."""
-    parallel = run.parallel
-    if strategy == parallel.strategy:
-        return run
-    fsdp = parallel.fsdp if "fsdp" in strategy or "zero1" in strategy else None
-    tensor = parallel.tensor if "tensor" in strategy else None
-    return dataclasses.replace(run, parallel=dataclasses.replace(parallel, strategy=strategy, fsdp=fsdp, tensor=tensor))
-
-
-def with_batch(run: config.Run, batch_size: int, microbatches: int, evaluated: int | None = None) -> config.Run:
-    """The run with another batch.
-
-    Schedules in epochs or examples become constants: a batch for which they do not fit the steps of the run, which is
-    for its user to mend, takes the memory that it takes.
+    The fast compiler compares the layouts: the best one sends the fewest bytes, to 2 %, and takes the least memory.
 
     Args:
       run: resolved.
-      batch_size: of training.
-      microbatches: its program.
-      evaluated: of evaluation; by default the same as of training where it was the same, or else what it was.
-    """
-    if evaluated is None:
-        evaluated = None if run.evaluation.batch_size == run.batch_size else run.evaluation.batch_size
-    evaluation = dataclasses.replace(run.evaluation, batch_size=evaluated)
-    optimizer = dataclasses.replace(
-        run.optimizer,
-        schedule=_timeless(run.optimizer.schedule),
-        groups={
-            label: dataclasses.replace(
-                group,
-                schedule=group.schedule and _timeless(group.schedule),
-                decay_schedule=group.decay_schedule and _timeless(group.decay_schedule),
-            )
-            for label, group in run.optimizer.groups.items()
-        },
-    )
-    changed = dataclasses.replace(
-        run, batch_size=batch_size, microbatches=microbatches, evaluation=evaluation, optimizer=optimizer
-    )
-    return config.resolve(changed)
-
-
-def _timeless(schedule: config.Schedule) -> config.Schedule:
-    return config.Schedule(peak=schedule.peak) if schedule.unit in ("epochs", "examples") else schedule
-
-
-def batch_shards(run: config.Run, topology: Topology) -> int:
-    """Into how many program a batch is split.
+      topology: the devices to compile for.
+      fast: whether to compile with little effort only.
+      progress: receives a message before each compilation.
 
     Raises:
-      UserError: the strategy's axes do not divide the devices.
+      UserError: the batch or the mesh does not divide over the devices.
     """
-    sizes = axis_sizes(run.parallel, len(topology.devices), topology.slices)
-    return sizes["data"] * sizes["fsdp"]
-
-
-def plan(run: config.Run, topology: Topology, *, fast: bool, note: Callable[[str], None] = lambda _: None) -> Plan:
-    """Compiles both steps of a run, in the better of the layouts that its strategy leaves open.
-
-    The layouts are compared with the fast compiler: that which fits and sends the fewest bytes, and of those within
-    2 % the one that takes the least memory.
-
-    Args:
-      run: resolved.
-      topology: what to compile for.
-      fast: whether the fast compiler is all there is.
-      note: is told what goes on.
-
-    Raises:
-      UserError: the run does not fit the topology's number of devices.
-    """
-    parts_of: dict[Layout, Program] = {}
-    tried: dict[Layout, Figures | TooLarge] = {}
-    for layout in _layouts(run, topology, tried):
-        note(f"layout {len(tried) + 1}, to compare")
-        parts_of[layout] = built(run, topology, layout)
-        tried[layout] = _train(parts_of[layout], topology, layout, fast=True)
-    layout = best(tried) if tried else Layout(run.parallel.torus)
-    program = parts_of.get(layout) or built(run, topology, layout)
-    note("train step")
-    train = tried.get(layout)
+    programs: dict[Layout, Program] = {}
+    compared: dict[Layout, CompiledStep | OutOfMemory] = {}
+    for layout in _layouts(run, topology, compared):
+        progress(f"layout {len(compared) + 1}, to compare")
+        programs[layout] = program_for(run, topology, layout)
+        compared[layout] = _compile_train(programs[layout], topology, layout, fast=True)
+    layout = best(compared) if compared else Layout(run.parallel.torus)
+    program = programs.get(layout) or program_for(run, topology, layout)
+    progress("train step")
+    train = compared.get(layout)
     if not fast or train is None:
-        train = _train(program, topology, layout, fast=fast)
-    note("evaluation step")
-    evaluation = compile_for(
-        program.eval_step,
-        (program.state, program.strategy.abstract_batch(program.eval_spec)),
-        len(topology.devices),
-        _options(layout, fast),
-    )
-    return _summed(program, layout, len(tried), train, evaluation, topology.hbm_bytes)
+        train = _compile_train(program, topology, layout, fast=fast)
+    progress("evaluation step")
+    batch = program.strategy.abstract_batch(program.eval_spec)
+    options = _options(layout, fast)
+    evaluation = compile_step(program.eval_step, (program.state, batch), len(topology.devices), options)
+    return _plan(program, layout, len(compared), train, evaluation, fast, topology.hbm_bytes)
 
 
-def here(program: Program) -> Plan:
-    """The plan of a run on the devices that are there, for which its program are built."""
+def plan_here(program: Program) -> Plan:
+    """The plan of a program that was compiled for the devices of this process."""
     steps = ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec))
     train, evaluation = (
-        compile_for(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})
+        compile_step(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})
         for step, spec in steps
     )
-    return _summed(program, Layout(program.run.parallel.torus), 0, train, evaluation, 0)
+    return _plan(program, Layout(program.run.parallel.torus), 0, train, evaluation, fast=False, hbm_bytes=0)
 
 
-def _summed(
-    program: Program, layout: Layout, tried: int, train: Figures | TooLarge, evaluation: Figures | TooLarge, hbm: int
-) -> Plan:
-    params, moments, mean = (
-        sum(map(shard_bytes, jax.tree.leaves(tree)))
-        for tree in (program.state.params, program.state.opt_state, program.state.ema)
-    )
-    return Plan(program.run, layout, tried, params, moments, mean, _gradient_bytes(program), train, evaluation, hbm)
-
-
-def train_only(run: config.Run, topology: Topology) -> Figures | TooLarge:
-    """The train step of a run by the fast compiler, in the layout that its config says."""
+def compile_train_fast(run: config.Run, topology: Topology) -> CompiledStep | OutOfMemory:
+    """The train step of a run, compiled with little effort in the layout of its config."""
     layout = Layout(run.parallel.torus)
-    return _train(built(run, topology, layout), topology, layout, fast=True)
+    return _compile_train(program_for(run, topology, layout), topology, layout, fast=True)
 
 
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of an array's part on one device."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+def program_for(run: config.Run, topology: Topology, layout: Layout) -> Program:
+    """The program of a run on the devices of a topology."""
+    parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=None)
+    return compile_program(dataclasses.replace(run, parallel=parallel), topology.devices)
 
 
-def _layouts(run: config.Run, topology: Topology, tried: Mapping[Layout, Figures | TooLarge]) -> Iterator[Layout]:
-    """The layouts worth a try, given what those before came to; none where there is nothing to choose."""
-    strategy, torus = run.parallel.strategy, run.parallel.torus
-    if strategy in ("data", "pmap"):
-        return
-    several = strategy != "tensor" and sum(size > 1 for size in topology.shape) > 1
-    for layout in (Layout(torus), Layout(False)) if torus and several else (Layout(torus),):
-        yield layout
-        found = tried[layout]
-        if isinstance(found, TooLarge) or found.program.windowed:
-            yield dataclasses.replace(layout, unsplit=True)
-
-
-def best(tried: Mapping[Layout, Figures | TooLarge]) -> Layout:
-    """Of layouts that fit, and send within 2 % of the fewest bytes, that which takes the least memory."""
-    fitting = {layout: found for layout, found in tried.items() if isinstance(found, Figures)}
+def best(compared: Mapping[Layout, CompiledStep | OutOfMemory]) -> Layout:
+    """The layout of least memory, of those that fit and send at most 2 % more bytes than the fewest."""
+    fitting = {layout: step for layout, step in compared.items() if isinstance(step, CompiledStep)}
+    needed = {layout: step.needed for layout, step in compared.items() if isinstance(step, OutOfMemory)}
     if not fitting:
-        return min(tried, key=lambda layout: tried[layout].needed)  # pyrefly: ignore[missing-attribute] - none fits
-    least = min(map(sent_bytes, fitting.values()))
-    near = [layout for layout, found in fitting.items() if sent_bytes(found) <= 1.02 * least]
+        return min(needed, key=needed.__getitem__)
+    sent = {layout: sum(c.sent_bytes for c in step.hlo.collectives) for layout, step in fitting.items()}
+    near = [layout for layout in fitting if sent[layout] <= 1.02 * min(sent.values())]
     return min(near, key=lambda layout: fitting[layout].peak)
 
 
-def sent_bytes(figures: Figures) -> float:
-    """Bytes that every chip sends in a step, at least."""
-    return sum(c.sent for c in figures.program.collectives)
+def shard_bytes(leaf: Any) -> int:
+    """The size of an array's shard on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def built(run: config.Run, topology: Topology, layout: Layout) -> Program:
-    """The program of a run, on the devices of a topology."""
-    parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=None)
-    return compile_program(dataclasses.replace(run, parallel=parallel), topology.devices)
+def _layouts(
+    run: config.Run, topology: Topology, compared: Mapping[Layout, CompiledStep | OutOfMemory]
+) -> Iterator[Layout]:
+    """The layouts to compare, given the results of those before; none if the strategy leaves nothing open."""
+    torus, axes = run.parallel.torus, STRATEGIES[run.parallel.strategy].opt_state
+    if not axes:
+        return
+    dimensions = sum(size > 1 for size in topology.shape)
+    for layout in (Layout(True), Layout(False)) if torus and "fsdp" in axes and dimensions > 1 else (Layout(torus),):
+        yield layout
+        step = compared[layout]
+        if isinstance(step, OutOfMemory) or step.hlo.windowed:
+            yield dataclasses.replace(layout, windowed=False)
 
 
 def _options(layout: Layout, fast: bool) -> dict[str, str]:
     return {**layout.options, **(FAST if fast else {})}
 
 
-def _train(program: Program, topology: Topology, layout: Layout, *, fast: bool) -> Figures | TooLarge:
+def _compile_train(program: Program, topology: Topology, layout: Layout, *, fast: bool) -> CompiledStep | OutOfMemory:
     batch = program.strategy.abstract_batch(program.train_spec)
-    return compile_for(program.train_step, (program.state, batch), len(topology.devices), _options(layout, fast))
+    options = _options(layout, fast)
+    return compile_step(program.train_step, (program.state, batch), len(topology.devices), options)
+
+
+def _plan(
+    program: Program,
+    layout: Layout,
+    layouts_compared: int,
+    train: CompiledStep | OutOfMemory,
+    evaluation: CompiledStep | OutOfMemory,
+    fast: bool,
+    hbm_bytes: int,
+) -> Plan:
+    params, moments, ema = (
+        sum(map(shard_bytes, jax.tree.leaves(tree)))
+        for tree in (program.state.params, program.state.opt_state, program.state.ema)
+    )
+    sizes = params, moments, ema, _gradient_bytes(program)
+    return Plan(program.run, layout, layouts_compared, *sizes, train, evaluation, fast, hbm_bytes)
 
 
 def _gradient_bytes(program: Program) -> int:
-    """A gradient has its parameter's shape, is at least float32 if so reduced, and is sharded as the moments are."""
+    """Gradients have the shapes of the parameters, the shardings of the moments, and the dtype they are reduced in."""
     least = np.float32 if program.run.parallel.reduce_dtype == "float32" else None
     total = 0
     for param in program.params.rows:

@@ -1,88 +1,94 @@
-"""What was planned, as text: one table for each topology, and what does not fit."""
+"""Text of plans: a table for each topology, and the largest buffers of a step that does not fit."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
 from trainer.observe import table
-from trainer.plan.collectives import KINDS, Collective
-from trainer.plan.compiling import Figures, TooLarge
-from trainer.plan.planning import UNSPLIT, Plan
-from trainer.plan.search import Largest
+from trainer.plan.analysis import KINDS, Collective
+from trainer.plan.compiling import CompiledStep, OutOfMemory
+from trainer.plan.planning import NO_WINDOWED_EINSUM, Plan
+from trainer.plan.search import LargestBatch
 from trainer.plan.topology import Topology
 
 _GIB = 2**30
 
 LEGEND = """\
-GiB (M: MiB) on one device. moments: with the mean of the parameters, if one is kept. other: the batch, batch
-statistics, counts and padding. gradients: all at once; the temporaries hold what is needed of them at a time. peak:
-arguments, temporaries and results; what evaluation does not read, such as the moments, stays beside its own.
-MB: 1e6 bytes of arrays exchanged in a step, as large as they are on one device. async: the share beside which other
-work goes on. at least: what a device must send over the published bandwidth of its links, an estimate and not the
-compiler's. GFLOP: 1e9 operations of matrix products and convolutions in a step on one device.
+GiB (M: MiB) on one device. moments: with the EMA params, if there are any. gradients: all together; XLA may hold fewer
+at a time, among the temporaries. other: the batch, batch statistics, counters and padding. peak: arguments, results and
+temporaries; state that evaluation does not read, such as the moments, stays in memory beside its peak. MB: 1e6 bytes of
+the arrays that the collectives of a step work on, in their size on one device. async: the share of these bytes during
+which the device does other work. at least: the bytes that a device must send, divided by the published bandwidth of its
+links; an estimate that is not XLA's. GFLOP: 1e9 operations of matrix products and convolutions in a step on one device.
 """
 SEARCH_LEGEND = """\
-The largest batches that fit, in powers of two of rows on a device, by the compiler with little effort; peak: of the \
-train step, in GiB on one device. Run `plan` with the flags to see all of it.
+The largest batches that fit, in powers of two of examples on a device, compiled with little effort. peak: of the train
+step, in GiB on one device. `plan` with the flags shows the rest.
 """
+_HEADER = (
+    *("strategy", "step", "parameters", "moments", "gradients", "other", "temporaries", "peak", "of HBM"),
+    *("collective", "dtype", "MB", "async", "at least", "GFLOP", "compiled in"),
+)
+_LEFT = ("strategy", "step", "collective", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class Traffic:
     """All collectives of one kind and dtype in a step.
 
     Attributes:
       kind: as of `Collective`.
-      dtype: of the numbers.
+      dtype: as of `Collective`.
       bytes: of all arrays.
-      asynchronous: the share of the bytes, from 0 to 1.
-      sent: bytes that every device sends at least.
-      exact: whether it is known how often each happens; otherwise there are at least so many bytes.
+      asynchronous: the asynchronous share of the bytes, from 0 to 1.
+      sent_bytes: the least number of bytes that each device sends.
+      exact: whether all counts are exact; otherwise the bytes are a lower bound.
     """
 
     kind: str
     dtype: str
     bytes: int
     asynchronous: float
-    sent: float
+    sent_bytes: float
     exact: bool
 
 
-def exchanges(collectives: Iterable[Collective]) -> list[Exchange]:
-    """Sums by kind and dtype."""
+def traffic(collectives: Iterable[Collective]) -> list[Traffic]:
+    """The sums of collectives by kind and dtype."""
     groups: dict[tuple[str, str], list[Collective]] = {}
     for collective in collectives:
         groups.setdefault((collective.kind, collective.dtype), []).append(collective)
-    found = []
+    sums = []
     for kind, dtype in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
         group = groups[kind, dtype]
         total = sum(c.bytes * c.times for c in group)
         hidden = sum(c.bytes * c.times for c in group if c.asynchronous)
-        sent, exact = sum(c.sent for c in group), all(c.exact for c in group)
-        found.append(Exchange(kind, dtype, total, hidden / total if total else 0.0, sent, exact))
-    return found
+        sent_bytes, exact = sum(c.sent_bytes for c in group), all(c.exact for c in group)
+        sums.append(Traffic(kind, dtype, total, hidden / total if total else 0.0, sent_bytes, exact))
+    return sums
 
 
-def plans_text(topology: Topology, plans: Sequence[Plan], fast: bool) -> str:
-    """The table of a topology, the layouts chosen, and the largest buffers of what does not fit."""
-    title = _title(topology) + (", compiled with little effort: memory and bytes hold, async does not" if fast else "")
+def plans_text(topology: Topology, plans: Sequence[Plan]) -> str:
+    """The table of a topology, the chosen layouts, and the largest buffers of a step that does not fit."""
+    effort = ", compiled with little effort: memory and bytes hold, async does not" if plans[0].fast else ""
     rows = [row for plan in plans for row in _rows(topology, plan)]
     notes = [note for plan in plans for note in _notes(plan)]
-    return "\n".join([title, _table(rows), *notes])
+    return "\n".join([_title(topology) + effort, _table(rows), *notes])
 
 
-def machine_text(plan: Plan) -> str:
-    """The same table of the devices that are there."""
+def here_text(plan: Plan) -> str:
+    """The same table for the devices of this process."""
     return "\n".join([_table(_rows(None, plan)) + LEGEND.rstrip(), *_notes(plan)])
 
 
-def search_text(topology: Topology, found: Sequence[Largest]) -> str:
-    """The largest batches of a topology, and the flags to use each."""
+def search_text(topology: Topology, batches: Sequence[LargestBatch]) -> str:
+    """The largest batches on a topology, with the flags that set each."""
     cells = []
-    for one in found:
-        peak = [_gib(one.figures.peak), f"{one.figures.peak / topology.hbm_bytes:.0%}"] if one.figures else ["-", "-"]
-        batch = [f"{one.batch_size / topology.chips:g}", f"{one.batch_size:,}"] if one.fits else ["-", "-"]
-        way = (one.strategy, one.remat or "-", str(one.microbatches))
-        cells.append((*way, *batch, *peak, one.flags() if one.fits else "not even one row on a device fits"))
+    for batch in batches:
+        peak = [_gib(batch.step.peak), _share(batch.step.peak, topology.hbm_bytes)] if batch.step else ["-", "-"]
+        sizes = [f"{batch.batch_size / topology.chips:g}", f"{batch.batch_size:,}"] if batch.fits else ["-", "-"]
+        settings = (batch.strategy, batch.remat or "-", str(batch.microbatches))
+        flags = batch.flags() if batch.fits else "not even one example on a device fits"
+        cells.append((*settings, *sizes, *peak, flags))
     header = ("strategy", "remat", "microbatches", "on a chip", "batch", "peak", "of HBM", "flags to use")
     return "\n".join([_title(topology), table(header, cells, right=header[2:7])])
 
@@ -92,91 +98,66 @@ def _title(topology: Topology) -> str:
     return f"{slices}{topology.name}: {len(topology.devices)} devices of {topology.hbm_bytes / _GIB:.2f} GiB"
 
 
-_HEADER = (
-    *("strategy", "step", "parameters", "moments", "gradients", "other", "temporaries", "peak", "of HBM"),
-    *("collective", "dtype", "MB", "async", "at least", "GFLOP", "compiled in"),
-)
-
-
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    left = ("strategy", "step", "collective", "dtype")
-    return table(_HEADER, rows, right=[name for name in _HEADER if name not in left])
+    return table(_HEADER, rows, right=[name for name in _HEADER if name not in _LEFT])
 
 
 def _rows(topology: Topology | None, plan: Plan) -> list[list[str]]:
     rows = []
-    for step, found in (("train", plan.train), ("evaluate", plan.evaluation)):
-        state = [
-            _gib(plan.parameters),
-            _gib(plan.moments + plan.mean),
-            _gib(plan.gradients) if step == "train" else "-",
-        ]
-        first = [plan.run.parallel.strategy if step == "train" else "", step, *state]
-        if isinstance(found, TooLarge):
-            rows.append(
-                [
-                    *first,
-                    "-",
-                    "-",
-                    _gib(found.needed),
-                    _share(found.needed, plan.hbm),
-                    *["-"] * 6,
-                    f"{found.seconds:.1f} s",
-                ]
-            )
+    for name, step in (("train", plan.train), ("evaluate", plan.evaluation)):
+        train = name == "train"
+        first = [plan.run.parallel.strategy if train else "", name]
+        first += [_gib(plan.params), _gib(plan.moments + plan.ema), _gib(plan.gradients) if train else "-"]
+        seconds = f"{step.seconds:.1f} s"
+        if isinstance(step, OutOfMemory):
+            peak = [_gib(step.needed), _share(step.needed, plan.hbm_bytes)]
+            rows.append([*first, "-", "-", *peak, *["-"] * 6, seconds])
             continue
-        held = plan.parameters + plan.moments + plan.mean if step == "train" else plan.mean or plan.parameters
-        memory = [_gib(max(0, found.arguments - held)), _gib(found.temporaries), _gib(found.peak)]
-        memory.append(_share(found.peak, plan.hbm))
-        program = found.program
-        flops = f"{'' if program.exact else '≥ '}{program.flops / 1e9:,.1f}"
-        cells = [_exchange(topology, e) for e in exchanges(program.collectives)] or [["none", *["-"] * 4]]
-        rows.append([*first, *memory, *cells[0], flops, f"{found.seconds:.1f} s"])
+        read = plan.params + plan.moments + plan.ema if train else plan.ema or plan.params
+        memory = [_gib(max(0, step.arguments - read)), _gib(step.temporaries)]
+        memory += [_gib(step.peak), _share(step.peak, plan.hbm_bytes)]
+        flops = f"{_bound(step.hlo.exact)}{step.hlo.flops / 1e9:,.1f}"
+        cells = [_traffic_cells(topology, t) for t in traffic(step.hlo.collectives)] or [["none", *["-"] * 4]]
+        rows.append([*first, *memory, *cells[0], flops, seconds])
         rows += [[*[""] * 9, *more, "", ""] for more in cells[1:]]
     return rows
 
 
-def _exchange(topology: Topology | None, exchange: Exchange) -> list[str]:
-    seconds = topology.seconds(exchange.sent) if topology else None
-    return [
-        exchange.kind,
-        exchange.dtype,
-        _megabytes(exchange),
-        f"{exchange.asynchronous:.0%}",
-        "-" if seconds is None else f"{seconds * 1e3:.2f} ms",
-    ]
-
-
-def _megabytes(exchange: Exchange) -> str:
-    return f"{'' if exchange.exact else '≥ '}{exchange.bytes / 1e6:,.2f}"
+def _traffic_cells(topology: Topology | None, t: Traffic) -> list[str]:
+    seconds = topology.seconds(t.sent_bytes) if topology else None
+    least = "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
+    return [t.kind, t.dtype, f"{_bound(t.exact)}{t.bytes / 1e6:,.2f}", f"{t.asynchronous:.0%}", least]
 
 
 def _notes(plan: Plan) -> list[str]:
-    strategy = plan.run.parallel.strategy
+    strategy, hbm_bytes = plan.run.parallel.strategy, plan.hbm_bytes
     notes = []
-    if plan.tried > 1:
-        notes.append(
-            f"{strategy}: the best of {plan.tried} layouts has --config.parallel.torus={plan.layout.torus}".lower()
-        )
-        if plan.layout.unsplit:
-            flags = " ".join(f"--{name}={value}" for name, value in UNSPLIT.items())
-            notes[-1] += f" and LIBTPU_INIT_ARGS={flags}"
-    for step, found in (("train", plan.train), ("evaluate", plan.evaluation)):
-        if isinstance(found, TooLarge):
-            sizes = f"{_gib(found.needed)}{f' of {_gib(plan.hbm)}' if plan.hbm else ''} GiB"
-            notes.append(f"{strategy} {step} does not fit: {sizes}. Its largest buffers:")
-            cells = [(str(b.count), _gib(b.bytes), _gib(b.count * b.bytes), b.shape, b.name) for b in found.buffers]
+    if plan.layouts_compared > 1:
+        torus = str(plan.layout.torus).lower()
+        note = f"{strategy}: the best of {plan.layouts_compared} layouts has --config.parallel.torus={torus}"
+        if not plan.layout.windowed:
+            flags = " ".join(f"--{name}={value}" for name, value in NO_WINDOWED_EINSUM.items())
+            note += f" and LIBTPU_INIT_ARGS={flags}"
+        notes.append(note)
+    for name, step in (("train", plan.train), ("evaluate", plan.evaluation)):
+        if isinstance(step, OutOfMemory):
+            sizes = f"{_gib(step.needed)}{f' of {_gib(hbm_bytes)}' if hbm_bytes else ''} GiB"
+            notes.append(f"{strategy} {name} does not fit: {sizes}. Its largest buffers:")
+            cells = [(str(b.count), _gib(b.bytes), _gib(b.count * b.bytes), b.shape, b.name) for b in step.buffers]
             header = ("buffers", "each", "together", "shape", "operation or argument")
             notes.append(table(header, cells, right=header[:3]))
-    if isinstance(plan.train, Figures) and isinstance(plan.evaluation, Figures) and plan.hbm and not plan.fits:
-        notes.append(
-            f"{strategy} evaluate does not fit: its peak and the rest of the state are more than the device holds"
-        )
+    compiled = isinstance(plan.train, CompiledStep) and isinstance(plan.evaluation, CompiledStep)
+    if compiled and hbm_bytes and not plan.fits:
+        notes.append(f"{strategy} evaluate does not fit: its peak and the rest of the state exceed the device's memory")
     return notes
 
 
-def _share(size: int, hbm: int) -> str:
-    return f"{size / hbm:.0%}" if hbm else "-"
+def _bound(exact: bool) -> str:
+    return "" if exact else "≥ "
+
+
+def _share(size: int, hbm_bytes: int) -> str:
+    return f"{size / hbm_bytes:.0%}" if hbm_bytes else "-"
 
 
 def _gib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""Finds the largest batch that fits, for each count of microbatches and remat policy."""
+"""Search for the largest batch that fits, for each number of microbatches and remat policy."""
 
 import copy
 import dataclasses
@@ -7,24 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trainer import config
-from trainer.plan.compiling import Figures
-from trainer.plan.planning import batch_shards, train_only, with_batch
+from trainer.plan.compiling import CompiledStep
+from trainer.plan.planning import compile_train_fast
 from trainer.plan.topology import Topology
+from trainer.plan.variants import batch_shards, with_batch
 
-_MOST = 2**16  # rows of a microbatch on a device: as good as no limit
+_LIMIT = 2**16  # examples of a microbatch on a device
 
 
 @dataclasses.dataclass(frozen=True)
-class Largest:
-    """The largest batch, in powers of two, that fits one way to run.
+class LargestBatch:
+    """The largest batch, in powers of two on each device, that fits one combination of settings.
 
     Attributes:
       strategy: its name.
-      changes: settings of the mesh that this strategy needs other than the config has them, such as "parallel.fsdp=0".
-      remat: the policy, or None where the experiment has none.
-      microbatches: how many there are.
-      batch_size: over all devices; 0 if not even one row a device fits.
-      figures: of the train step, by the fast compiler; None if nothing fits.
+      changes: other settings of the mesh that this strategy needs changed in the config, such as "parallel.fsdp=None".
+      remat: the remat policy; None if the experiment has no such setting.
+      microbatches: the number of microbatches.
+      batch_size: over all devices; 0 if not even one example on each device fits.
+      step: the train step, compiled with little effort; None if nothing fits.
     """
 
     strategy: str
@@ -32,18 +33,18 @@ class Largest:
     remat: str | None
     microbatches: int
     batch_size: int
-    figures: Figures | None
+    step: CompiledStep | None
 
     @property
     def fits(self) -> bool:
-        """Whether there is such a batch."""
+        """Whether any batch fits."""
         return self.batch_size > 0
 
     def flags(self) -> str:
-        """What to add to a command line."""
+        """The flags that set this batch on a command line."""
         flags = [f"parallel.strategy={self.strategy}", *self.changes, f"batch_size={self.batch_size}"]
         flags += [f"microbatches={self.microbatches}"]
-        # It takes less than training on the same rows, and knows no microbatches.
+        # Evaluation has no microbatches; a batch as large as one microbatch takes less memory than training on it.
         flags += [f"evaluation.batch_size={self.batch_size // self.microbatches}"]
         flags += [f"experiment.remat={self.remat}"] if self.remat is not None else []
         return " ".join(f"--config.{flag}" for flag in flags)
@@ -52,34 +53,36 @@ class Largest:
 def search(
     run: config.Run,
     topology: Topology,
+    changes: tuple[str, ...] = (),
+    progress: Callable[[str], None] = lambda _: None,
     microbatches: Sequence[int] = (1, 2, 4),
-    changes: Sequence[str] = (),
-    note: Callable[[str], None] = lambda _: None,
-) -> Iterator[Largest]:
-    """Yields what it finds, one way to run after the other, under the run's own strategy.
+) -> Iterator[LargestBatch]:
+    """Yields the largest batch for each remat policy and number of microbatches, under the run's own strategy.
 
-    The memory of a step grows with the rows of a microbatch, of which a device gets a power of two. Each search starts
-    where the one before ended, so that most take two compilations: one that fits, and a quick one that does not.
+    Each search starts at the result of the one before, because memory grows with the examples of a microbatch: most
+    take two compilations, of which the second is quick because it does not fit.
 
     Args:
       run: resolved.
-      topology: what to compile for.
-      microbatches: the counts to try.
-      changes: for `Largest`.
-      note: is told what goes on.
+      topology: the devices to compile for.
+      changes: for `LargestBatch`.
+      progress: receives a message after each compilation.
+      microbatches: the numbers to try.
 
     Raises:
       UserError: the strategy does not fit the model or the topology.
     """
     for remat in remat_policies(run.experiment):
-        chosen, start = _with_remat(run, remat), 1
+        variant, start = _with_remat(run, remat), 1
         policy = "" if remat is None else f"remat {remat}, "
         for count in microbatches:
             prefix = f"{policy}{count} microbatch{'es' if count > 1 else ''}, "
-            rows, figures = _largest(chosen, topology, count, start, lambda text, prefix=prefix: note(prefix + text))
-            start = max(1, rows)
-            batch_size = rows * count * batch_shards(chosen, topology)
-            yield Largest(run.parallel.strategy, tuple(changes), remat, count, batch_size, figures)
+            examples, step = _largest(
+                variant, topology, count, start, lambda text, prefix=prefix: progress(prefix + text)
+            )
+            start = max(1, examples)
+            batch_size = examples * count * batch_shards(variant, topology)
+            yield LargestBatch(run.parallel.strategy, changes, remat, count, batch_size, step)
 
 
 def remat_policies(experiment: Any) -> tuple[str | None, ...]:
@@ -97,21 +100,23 @@ def _with_remat(run: config.Run, remat: str | None) -> config.Run:
 
 
 def _largest(
-    run: config.Run, topology: Topology, microbatches: int, start: int, note: Callable[[str], None]
-) -> tuple[int, Figures | None]:
-    """The most rows of a microbatch on a device that fit, and their figures; (0, None) if none do."""
+    run: config.Run, topology: Topology, microbatches: int, start: int, progress: Callable[[str], None]
+) -> tuple[int, CompiledStep | None]:
+    """The most examples of a microbatch on a device that fit, and the step; (0, None) if not even one fits."""
     shards = batch_shards(run, topology)
-    fits, too_many, best = 0, 2 * _MOST, None
-    rows = start
-    while rows > fits and rows < too_many:
-        found = train_only(with_batch(run, rows * microbatches * shards, microbatches, rows * shards), topology)
-        room = topology.hbm_bytes / (found.peak if isinstance(found, Figures) else found.needed)
-        note(f"{rows} rows on a device {'fit' if room >= 1 else 'do not fit'} ({found.seconds:.0f} s)")
-        if isinstance(found, Figures):
-            fits, best = rows, found
+    fits, too_many, largest = 0, 2 * _LIMIT, None
+    examples = start
+    while fits < examples < too_many:
+        variant = with_batch(run, examples * microbatches * shards, microbatches, examples * shards)
+        step = compile_train_fast(variant, topology)
+        room = topology.hbm_bytes / (step.peak if isinstance(step, CompiledStep) else step.needed)
+        outcome = "fit" if room >= 1 else "do not fit"
+        progress(f"{examples} examples on a device {outcome} ({step.seconds:.0f} s)")
+        if isinstance(step, CompiledStep):
+            fits, largest = examples, step
         else:
-            too_many = rows
-        # Memory grows at most in proportion to the rows, and by no more than them: as far as that says, at once.
-        jump = rows * 2.0 ** math.floor(math.log2(room))
-        rows = int(max(2 * fits, min(jump, too_many / 2)))
-    return fits, best
+            too_many = examples
+        # Memory grows by at most the factor by which the examples grow: so far it is safe to jump.
+        jump = examples * 2.0 ** math.floor(math.log2(room))
+        examples = int(max(2 * fits, min(jump, too_many / 2)))
+    return fits, largest

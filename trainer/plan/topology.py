@@ -1,4 +1,4 @@
-"""TPU topologies by name, as devices that libtpu compiles for without having them."""
+"""TPU topologies by name, with devices that libtpu compiles for although they are not there."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from trainer.errors import UserError, nearest
 
-# Without these libtpu looks for chips, asks the network who it is, logs to a shared folder and takes a lock.
+# Without these libtpu looks for chips, queries the metadata server, logs to a shared folder and takes a lock.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -29,7 +29,7 @@ _QUIET = {
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# The published shapes of a slice; of three dimensions up to a cube of 4, and then multiples of 4 up to the largest.
+# The published shapes of a slice. In three dimensions: those up to a cube of 4, then multiples of 4 up to the largest.
 _SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _FLAT_SHAPES = {
     "v2": ("2x2", "4x4", "8x8", "16x16"),
@@ -39,23 +39,23 @@ _FLAT_SHAPES = {
 }
 _LARGEST = {"v4": (16, 16, 16), "v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
 
-# Links of a chip and bytes a second of one link in one direction. From cloud.google.com/tpu/docs: v5e has 400 GB/s in
-# both directions over 4 links, v6e 800 over 4, v5p 1200 over 6. From Jouppi et al. 2023 (arXiv:2304.01433): v4 has 6
-# links of 50 GB/s.
+# Links of a chip, and bytes per second of one link in one direction. Google's TPU documentation gives the sum of both
+# directions: v5e 400 GB/s over 4 links, v6e 800 over 4, v5p 1200 over 6. v4 has 6 links of 50 GB/s (Jouppi et al. 2023,
+# arXiv:2304.01433).
 _LINKS = {"v4": (6, 50e9), "v5e": (4, 50e9), "v5p": (6, 100e9), "v6e": (4, 100e9)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of chips.
+    """One or several slices of TPU chips.
 
     Attributes:
       name: such as "v5e:4x4".
       generation: such as "v5e".
       shape: chips along each dimension of a slice.
-      slices: how many there are, with the data centre's network between them.
-      devices: what to compile for. A device is a chip, but half of one for v2, v3 and tpu7x.
-      hbm_bytes: memory that the compiler lets a program use on a device.
+      slices: the number of slices, connected by the data centre's network.
+      devices: the devices to compile for. A device is a chip, or half a chip for v2, v3 and tpu7x.
+      hbm_bytes: the memory of a device that the compiler lets a program use.
     """
 
     name: str
@@ -67,14 +67,13 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """How many chips there are in all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     def seconds(self, sent_bytes: float) -> float | None:
-        """The time in which a chip can send so many bytes over all links that it has in the slice, at the least.
+        """The least time in which a chip can send this many bytes over all its links in the slice.
 
-        None where no bandwidth is published, and for several slices, since the compiler does not say which bytes go
-        between them.
+        None if no bandwidth is published, and for several slices, as XLA does not say which bytes go between slices.
         """
         if self.generation not in _LINKS or self.slices > 1:
             return None
@@ -84,16 +83,16 @@ class Topology:
 
 
 def find(name: str, slices: int = 1) -> Topology:
-    """The topology of a name such as "v5e:4x4" or "v5p:4x4x4", with so many slices.
+    """The topology with a name such as "v5e:4x4" or "v5p:4x4x4", in this many slices.
 
     Raises:
-      UserError: there is no such topology, or libtpu is not installed.
+      UserError: an unknown topology; libtpu is not installed.
     """
     generation, shape = _checked(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning needs the TPU compiler: pip install 'belief-trainer[tpu]'")
     os.environ.update(_QUIET)
-    # Cores of a v4 chip are one device, as on every later one of them that has two.
+    # The two cores of a v4 chip are one device, as on v5p.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
     if slices > 1:
         options["num_slices"] = slices
@@ -120,7 +119,7 @@ def _checked(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def known_shapes(generation: str) -> Sequence[str]:
-    """The shapes of a slice of this generation."""
+    """The shapes that a slice of this generation can have."""
     if generation in _FLAT_SHAPES:
         return _FLAT_SHAPES[generation]
     sizes = (range(4, largest + 1, 4) for largest in _LARGEST[generation])
@@ -130,8 +129,11 @@ def known_shapes(generation: str) -> Sequence[str]:
 
 @functools.cache
 def _hbm_bytes(generation: str, device: jax.Device) -> int:
-    """What the compiler says that a device has, when it refuses a program of 1 TiB."""
-    del generation  # of a description's devices only this differs
+    """The memory of a device, from the error in which the compiler refuses a program of 1 TiB.
+
+    The devices of a topology have no `memory_stats()`.
+    """
+    del generation  # the key of the cache, together with `device`
     huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x + 1).lower(huge).compile()

@@ -1,4 +1,4 @@
-"""What is read from compiled programs: communication and products that are known from how they were written."""
+"""Collectives and FLOPs read from compiled programs, against programs for which both are known."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainer.plan.collectives import HloProgram, read
+from trainer.plan.analysis import HloAnalysis, analyze
 from trainer.plan.compiling import FAST
-from trainer.plan.planning import UNSPLIT
+from trainer.plan.planning import NO_WINDOWED_EINSUM
 from trainer.plan.topology import find
 
 
@@ -27,16 +27,17 @@ def compiled(function: Callable[..., Any], *shapes: tuple[int, ...], axes: tuple
     return jax.jit(function).lower(*arguments).compile(compiler_options={**FAST})
 
 
-def communicated(local: Callable[[Any], Any], shape: tuple[int, ...], out: P) -> HloProgram:
-    """The program of a function of the local shard of an array that is split over its first dimension."""
+def analyzed(local: Callable[[Any], Any], shape: tuple[int, ...], out: P) -> HloAnalysis:
+    """The program of a function of the local shard of an array that is sharded over its first dimension."""
     function = jax.shard_map(local, mesh=mesh(), in_specs=P("x"), out_specs=out, check_vma=False)
-    return read(compiled(function, shape, axes=("x",)).as_text(), 8)
+    return analyze(compiled(function, shape, axes=("x",)).as_text(), 8)
 
 
-ROWS = (1024, 256)
+SHAPE = (1024, 256)
 SHARD = 128 * 256 * 4  # bytes of float32
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("local", "out", "kind", "size", "sent"),
     [
@@ -53,44 +54,48 @@ SHARD = 128 * 256 * 4  # bytes of float32
     ],
 )
 def test_each_kind_has_its_bytes_and_what_a_ring_sends(local, out, kind, size, sent):
-    program = communicated(local, ROWS, out)
+    program = analyzed(local, SHAPE, out)
     assert [(c.kind, c.dtype, c.bytes, c.times, c.exact) for c in program.collectives] == [(kind, "f32", size, 1, True)]
-    assert program.collectives[0].sent == pytest.approx(sent)
+    assert program.collectives[0].sent_bytes == pytest.approx(sent)
 
 
+@pytest.mark.tpu
 def test_a_reduce_scatter_that_the_compiler_fuses_is_one():
     four = jax.make_mesh((2, 4), ("y", "x"), axis_types=(AxisType.Auto,) * 2, devices=find("v5e:2x4").devices)
-    split = NamedSharding(four, P("x"))
-    a = jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=split)
-    product = jax.jit(lambda a, b: a.T @ b, out_shardings=split)
-    text = product.lower(a, a).compile(compiler_options={**FAST, **UNSPLIT}).as_text()
+    sharded = NamedSharding(four, P("x"))
+    a = jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=sharded)
+    product = jax.jit(lambda a, b: a.T @ b, out_shardings=sharded)
+    text = product.lower(a, a).compile(compiler_options={**FAST, **NO_WINDOWED_EINSUM}).as_text()
     assert text is not None
     assert " reduce-scatter(" not in text
-    (found,) = read(text, 8).collectives
-    assert (found.kind, found.bytes, found.group) == ("reduce-scatter", 512 * 512 * 4, 4)
+    (collective,) = analyze(text, 8).collectives
+    assert (collective.kind, collective.bytes, collective.group) == ("reduce-scatter", 512 * 512 * 4, 4)
 
 
+@pytest.mark.tpu
 def test_what_a_loop_repeats_counts_as_often_as_it_runs():
     def looped(x):
         return jax.lax.fori_loop(2, 9, lambda i, y: jax.lax.psum(y, "x") * i, x)
 
-    (found,) = communicated(looped, ROWS, P("x")).collectives
-    assert (found.times, found.exact) == (7, True)
+    (collective,) = analyzed(looped, SHAPE, P("x")).collectives
+    assert (collective.times, collective.exact) == (7, True)
 
 
+@pytest.mark.tpu
 def test_loops_within_loops_multiply():
     def inner(y, _):
         return jax.lax.scan(lambda z, _: (jnp.tanh(jax.lax.psum(z, "x")), None), y, None, length=3)[0], None
 
-    (found,) = communicated(lambda x: jax.lax.scan(inner, x, None, length=5)[0], ROWS, P("x")).collectives
-    assert (found.times, found.exact) == (15, True)
+    (collective,) = analyzed(lambda x: jax.lax.scan(inner, x, None, length=5)[0], SHAPE, P("x")).collectives
+    assert (collective.times, collective.exact) == (15, True)
 
 
+@pytest.mark.tpu
 def test_a_loop_without_a_count_is_counted_once_and_said_so():
     def until(x):
         return jax.lax.while_loop(lambda y: y.sum() < 1e6, lambda y: jax.lax.psum(y, "x") + 1, x)
 
-    program = communicated(until, ROWS, P("x"))
+    program = analyzed(until, SHAPE, P("x"))
     assert not program.exact
     assert {(c.times, c.exact) for c in program.collectives} == {(1, False)}
 
@@ -101,12 +106,13 @@ def layers(x, w):
     return x.sum()
 
 
-def test_asynchronous_exchanges_in_parts_are_counted_once():
+@pytest.mark.tpu
+def test_asynchronous_collectives_in_parts_are_counted_once():
     def compiled_text(options: dict[str, str]) -> str:
         x = jax.ShapeDtypeStruct((8 * 1024, 1024), jnp.bfloat16, sharding=NamedSharding(mesh(), P("x")))
         w = jax.ShapeDtypeStruct((4, 1024, 1024), jnp.bfloat16, sharding=NamedSharding(mesh(), P(None, None, "x")))
         lowered = jax.jit(jax.grad(layers, argnums=1)).lower(x, w)
-        text = lowered.compile(compiler_options={**options, **UNSPLIT}).as_text()
+        text = lowered.compile(compiler_options={**options, **NO_WINDOWED_EINSUM}).as_text()
         assert text is not None
         return text
 
@@ -114,7 +120,7 @@ def test_asynchronous_exchanges_in_parts_are_counted_once():
     assert ["AsyncCollectiveDone" in text for text in texts] == [False, True]
 
     def gathered(text):
-        return [c for c in read(text, 8).collectives if c.kind == "all-gather"]
+        return [c for c in analyze(text, 8).collectives if c.kind == "all-gather"]
 
     sums = [sum(c.bytes * c.times for c in gathered(text)) for text in texts]
     assert sums[0] == sums[1] >= 4 * 1024 * 1024 * 2
@@ -122,18 +128,24 @@ def test_asynchronous_exchanges_in_parts_are_counted_once():
     assert any(c.asynchronous for c in gathered(texts[1]))
 
 
+@pytest.mark.tpu
 def test_products_have_two_operations_for_each_multiplication():
-    found = compiled(lambda a, b: a @ b, (512, 384), (384, 256))
-    assert read(found.as_text(), 8).flops == 2 * 512 * 384 * 256
+    program = compiled(lambda a, b: a @ b, (512, 384), (384, 256))
+    assert analyze(program.as_text(), 8).flops == 2 * 512 * 384 * 256
 
 
+@pytest.mark.tpu
 def test_products_in_a_loop_count_as_often_as_it_runs():
     def looped(x, w):
         return jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, None, length=7)[0]
 
-    assert read(compiled(looped, (512, 256), (256, 256)).as_text(), 8).flops == 7 * 2 * 512 * 256 * 256
+    program = compiled(looped, (512, 256), (256, 256))
+    assert analyze(program.as_text(), 8).flops == 7 * 2 * 512 * 256 * 256
+    # XLA's own count has the body once. When this fails, take XLA's instead of counting.
+    assert program.cost_analysis()["flops"] < 2 * 2 * 512 * 256 * 256
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize("padding", ["VALID", "SAME"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions_and_their_gradients_are_counted_as_by_the_compiler(padding, stride):
@@ -145,7 +157,7 @@ def test_convolutions_and_their_gradients_are_counted_as_by_the_compiler(padding
             ** 2
         )
 
-    found = compiled(jax.grad(loss, argnums=(0, 1)), (16, 32, 32, 64), (3, 3, 64, 128))
-    cost = found.cost_analysis()["flops"]  # with the elementwise operations, one each
-    assert read(found.as_text(), 8).flops == pytest.approx(cost, rel=0.01)
-    assert read(found.as_text(), 8).flops <= cost
+    program = compiled(jax.grad(loss, argnums=(0, 1)), (16, 32, 32, 64), (3, 3, 64, 128))
+    cost = program.cost_analysis()["flops"]  # with the elementwise operations, one each
+    assert analyze(program.as_text(), 8).flops == pytest.approx(cost, rel=0.01)
+    assert analyze(program.as_text(), 8).flops <= cost
