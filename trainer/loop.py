@@ -21,9 +21,7 @@ def train(
     verbose: bool = True,
     handle_signals: bool = True,
 ) -> TrainState:
-    """Trains to `run.total_steps` in `workdir`, from the last checkpoint there if there is one.
-
-    All processes of a run call it; the first one writes the files and shows progress.
+    """Trains to `run.total_steps` in `workdir`, from the last checkpoint there. All processes of a run call it.
 
     Args:
       run: the description, as a config file returns it.

@@ -19,23 +19,14 @@ from trainer.sharding.specs import ParamSpec
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One parameter.
+    """One parameter."""
 
-    Attributes:
-      path: its name, joined by slashes.
-      shape: of the global array.
-      dtype: its name, such as "float32".
-      label: from the first label rule that matches the path.
-      weight_decay: of its group, as text, such as "0.1" or "cosine 0.1".
-      spec: its sharding, and why.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    label: str
-    weight_decay: str
-    spec: ParamSpec
+    path: str  # names of modules and the parameter, joined by slashes
+    shape: tuple[int, ...]  # of the global array
+    dtype: str  # such as "float32"
+    label: str  # from the first label rule that matches the path
+    weight_decay: str  # of the label's group, such as "0.1" or "cosine 0.1"
+    spec: ParamSpec  # its sharding, and why
 
     @property
     def size(self) -> int:

@@ -37,37 +37,21 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run computes.
+    """Everything that a run computes, without a file of its workdir."""
 
-    Attributes:
-      run: the resolved description.
-      train_source: the examples to train on, not loaded yet.
-      eval_source: the examples to evaluate on.
-      train_spec: shapes and dtypes of a global batch of training.
-      eval_spec: those of a batch of evaluation.
-      params: the table of parameters.
-      groups: the parameter group of each label; None for a frozen label.
-      optimizer: makes updates of gradients.
-      strategy: how the steps spread over the devices.
-      state: the state in shapes, dtypes and shardings.
-      init: makes the first state on the devices.
-      train_step: the compiled update, (state, device batch) → (state, metrics). It donates the state.
-      eval_step: the compiled evaluation, (state, device batch) → metrics.
-    """
-
-    run: config.Run
-    train_source: RandomAccessSource
+    run: config.Run  # resolved
+    train_source: RandomAccessSource  # not loaded into memory yet
     eval_source: RandomAccessSource
-    train_spec: BatchSpec
+    train_spec: BatchSpec  # shapes and dtypes of a global batch
     eval_spec: BatchSpec
     params: ParamTable
-    groups: Mapping[str, ParamGroup | None]
+    groups: Mapping[str, ParamGroup | None]  # the parameter group of each label; None where it is frozen
     optimizer: optax.GradientTransformation
-    strategy: Strategy
-    state: TrainState
-    init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[TrainState, Batch], Metrics]
+    strategy: Strategy  # how the steps spread over the devices
+    state: TrainState  # shapes, dtypes and shardings
+    init: Callable[[], TrainState]  # makes the first state on the devices
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # compiled; donates the state
+    eval_step: Callable[[TrainState, Batch], Metrics]  # compiled
 
     def due(self, step: Any) -> Due:
         """What is due after a step, counted from 1; `step` may be traced, and then so is the answer."""

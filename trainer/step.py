@@ -23,35 +23,22 @@ from trainer.state import TrainState, update_ema
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """Everything that an update needs besides its state and its batch.
-
-    Attributes:
-      experiment: gives the loss.
-      optimizer: makes updates of gradients.
-      learning_rate: the schedule of the run, which is reported only.
-      key: all randomness of step k comes from `fold_in(key, k)`.
-      microbatches: how many parts of the batch are processed one after the other. Part j has the examples
-        j, j + microbatches, …, so that every device keeps its own examples.
-      replica_axis: the axis of `jax.pmap`; None under `jax.jit`.
-      reduce_dtype: the dtype in which gradients are summed, "float32" or "bfloat16" (see `config.Parallel`).
-      constrain_gradients: gives gradients their sharding, before they are added up or used.
-      ema_decay: of the EMA params; None where none are kept.
-      frozen: a tree of bools like the parameters, or a prefix of one: those that get no gradient and stay as they are.
-      statistics: per-label numbers to log, from gradients, new parameters and new optimizer state.
-      logs: whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
-    """
+    """Everything that an update needs besides its state and its batch."""
 
     experiment: Experiment
     optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    key: Key[Array, ""]
+    learning_rate: optax.Schedule  # of the run; reported only
+    key: Key[Array, ""]  # all randomness of step k comes from fold_in(key, k)
+    # Microbatch j has the examples j, j + microbatches, … of the batch, so that every device keeps its own examples.
     microbatches: int = 1
-    replica_axis: str | None = None
-    reduce_dtype: str = "float32"
+    replica_axis: str | None = None  # the axis of `jax.pmap`; None under `jax.jit`
+    reduce_dtype: str = "float32"  # in which gradients are summed: "float32" or "bfloat16" (see `config.Parallel`)
+    # Gives gradients their sharding, before they are added up or used.
     constrain_gradients: Callable[[Any], Any] = lambda gradients: gradients
-    ema_decay: float | None = None
-    frozen: Any = False
-    statistics: Statistics | None = None
+    ema_decay: float | None = None  # of the EMA params; None where none are kept
+    frozen: Any = False  # a tree of bools like the parameters, or a prefix of one: those that stay as they are
+    statistics: Statistics | None = None  # per-label numbers, from gradients, new parameters and new optimizer state
+    # Whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
     logs: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)
 
 
@@ -156,7 +143,9 @@ def accumulate(
 def _checked(result: Any) -> tuple[Metrics, Collections]:
     """The result of a loss if it is as the protocol says. Runs while a step is traced, so it costs nothing."""
     if not (isinstance(result, tuple) and [isinstance(part, Mapping) for part in result] == [True, True]):
-        raise UserError("loss must return a pair of mappings, (metrics, collections); without collections (metrics, {})")
+        raise UserError(
+            "loss must return a pair of mappings, (metrics, collections); without collections (metrics, {})"
+        )
     metrics, collections = result
     if "loss" not in metrics:
         raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
