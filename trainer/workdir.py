@@ -75,14 +75,14 @@ class Workdir:
                 raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
             return
         try:
-            found = config.differences(self.config.read_text(), run)
+            changes = config.differences(self.config.read_text(), run)
         except (OSError, UserError) as error:
             raise UserError(f"{self.config} cannot be read: {error}; choose another --workdir") from error
-        if found and self.has_checkpoint():
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        if changes and self.has_checkpoint():
+            more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
             raise UserError(
-                f"workdir {self.path} holds a run with other settings: {'; '.join(found[:4])}{more}"
-                f"{_way_out(run, found)}; choose another --workdir"
+                f"workdir {self.path} holds a run with other settings: {'; '.join(changes[:4])}{more}"
+                f"{_way_out(run, changes)}; choose another --workdir"
             )
 
     def has_checkpoint(self) -> bool:
@@ -104,7 +104,7 @@ class Workdir:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 (self.path / ".trial").write_text("written to see whether it can be")
-                (self.path / ".trial").unlink()
+                (self.path / ".trial").unlink(missing_ok=True)
                 if not is_bucket(self.path):
                     lock = stack.enter_context((self.path / ".lock").open("w"))
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,9 +115,9 @@ class Workdir:
             yield
 
 
-def _way_out(run: config.Run, found: Sequence[str]) -> str:
+def _way_out(run: config.Run, changes: Sequence[str]) -> str:
     """The flags by which a longer run keeps its schedules, or the reason why it cannot keep them."""
-    matches = [re.match(r"(optimizer\..*)\.run_steps was (\d+),", text) for text in found]
+    matches = [re.match(r"(optimizer\..*)\.run_steps was (\d+),", text) for text in changes]
     kept = {match[1]: int(match[2]) for match in matches if match}
     if not kept:
         return ""

@@ -97,6 +97,12 @@ def test_json_that_is_no_run_any_more_is_refused_in_one_line(old, new, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("text", "kind"), [("[]", "tuple"), ("{}", "dict"), ("null", "NoneType")])
+def test_json_of_something_else_is_not_a_run(text, kind):
+    with pytest.raises(UserError, match=f"^it is not a run as `to_json` writes it, but a {kind}$"):
+        config.from_json(text)
+
+
 def test_json_without_a_required_setting_is_refused():
     kept = json.loads(config.to_json(NESTED))
     del kept["total_steps"]

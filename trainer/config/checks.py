@@ -18,27 +18,18 @@ from trainer.errors import UserError, nearest
 from trainer.experiment import Experiment
 
 _SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
-_BOUNDS = {
-    "minimum": (operator.lt, "at least"),
-    "maximum": (operator.gt, "at most"),
-    "above": (operator.le, "above"),
-    "below": (operator.ge, "below"),
-}
+_IS_WRONG = {"minimum": operator.lt, "maximum": operator.gt, "above": operator.le, "below": operator.ge}
+_BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below": "below"}
 _DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
 # The settings that only some schedules use, with the names of these schedules.
-_USED_BY = {
-    **dict.fromkeys(("final", "end"), _DESCENTS),
-    **dict.fromkeys(("boundaries", "factor"), ("step",)),
-    "descent": ("wsd",),
-    "power": ("polynomial",),
-}
+_USED_BY = {"final": _DESCENTS, "end": _DESCENTS, "descent": ("wsd",), "power": ("polynomial",)}
+_USED_BY |= {"boundaries": ("step",), "factor": ("step",)}
 
 
 def resolve(run: Run) -> Run:
     """A checked copy of `run` in which every None that stands for another setting is replaced by its value.
 
-    Raises:
-      UserError: a value has the wrong type or is out of range, or settings contradict each other.
+    Raises `UserError` if a value has the wrong type or is out of range, or if settings contradict each other.
     """
     run = copy.deepcopy(run)
     check_types(run)
@@ -51,10 +42,9 @@ def resolve(run: Run) -> Run:
         run.evaluation.batch_size = run.batch_size
     best, evaluated = run.checkpoint.best_metric, run.evaluation.every_steps
     if best is not None and (evaluated is None or run.checkpoint.every_steps % evaluated):
-        raise UserError(
-            f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint: checkpoint.every_steps "
-            f"({run.checkpoint.every_steps}) must be a multiple of evaluation.every_steps ({evaluated})"
-        )
+        rule = f"({run.checkpoint.every_steps}) must be a multiple of evaluation.every_steps ({evaluated})"
+        need = f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint"
+        raise UserError(f"{need}: checkpoint.every_steps {rule}")
     return run
 
 
@@ -71,8 +61,8 @@ def _resolve_schedule(schedule: Schedule, path: str, run: Run) -> None:
     times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
     if to_the_end or (schedule.unit == "percent" and any(times)):
         schedule.run_steps = steps
-    goes_on = steps < run.total_steps and to_the_end and not path.endswith(".decay_schedule")
-    if goes_on and schedule.peak and not schedule.final:
+    falls_to_0 = to_the_end and schedule.peak and not schedule.final and not path.endswith(".decay_schedule")
+    if falls_to_0 and steps < run.total_steps:
         raise UserError(
             f"{path} is 0 from step {steps + 1} to the end of the run, {run.total_steps}, as its run_steps is {steps}: "
             f"for a longer {schedule.name} choose a new --workdir and leave run_steps out; a final above 0, or an end, "
@@ -84,10 +74,8 @@ def in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = Non
     """The schedule at `path` of `run` with its times in whole updates, and the end of a descent written out.
 
     `examples`, the length of the training split, gives the length of an epoch. Without it, epochs are only compared
-    with each other.
-
-    Raises:
-      UserError: settings contradict each other, a time is rounded to no update or lies after the end of the run.
+    with each other. Raises `UserError` if settings contradict each other, or if a time is rounded to no update or lies
+    after the end of the run.
     """
     _check_used(schedule, path)
     unit, length = schedule.unit, schedule.run_steps or run.total_steps
@@ -132,8 +120,7 @@ def _check_used(schedule: Schedule, path: str) -> None:
     if name == "wsd" and not schedule.descent:
         raise UserError(f"{path}.descent is {schedule.descent}; a wsd schedule needs the {unit} of its descent")
     if name in _DESCENTS and schedule.final > schedule.peak:
-        peak = f"a {name} descent ends at or below its peak, {schedule.peak}"
-        raise UserError(f"{path}.final is {schedule.final}; {peak}")
+        raise UserError(f"{path}.final is {schedule.final}; a {name} descent ends at or below its peak, {schedule.peak}")
 
 
 def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
@@ -190,8 +177,8 @@ def check_types(run: Run) -> None:
     if not isinstance(run, Run):
         raise UserError(f"get_config() must return a trainer.config.Run, not {type(run).__name__}")
     if not isinstance(run.experiment, Experiment) or not dataclasses.is_dataclass(run.experiment):
-        name = type(run.experiment).__name__
-        raise UserError(f"experiment is {name}, which is not a dataclass with init, loss and source")
+        kind = type(run.experiment).__name__
+        raise UserError(f"experiment is {kind}, which is not a dataclass with init, loss and source")
     to_json(run)
     for path, field, value, hint in _fields(run):
         try:
@@ -199,11 +186,10 @@ def check_types(run: Run) -> None:
         except TypeCheckError as error:
             raise UserError(f"{path} is {value!r}; {type_name(hint)} is expected") from error
         for name, bound in field.metadata.get("bounds", {}).items() if isinstance(value, int | float) else ():
-            is_wrong, text = _BOUNDS[name]
-            if is_wrong(value, bound):
-                raise UserError(f"{path} is {value}; it must be {text} {bound}")
+            if _IS_WRONG[name](value, bound):
+                raise UserError(f"{path} is {value}; it must be {_BOUNDS[name]} {bound}")
         choices = field.metadata.get("choices")
-        if choices is not None and value is not None and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UserError(f"{path} is {value!r}{nearest(value, choices)}")
 
 
@@ -211,8 +197,7 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
     """(path, field, value, declared type) of every setting below `node`, dataclasses in dicts included."""
     hints = _types(node)
     for field in dataclasses.fields(node):
-        path = prefix + field.name
-        value = getattr(node, field.name)
+        path, value = prefix + field.name, getattr(node, field.name)
         if hints[field.name] is not Experiment:  # a protocol, which `check_types` checks by itself
             yield path, field, value, hints[field.name]
         for name, child in value.items() if isinstance(value, dict) else [("", value)]:
@@ -237,8 +222,7 @@ def type_name(hint: Any) -> str:
 def setting_at(run: Run, path: str) -> tuple[Any, str, Any]:
     """The dataclass or dict that holds the setting at a path such as `optimizer.b1`, its name, and its declared type.
 
-    Raises:
-      UserError: there is no such setting; the message has the nearest name.
+    Raises `UserError`, with the nearest name, if there is no such setting.
     """
     owner, name, hint, node, walked = None, "", Run, run, "config"
     for name in path.split("."):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -40,10 +39,8 @@ def _encode(value: Any, path: str) -> Any:
         raise UserError(f"{path.lstrip('.')} is {value}; a finite number is expected")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise UserError(
-        f"{path.lstrip('.')} is a {type(value).__name__}; a setting is a number, a text, None, a tuple, a dict or a "
-        "dataclass"
-    )
+    kinds = "a setting is a number, a text, None, a tuple, a dict or a dataclass"
+    raise UserError(f"{path.lstrip('.')} is a {type(value).__name__}; {kinds}")
 
 
 def _names(kind: type) -> dict[str, str]:
@@ -59,15 +56,16 @@ def _names(kind: type) -> dict[str, str]:
 def from_json(text: str) -> Run:
     """The run that `to_json` was given; types and ranges are not checked.
 
-    Only trust a workdir as you would trust code: the experiment's class is imported by the name found there.
-
-    Raises:
-      UserError: the text is not the JSON of a run, or a class or field that it names is no longer there.
+    Only trust a workdir as you would trust code: the experiment's class is imported by the name found there. Raises
+    `UserError` if the text is not the JSON of a run, or if a class or field that it names is no longer there.
     """
     try:
-        return _decode(json.loads(text))
+        run = _decode(json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
+    if not isinstance(run, Run):
+        raise UserError(f"it is not a run as `to_json` writes it, but a {type(run).__name__}")
+    return run
 
 
 def _decode(value: Any) -> Any:
@@ -88,27 +86,24 @@ def _decode(value: Any) -> Any:
 def _find_class(names: Mapping[str, str]) -> Any:
     module_name, _, name = names[_CLASS].rpartition(":")
     if module_name == "__main__" or "<locals>" in name:
-        raise UserError(
-            f"{name} was defined in a script, a notebook or a function, and cannot be imported again: train and "
-            "evaluate it there, or define it in a module or in the config file"
-        )
+        remedy = "train and evaluate it there, or define it in a module or in the config file"
+        raise UserError(f"{name} was defined in a script, a notebook or a function, and cannot be imported again: {remedy}")
     if _FILE in names:
         file = Path(names[_FILE])
         if not file.is_file():
             where = "" if file.is_absolute() else f" in the current folder, {Path.cwd()}"
             raise UserError(f"{name} was defined in {file}, which is missing{where}")
         if hashlib.sha256(file.read_bytes()).hexdigest() != names[_SHA256]:
-            raise UserError(
-                f"{name} was defined in {file}, which has changed: to use it as it is, give --config={file}"
-            )
-        found: Any = import_file(file, names[_SHA256])
+            remedy = f"to use it as it is, give --config={file}"
+            raise UserError(f"{name} was defined in {file}, which has changed: {remedy}")
+        kind: Any = import_file(file, names[_SHA256])
     else:
-        found = _import(module_name, name)
+        kind = _import(module_name, name)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        kind = getattr(kind, part, None)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise UserError(f"{names[_CLASS]} is not a dataclass any more")
-    return found
+    return kind
 
 
 def _import(module: str, wanted: str) -> ModuleType:
@@ -152,15 +147,14 @@ def import_file(file: Path, sha256: str | None = None) -> ModuleType:
 def differences(kept: str, asked: Run) -> list[str]:
     """One text for each setting that makes `asked` another run than the JSON of `kept`; no class is imported.
 
-    Raises:
-      UserError: `kept` is not the JSON of a run.
+    Raises `UserError` if `kept` is not the JSON of a run.
     """
     try:
         old = json.loads(kept)
     except ValueError as error:
         raise UserError(f"it is not valid JSON: {error}") from error
     if not isinstance(old, dict) or old.get(_CLASS) != _names(Run)[_CLASS]:
-        raise UserError(f"it is not the JSON of a {Run.__name__}")
+        raise UserError("it is not the JSON of a Run")
     return list(_differences(old, asked, ""))
 
 
@@ -184,8 +178,7 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 def _default(field: dataclasses.Field) -> Any:
     """The JSON of a field's default, which a run had if it was kept before there was such a field."""
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return None if default is dataclasses.MISSING else _encode(default, "")
 
 
