@@ -117,7 +117,10 @@ def open_session(
     """Opens a workdir; all processes of a run open it together. Arguments and errors are as of `train`."""
     folder, run, table = Workdir(workdir), program.run, str(program.params)
     with ExitStack() as stack:
+        stack.enter_context(distributed.fail_fast())
         with distributed.collective_errors("the workdir and the data"):
+            if profile is not None and profile[1] > run.total_steps:
+                raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
             if distributed.is_primary():
                 folder.check(run)
                 stack.enter_context(folder.locked())
@@ -129,11 +132,8 @@ def open_session(
         stack.callback(store.close)
         with distributed.collective_errors("the checkpoint"):
             start, notes = _newest(program, store)
-            if profile is not None and not start < profile[0] <= profile[1] <= run.total_steps:
-                raise UserError(
-                    f"the profile is of steps {profile[0]} to {profile[1]}; this launch makes steps {start + 1} to "
-                    f"{run.total_steps}"
-                )
+            if profile is not None and profile[0] <= start:
+                raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
         distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
         stack.callback(progress.end_line)
         for text in (table, *program.strategy.notes, *notes):
@@ -148,7 +148,7 @@ def open_session(
         stack.callback(profiler.close)
         # Until here there is nothing to save, and Ctrl-C may act at once.
         preemption = stack.enter_context(Preemption(handle_signals))
-        # Last: an exception on this process alone must not wait for the others in what is closed above.
+        # Once more, last: an exception on this process alone must not wait for the others in a close above.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         session = Session(program, start, *sources, store, log, recorder, profiler, preemption)
