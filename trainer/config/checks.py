@@ -120,7 +120,8 @@ def _check_used(schedule: Schedule, path: str) -> None:
     if name == "wsd" and not schedule.descent:
         raise UserError(f"{path}.descent is {schedule.descent}; a wsd schedule needs the {unit} of its descent")
     if name in _DESCENTS and schedule.final > schedule.peak:
-        raise UserError(f"{path}.final is {schedule.final}; a {name} descent ends at or below its peak, {schedule.peak}")
+        peak = f"a {name} descent ends at or below its peak, {schedule.peak}"
+        raise UserError(f"{path}.final is {schedule.final}; {peak}")
 
 
 def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:

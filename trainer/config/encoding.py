@@ -87,7 +87,8 @@ def _find_class(names: Mapping[str, str]) -> Any:
     module_name, _, name = names[_CLASS].rpartition(":")
     if module_name == "__main__" or "<locals>" in name:
         remedy = "train and evaluate it there, or define it in a module or in the config file"
-        raise UserError(f"{name} was defined in a script, a notebook or a function, and cannot be imported again: {remedy}")
+        where = "was defined in a script, a notebook or a function, and cannot be imported again"
+        raise UserError(f"{name} {where}: {remedy}")
     if _FILE in names:
         file = Path(names[_FILE])
         if not file.is_file():
