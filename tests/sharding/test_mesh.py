@@ -8,12 +8,12 @@ import pytest
 
 from trainer import config
 from trainer.errors import UserError
-from trainer.sharding.mesh import axis_sizes, make_grid, torus_axes
+from trainer.sharding.mesh import STRATEGIES, axis_sizes, make_mesh, mesh_axes, named_sharding, torus_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a TPU as a mesh looks at."""
+    """The attributes of a TPU that make a mesh."""
 
     id: int
     coords: tuple[int, ...]
@@ -74,6 +74,11 @@ def test_sizes_that_do_not_fit_are_refused(settings, slices, message):
         axis_sizes(config.Parallel(**settings), 8, slices)
 
 
+def test_the_table_of_strategies_has_those_of_the_settings():
+    [field] = [field for field in dataclasses.fields(config.Parallel) if field.name == "strategy"]
+    assert tuple(STRATEGIES) == field.metadata["choices"]
+
+
 def holders(sharding, shape) -> dict[tuple, list[int]]:
     """Which devices hold each part of an array."""
     parts: dict[tuple, list[int]] = {}
@@ -83,34 +88,34 @@ def holders(sharding, shape) -> dict[tuple, list[int]]:
 
 
 def test_only_data_spans_slices():
-    grid = make_grid(config.Parallel("fsdp", num_slices=2), jax.devices()[:8])
-    shards = holders(grid.sharding(("fsdp",)), (4,))
+    mesh = make_mesh(config.Parallel("fsdp", num_slices=2), jax.devices()[:8])
+    shards = holders(named_sharding(mesh, ("fsdp",)), (4,))
     # Devices 0 … 3 are one slice: together they hold a parameter once, and so do 4 … 7.
     assert list(shards.values()) == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    rows = holders(grid.sharding((("data", "fsdp"),)), (8,))
-    assert list(rows.values()) == [[i] for i in range(8)]
+    batch = holders(named_sharding(mesh, (("data", "fsdp"),)), (8,))
+    assert list(batch.values()) == [[i] for i in range(8)]
 
 
 def test_tensor_is_innermost_within_a_slice():
-    grid = make_grid(config.Parallel("fsdp_tensor", num_slices=2), jax.devices()[:8])
-    assert dict(grid.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert list(holders(grid.sharding(("tensor",)), (2,)).values()) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert list(holders(grid.sharding(("fsdp", "tensor")), (2, 2)).values()) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    mesh = make_mesh(config.Parallel("fsdp_tensor", num_slices=2), jax.devices()[:8])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert list(holders(named_sharding(mesh, ("tensor",)), (2,)).values()) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert list(holders(named_sharding(mesh, ("fsdp", "tensor")), (2, 2)).values()) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_slices_are_those_that_the_devices_form():
     chips = torus(2, 2, slices=2)
-    grid = make_grid(config.Parallel("fsdp"), chips)
-    assert [[chip.slice_index for chip in part.flat] for part in grid.mesh.devices] == [[0] * 4, [1] * 4]
-    assert {axis: grid.size(axis) for axis in grid.axes} == {"data": 2, "fsdp": 4, "tensor": 1}
+    mesh = make_mesh(config.Parallel("fsdp"), chips)
+    assert [[chip.slice_index for chip in part.flat] for part in mesh.devices] == [[0] * 4, [1] * 4]
+    assert dict(mesh.shape) == {"data": 2, "fsdp_0": 2, "fsdp_1": 2, "tensor": 1}
     with pytest.raises(UserError, match=r"parallel\.num_slices is 4; the devices form 2"):
-        make_grid(config.Parallel("fsdp", num_slices=4), chips)
+        make_mesh(config.Parallel("fsdp", num_slices=4), chips)
 
 
 @pytest.mark.parametrize("strategy", ["data", "fsdp"])
 def test_slices_that_do_not_divide_the_devices_are_refused(strategy):
     with pytest.raises(UserError, match=r"parallel\.num_slices 3 does not divide 8 devices"):
-        make_grid(config.Parallel(strategy, num_slices=3), jax.devices()[:8])
+        make_mesh(config.Parallel(strategy, num_slices=3), jax.devices()[:8])
 
 
 @pytest.mark.parametrize(
@@ -135,11 +140,11 @@ def test_fsdp_has_the_longest_dimensions_of_a_torus_in_descending_order(shape, f
 @pytest.mark.parametrize(
     ("devices", "fsdp", "tensor"),
     [
-        (torus(4, 4), 8, 2),  # would cut a dimension
+        (torus(4, 4), 8, 2),  # half a dimension
         (torus(4, 4)[:-1], 5, 3),  # a hole
-        (torus(4, 4), 1, 16),  # fsdp splits nothing
+        (torus(4, 4), 1, 16),  # nothing for fsdp
         (torus(4, 4)[:1], 1, 1),
-        (jax.devices()[:8], 8, 1),  # CPUs have no place
+        (jax.devices()[:8], 8, 1),  # CPUs have no coordinates
     ],
 )
 def test_where_no_dimensions_fit_there_is_no_torus(devices, fsdp, tensor):
@@ -161,22 +166,21 @@ def test_where_no_dimensions_fit_there_is_no_torus(devices, fsdp, tensor):
 )
 def test_neighbours_along_an_axis_of_a_torus_differ_in_one_coordinate_by_one(shape, settings):
     chips = torus(*shape, slices=settings.pop("slices", 1))
-    grid = make_grid(config.Parallel(**{"strategy": "fsdp"} | settings), chips)
-    assert sorted(chip.id for chip in grid.mesh.devices.flat) == list(range(len(chips)))
-    for axis, size in enumerate(grid.mesh.devices.shape):
+    mesh = make_mesh(config.Parallel(**{"strategy": "fsdp"} | settings), chips)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(len(chips)))
+    for axis, size in enumerate(mesh.devices.shape):
         for i in range(size - 1):
-            pairs = zip(grid.mesh.devices.take(i, axis).flat, grid.mesh.devices.take(i + 1, axis).flat, strict=True)
+            pairs = zip(mesh.devices.take(i, axis).flat, mesh.devices.take(i + 1, axis).flat, strict=True)
             for a, b in pairs:
                 if a.slice_index == b.slice_index:
                     assert sum(abs(x - y) for x, y in zip(a.coords, b.coords, strict=True)) == 1
 
 
 def test_each_coordinate_of_a_torus_is_its_own_axis_or_all_are_one():
-    apart = make_grid(config.Parallel("fsdp"), torus(2, 4))
-    assert apart.mesh.axis_names == ("data", "fsdp_0", "fsdp_1", "tensor")
-    assert apart.mesh.devices.shape == (1, 4, 2, 1)
-    assert apart.axes["fsdp"] == ("fsdp_0", "fsdp_1")
-    assert apart.size("fsdp") == 8
-    # A dimension is split over both; with a depth, over the first only.
-    assert apart.sharding(("fsdp", None)).spec[0] == ("fsdp_0", "fsdp_1")
-    assert apart.sharding(("fsdp", None), depth=1).spec[0] == "fsdp_0"
+    mesh = make_mesh(config.Parallel("fsdp"), torus(2, 4))
+    assert mesh.axis_names == ("data", "fsdp_0", "fsdp_1", "tensor")
+    assert mesh.devices.shape == (1, 4, 2, 1)
+    assert mesh_axes(mesh)["fsdp"] == ("fsdp_0", "fsdp_1")
+    # A dimension is sharded over both; with a depth, over the first only.
+    assert named_sharding(mesh, ("fsdp", None)).spec[0] == ("fsdp_0", "fsdp_1")
+    assert named_sharding(mesh, ("fsdp", None), depth=1).spec[0] == "fsdp_0"

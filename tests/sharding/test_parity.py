@@ -16,7 +16,7 @@ from trainer import config
 from trainer.data import take
 from trainer.data.stream import stream
 from trainer.errors import UserError
-from trainer.evaluation import evaluate
+from trainer.evaluation import evaluate_split
 from trainer.program import Program, compile_program
 
 STEPS, BATCH = 20, 16
@@ -28,7 +28,7 @@ CASES = [  # strategy, devices, dropout; on one device the sharded ones are one 
     *[("pmap", devices, 0.0) for devices in (1, *DEVICES)],
 ]
 OUTCOMES = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] in (2, 4) else []) for case in CASES]
-# Axes of size 1 split nothing, so one list serves every strategy.
+# An axis of size 1 shards nothing, so one list serves every strategy.
 RULES = (
     (r"dense/kernel", ("fsdp", "tensor")),
     (r"head/kernel", ("tensor", None)),
@@ -39,17 +39,17 @@ RULES = (
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run came to, on the host."""
+    """The results of a run, on the host."""
 
     losses: np.ndarray  # of each step
-    numbers: Any  # parameters, batch statistics and the mean of the parameters, after the last
+    numbers: Any  # parameters, batch statistics and EMA params, after the last step
     evaluated: list[dict[str, float]]  # in the middle and at the end
     compiled: Counter[str]  # how often each program was
-    stays: bool  # whether a step puts each array where it took it from
+    stays: bool  # whether each step reuses the buffers of its state
 
 
 class _Compilations(logging.Handler):
-    """Counts what XLA compiles, by name."""
+    """Counts compilations by the name of the program."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ def counting_compilations():
         logger.removeHandler(handler)
 
 
-def parts_of(strategy: str, devices: int, dropout: float, **settings: Any) -> Program:
-    """BatchNorm, augmentation, microbatches, and a mean of the parameters; every leaf split that can be."""
+def program_of(strategy: str, devices: int, dropout: float, **settings: Any) -> Program:
+    """BatchNorm, augmentation, microbatches and EMA params; every leaf sharded that can be."""
     rules = RULES if "tensor" in strategy else ()
     parallel = config.Parallel(strategy=strategy, devices=devices, rules=rules, min_shard_size=0)
     settings = {"experiment": Task(dropout=dropout, noise=0.3), "microbatches": 2, "parallel": parallel} | settings
@@ -81,37 +81,37 @@ def parts_of(strategy: str, devices: int, dropout: float, **settings: Any) -> Pr
     return compile_program(config.resolve(make_run(STEPS, **{"optimizer": optimizer} | settings)))
 
 
-def batches(parts: Program):
-    """Those of the run; each misses some rows, and the last all of the second half, which is whole replicas."""
+def batches(program: Program):
+    """The batches of the run. Each lacks some examples, and the last its second half, so all of some replicas."""
     for i, batch in enumerate(stream(program.train_source, seed=0, batch_size=BATCH, start=0, stop=STEPS)):
         mask = np.arange(BATCH) < BATCH // 2 if i == STEPS - 1 else np.arange(BATCH) % 7 != i % 7
         yield program.strategy.shard_batch({**batch, "mask": mask.astype(np.float32)})
 
 
-def places(tree: Any) -> list[list[int]]:
+def addresses(tree: Any) -> list[list[int]]:
     """The address of every array on every device."""
     return [[s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards] for leaf in jax.tree.leaves(tree)]
 
 
 @functools.cache
 def outcome(strategy: str, devices: int, dropout: float) -> Outcome:
-    parts = parts_of(strategy, devices, dropout)
+    program = program_of(strategy, devices, dropout)
     with counting_compilations() as compiled:
         state = program.init()
         losses, evaluated, stays = [], [], True
-        for i, batch in enumerate(batches(parts), 1):
-            before, old = places(state), state
+        for i, batch in enumerate(batches(program), 1):
+            before, old = addresses(state), state
             state, metrics = program.train_step(state, batch)
             losses.append(float(metrics["loss"].total / metrics["loss"].weight))
-            stays &= places(state) == before and all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+            stays &= addresses(state) == before and all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             if i in (STEPS // 2, STEPS):
-                evaluated.append(evaluate(parts, state, program.eval_source))
-    jax.tree.map(lambda x, like: assert_placed(x, like), state, program.state)
+                evaluated.append(evaluate_split(program, state, program.eval_source))
+    jax.tree.map(lambda x, like: assert_same_sharding(x, like), state, program.state)
     numbers = jax.device_get((state.params, state.collections, state.ema))
     return Outcome(np.array(losses), numbers, evaluated, compiled, stays)
 
 
-def assert_placed(x: jax.Array, like: Any) -> None:
+def assert_same_sharding(x: jax.Array, like: Any) -> None:
     assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
@@ -143,7 +143,7 @@ def test_on_one_device_every_sharded_strategy_is_the_same_program(strategy):
 
 @functools.cache
 def lowered(strategy: str) -> list[str]:
-    parts = parts_of(strategy, 1, 0.3)
+    program = program_of(strategy, 1, 0.3)
     specs: Any = ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec))
     return [step.lower(program.state, program.strategy.abstract_batch(spec)).as_text() for step, spec in specs]
 
@@ -151,9 +151,11 @@ def lowered(strategy: str) -> list[str]:
 @pytest.mark.parametrize(("strategy", "devices", "dropout"), OUTCOMES)
 def test_train_and_evaluation_step_compile_once(strategy, devices, dropout):
     compiled = outcome(strategy, devices, dropout).compiled
-    # jax.pmap calls all that it compiles `_fun`.
-    ours = {"jit(_fun)": 2} if strategy == "pmap" else {"jit(evaluation)": 1, "jit(update)": 1}
-    assert {name: compiled[name] for name in ("jit(_fun)", "jit(evaluation)", "jit(update)") if compiled[name]} == ours
+    # jax.pmap names every program `_fun`.
+    ours = {"jit(_fun)": 2} if strategy == "pmap" else {"jit(eval_step)": 1, "jit(train_step)": 1}
+    assert {
+        name: compiled[name] for name in ("jit(_fun)", "jit(eval_step)", "jit(train_step)") if compiled[name]
+    } == ours
 
 
 @pytest.mark.parametrize(("strategy", "devices", "dropout"), OUTCOMES)
@@ -162,13 +164,13 @@ def test_steps_consume_their_state_and_put_the_next_in_its_place(strategy, devic
 
 
 def test_pmapped_draws_dropout_masks_for_each_replica():
-    # Both replicas hold the same rows; first only those of the one count, then only those of the other.
-    parts = parts_of("pmap", 2, 0.3, experiment=Task(dropout=0.3, batch_norm=False), microbatches=1)
-    rows = take(program.train_source, np.arange(BATCH) % (BATCH // 2))
+    # Both replicas hold the same examples. First the mask keeps those of one replica, then those of the other.
+    program = program_of("pmap", 2, 0.3, experiment=Task(dropout=0.3, batch_norm=False), microbatches=1)
+    examples = take(program.train_source, np.arange(BATCH) % (BATCH // 2))
     losses = []
     for replica in (0, 1):
         mask = (np.arange(BATCH) // (BATCH // 2) == replica).astype(np.float32)
-        batch = program.strategy.shard_batch({**rows, "mask": mask})
+        batch = program.strategy.shard_batch({**examples, "mask": mask})
         _, metrics = program.train_step(program.init(), batch)
         losses.append(float(metrics["loss"].total))
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -176,11 +178,11 @@ def test_pmapped_draws_dropout_masks_for_each_replica():
 
 @pytest.mark.parametrize(("strategy", "devices"), [("pmap", 4), ("pmap", 8), ("fsdp", 8)])
 def test_a_step_of_sgd_is_the_gradient_of_one_device(strategy, devices):
-    # Not n times it: the loss is a sum over replicas, and each weighs as many rows as it has.
+    # Not n times the gradient: replicas sum the loss, and each weighs as many examples as it has.
     optimizer = config.Optimizer(name="sgd", b1=0.0, schedule=config.Schedule(peak=1.0))
-    parts = parts_of(strategy, devices, 0.0, experiment=Task(batch_norm=False), optimizer=optimizer, microbatches=1)
-    task, rows = program.run.experiment, take(program.train_source, np.arange(BATCH))
-    batch = {**rows, "mask": (np.arange(BATCH) < 5).astype(np.float32)}
+    program = program_of(strategy, devices, 0.0, experiment=Task(batch_norm=False), optimizer=optimizer, microbatches=1)
+    task, examples = program.run.experiment, take(program.train_source, np.arange(BATCH))
+    batch = {**examples, "mask": (np.arange(BATCH) < 5).astype(np.float32)}
     device_batch = jax.device_put(batch)
     state = program.init()
     params = jax.device_get(state.params)
@@ -205,8 +207,12 @@ def test_a_step_of_sgd_is_the_gradient_of_one_device(strategy, devices):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 12}, "batch_size 12 does not divide over 8 devices: it must be a multiple of 8"),
+        ({"batch_size": 12}, "batch_size 12 does not divide over 8 batch shards: it must be a multiple of 8"),
         ({"batch_size": 24, "microbatches": 4}, "must be a multiple of 32"),
+        (  # 8 devices
+            {"batch_size": 18, "parallel": config.Parallel("fsdp_tensor", rules=((".*", ()),))},
+            "batch_size 18 does not divide over 4 batch shards: it must be a multiple of 4",
+        ),
         ({"evaluation": config.Evaluation(batch_size=12)}, "evaluation.batch_size 12 does not divide"),
         ({"parallel": config.Parallel(devices=9)}, "XLA_FLAGS=--xla_force_host_platform_device_count=9"),
         ({"parallel": config.Parallel("pmap", fsdp=2)}, "parallel.fsdp is 2, which strategy 'pmap' does not use"),
@@ -221,4 +227,4 @@ def test_rows_split_over_fsdp_but_not_over_tensor():
     rules = ((".*", ()),)
     run = make_run(batch_size=12, evaluation=config.Evaluation(), parallel=config.Parallel("fsdp_tensor", rules=rules))
     run.parallel.tensor = 2
-    assert compile_program(config.resolve(run)).parallel.batch_shards == 4
+    assert compile_program(config.resolve(run)).strategy.batch_shards == 4

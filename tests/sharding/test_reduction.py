@@ -1,7 +1,7 @@
 """Gradients of 16-bit computations are summed in float32, exactly; nothing else changes.
 
-All numbers are small integers, and kernels are such that rows stay so: every product and every activation is exact in
-bfloat16, every sum over rows is exact in float32, and many are not in bfloat16, which has 8 bits.
+All numbers are small integers, and kernels keep them small: every product and every activation is exact in bfloat16.
+Every sum over examples is exact in float32, and many are not in bfloat16, which has 8 bits.
 """
 
 import dataclasses
@@ -14,19 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from configs import fashion_mnist
+from experiments.image_classification import ImageClassification
+from tests.sharding.test_strategies import Sentences
 from trainer import config
 from trainer.data import ArraySource, take
 from trainer.metrics import Mean
 from trainer.program import compile_program
 from trainer.sharding.reduction import sum_in_float32
 
-ROWS, WIDTH = 1024, 4
+EXAMPLES, WIDTH = 1024, 4
 
 
 def integers(seed: int, low: int, high: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(low, high + 1, (ROWS, WIDTH)).astype(np.float32)
+    return np.random.default_rng(seed).integers(low, high + 1, (EXAMPLES, WIDTH)).astype(np.float32)
 
 
 INPUTS, COTANGENT = integers(0, -4, 4), integers(1, -3, 5)
@@ -119,12 +123,12 @@ def loss(params: Any, x: Any, cotangent: Any, kind: str, dtype: Any) -> jax.Arra
 
 
 def gradient(kind: str, dtype: Any, wrap=lambda gradient: gradient) -> list[np.ndarray]:
-    """Of rows that lie on eight devices, as it comes from `jax.jit`."""
+    """The gradient of `jax.jit`, with examples sharded over eight devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    sharded, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     params = Model(kind, jnp.float32).init(jax.random.key(0), INPUTS)
     function = wrap(jax.grad(functools.partial(loss, kind=kind, dtype=dtype)))
-    compiled = jax.jit(function, in_shardings=(whole, rows, rows), out_shardings=whole)
+    compiled = jax.jit(function, in_shardings=(replicated, sharded, sharded), out_shardings=replicated)
     return jax.tree.leaves(jax.device_get(compiled(params, INPUTS, COTANGENT)))
 
 
@@ -184,7 +188,83 @@ def test_what_was_not_cast_keeps_its_bits_and_no_work_is_added():
 
 
 def test_the_program_of_a_float32_model_does_not_change():
-    assert str(program(Residual(jnp.float32), sum_in_float32)[0]) == str(program(Residual(jnp.float32))[0])
+    def text(jaxpr: Any) -> str:
+        return jaxpr.pretty_print(source_info=True, name_stack=True)
+
+    assert text(program(Residual(jnp.float32), sum_in_float32)[0]) == text(program(Residual(jnp.float32))[0])
+
+
+def test_a_float32_function_is_called_as_it_is():
+    results = []
+
+    def gradient(x):
+        results.append(2 * x)
+        return results[-1]
+
+    def called(x):
+        assert sum_in_float32(gradient)(x) is results[-1]
+        return results[-1]
+
+    jax.make_jaxpr(called)(1.0)
+
+
+def test_operations_keep_the_line_and_the_context_in_which_they_were_traced():
+    def loss(kernel, x):
+        with set_xla_metadata(mark="here"):
+            y = x @ kernel.astype(jnp.bfloat16)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    def compiled(wrap: Any) -> Any:
+        gradient = jax.jit(wrap(jax.grad(loss)))
+        arguments = jnp.ones((4, 4)), jnp.ones((8, 4), jnp.bfloat16)
+        return gradient.lower(*arguments).compile().as_text()
+
+    before, after = compiled(lambda gradient: gradient), compiled(sum_in_float32)
+    for mark in ('frontend_attributes={mark="here"}', "loss"):
+        assert after.count(mark) >= before.count(mark) > 0
+
+
+class Images(ImageClassification):
+    """Noise in the place of Fashion-MNIST."""
+
+    def source(self, split: str) -> ArraySource:
+        rng = np.random.default_rng(len(split))
+        image = rng.integers(0, 256, (256, 28, 28, 1)).astype(np.uint8)
+        return ArraySource({"image": image, "label": rng.integers(0, 10, 256).astype(np.int32)})
+
+
+def decoder(**settings: Any) -> config.Run:
+    experiment = Sentences(length=8, width=16, layers=2, heads=2, mlp_width=32, dtype="bfloat16", **settings)
+    return config.Run(experiment, total_steps=10, batch_size=16)
+
+
+def classifier() -> config.Run:
+    run = fashion_mnist.get_config()
+    return dataclasses.replace(run, experiment=Images(**vars(run.experiment)))
+
+
+@pytest.mark.parametrize(
+    ("run", "strategy"),
+    [
+        pytest.param(classifier(), "data", id="cnn-data"),
+        pytest.param(decoder(), "data", id="decoder-data"),
+        *[
+            pytest.param(decoder(scan=scan), strategy, id=f"decoder-{strategy}-{scan=}", marks=pytest.mark.slow)
+            for strategy, scan in (("fsdp", False), ("pmap", False), ("data", True))
+        ],
+    ],
+)
+def test_operations_of_a_step_name_their_module_as_often_as_those_of_jax(run, strategy):
+    def share(reduce_dtype: str) -> float:
+        parallel = config.Parallel(strategy, devices=8 if strategy == "fsdp" else 1, reduce_dtype=reduce_dtype)
+        program = compile_program(config.resolve(dataclasses.replace(run, parallel=parallel)))
+        step: Any = program.train_step
+        compiled = step.lower(program.state, program.strategy.abstract_batch(program.train_spec)).compile()
+        names = re.findall('op_name="(.*?)"', compiled.as_text())
+        modules = {name for param in program.params.rows for name in param.path.split("/")[:-1]}
+        return sum(not modules.isdisjoint(re.split(r"[/()]", name)) for name in names) / len(names)
+
+    assert share("float32") >= share("bfloat16") > 0  # with bfloat16 the step has the gradient of jax.grad
 
 
 @dataclasses.dataclass
@@ -204,19 +284,19 @@ class Task:
         return {"loss": Mean(total, weight)}, {}
 
     def source(self, split):
-        return ArraySource({"x": INPUTS, "cotangent": COTANGENT, "first": np.arange(ROWS) == 0})
+        return ArraySource({"x": INPUTS, "cotangent": COTANGENT, "first": np.arange(EXAMPLES) == 0})
 
 
 def norm_of_gradient(strategy: str, reduce_dtype: str = "float32", **settings: Any) -> float:
     run = config.Run(
         Task(**settings),
         total_steps=1,
-        batch_size=ROWS,
+        batch_size=EXAMPLES,
         optimizer=config.Optimizer(name="sgd"),
         parallel=config.Parallel(strategy, reduce_dtype=reduce_dtype, min_shard_size=0),
     )
-    parts = compile_program(config.resolve(run))
-    batch = take(program.train_source, np.arange(ROWS)) | {"mask": np.ones(ROWS, np.float32)}
+    program = compile_program(config.resolve(run))
+    batch = take(program.train_source, np.arange(EXAMPLES)) | {"mask": np.ones(EXAMPLES, np.float32)}
     _, metrics = program.train_step(program.init(), program.strategy.shard_batch(batch))
     return float(metrics["grad_norm"].total)
 

@@ -1,4 +1,4 @@
-"""Where the state of a sharded run lies: moments follow their parameters, and each device holds its share."""
+"""The sharding of a state: moments are sharded like their parameters, and each device holds its share."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ from trainer.program import Program, compile_program
 DEVICES = 8
 
 
-def parts_of(strategy: str, **settings: Any) -> Program:
+def program_of(strategy: str, **settings: Any) -> Program:
     optimizer = dataclasses.replace(make_run().optimizer, **settings)
     parallel = config.Parallel(strategy, devices=DEVICES, min_shard_size=0)
     if "tensor" in strategy:
@@ -25,12 +25,12 @@ def parts_of(strategy: str, **settings: Any) -> Program:
     return compile_program(config.resolve(make_run(parallel=parallel, optimizer=optimizer)))
 
 
-def split(leaf: Any) -> tuple[int, ...]:
-    """Into how many parts each dimension is split."""
+def shards(leaf: Any) -> tuple[int, ...]:
+    """The number of shards of each dimension."""
     return tuple(a // b for a, b in zip(leaf.shape, leaf.sharding.shard_shape(leaf.shape), strict=True))
 
 
-KERNEL = {  # dense/kernel, 8×16: the parameter, and what the optimizer keeps of it
+KERNEL = {  # dense/kernel, 8×16: shards of the parameter, and of its moments
     "data": ((1, 1), (1, 1)),
     "zero1": ((1, 1), (1, 8)),
     "fsdp": ((1, 8), (1, 8)),
@@ -42,28 +42,28 @@ KERNEL = {  # dense/kernel, 8×16: the parameter, and what the optimizer keeps o
 
 @pytest.mark.parametrize("strategy", KERNEL)
 def test_moments_and_the_mean_follow_their_parameters(strategy):
-    state = parts_of(strategy, amsgrad=True, ema_decay=0.9).state
-    whole, moments = KERNEL[strategy]
-    assert split(state.params["dense"]["kernel"]) == split(state.ema["dense"]["kernel"]) == whole
+    state = program_of(strategy, amsgrad=True, ema_decay=0.9).state
+    params, moments = KERNEL[strategy]
+    assert shards(state.params["dense"]["kernel"]) == shards(state.ema["dense"]["kernel"]) == params
     for tree in (state.opt_state.mu, state.opt_state.nu, state.opt_state.nu_max):
-        assert split(tree["dense"]["kernel"]) == moments
-        assert split(tree["head"]["bias"]) == (1,)  # 3 does not divide
+        assert shards(tree["dense"]["kernel"]) == moments
+        assert shards(tree["head"]["bias"]) == (1,)  # 3 does not divide
     assert state.opt_state.count.sharding.is_fully_replicated
     assert jax.tree.leaves(state.collections)[0].sharding.is_fully_replicated
 
 
 def test_optimizer_state_without_some_moments_follows_its_parameters():
-    sgd = parts_of("zero1", name="sgd").state.opt_state
-    assert split(sgd.mu["dense"]["kernel"]) == (1, 8)
+    sgd = program_of("zero1", name="sgd").state.opt_state
+    assert shards(sgd.mu["dense"]["kernel"]) == (1, 8)
     assert jax.tree.leaves(sgd.nu) == []
     groups = {"decayed": config.Group(frozen=True), "plain": config.Group()}
-    frozen = parts_of("zero1", groups=groups).state.opt_state
+    frozen = program_of("zero1", groups=groups).state.opt_state
     assert jax.tree.leaves(frozen.mu["dense"]) == []
-    assert split(frozen.nu["norm"]["scale"]) == (8,)
+    assert shards(frozen.nu["norm"]["scale"]) == (8,)
 
 
 class Wide(nn.Module):
-    """A million parameters, of which biases are few."""
+    """A million parameters, few of them in biases."""
 
     @nn.compact
     def __call__(self, x):
@@ -102,7 +102,7 @@ def most_on_a_device(tree: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices", "params", "moments"),  # over how many devices each is split
+    ("strategy", "devices", "params", "moments"),  # shards of each
     [
         ("data", 4, 1, 1),
         ("zero1", 4, 1, 4),
@@ -113,7 +113,7 @@ def most_on_a_device(tree: Any) -> int:
     ],
 )
 def test_a_device_holds_its_share_of_the_bytes(strategy, devices, params, moments):
-    parts = wide(strategy, devices)
+    program = wide(strategy, devices)
     state = program.init()
     assert most_on_a_device(state.params) == pytest.approx(bytes_of(state.params) / params, rel=0.02)
     assert most_on_a_device(state.opt_state) == pytest.approx(bytes_of(state.opt_state) / moments, rel=0.02)
@@ -121,34 +121,34 @@ def test_a_device_holds_its_share_of_the_bytes(strategy, devices, params, moment
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp", "fsdp_tensor"])
 def test_gradients_are_laid_out_as_the_moments_are(strategy):
-    parts = parts_of(strategy)
-    gradients = jax.jit(program.strategy.place_gradients)(
+    program = program_of(strategy)
+    gradients = jax.jit(program.strategy.constrain_gradients)(
         jax.tree.map(lambda x: jnp.ones(x.shape), program.state.params)
     )
-    jax.tree.map(assert_placed, gradients, program.state.opt_state.mu)
+    jax.tree.map(assert_same_sharding, gradients, program.state.opt_state.mu)
 
 
 def test_a_step_lays_its_gradients_out():
-    rows, whole = r"\[\{\}, \{\"fsdp\"\}\]", r"\[\{\}, \{\}\]"
-    for strategy, axes in (("zero1", rows), ("data", whole)):
+    sharded, replicated = r"\[\{\}, \{\"fsdp\"\}\]", r"\[\{\}, \{\}\]"
+    for strategy, axes in (("zero1", sharded), ("data", replicated)):
         found = re.findall(
-            r"sdy.sharding_constraint %\S+ <@mesh, (.*)> : tensor<8x16xf32>", lowered(parts_of(strategy))
+            r"sdy.sharding_constraint %\S+ <@mesh, (.*)> : tensor<8x16xf32>", lowered(program_of(strategy))
         )
         assert len(found) == 1
         assert re.fullmatch(axes, found[0])
 
 
-def lowered(parts: Program) -> str:
+def lowered(program: Program) -> str:
     step: Any = program.train_step
     return step.lower(program.state, program.strategy.abstract_batch(program.train_spec)).as_text()
 
 
-def assert_placed(array: jax.Array, like: Any) -> None:
+def assert_same_sharding(array: jax.Array, like: Any) -> None:
     assert array.sharding.is_equivalent_to(like.sharding, array.ndim)
 
 
 class Named(nn.Module):
-    """A model that says where its activations lie."""
+    """A model that constrains the sharding of its activations."""
 
     @nn.compact
     def __call__(self, x):
@@ -173,7 +173,7 @@ def test_logical_axes_place_parameters_and_activations():
     run = make_run(experiment=NamedTask(), parallel=config.Parallel("fsdp_tensor", devices=DEVICES, tensor=2))
     run.optimizer.labels = ((".*", "decayed"),)
     del run.optimizer.groups["plain"]
-    parts = compile_program(config.resolve(run))
-    assert split(program.state.params["up"]["kernel"]) == (4, 2)
+    program = compile_program(config.resolve(run))
+    assert shards(program.state.params["up"]["kernel"]) == (4, 2)
     constraint = r'sdy.sharding_constraint %\w+ <@mesh, \[\{"fsdp"\}, \{"tensor"\}\]> : tensor<16x16xf32>'
-    assert re.search(constraint, lowered(parts))
+    assert re.search(constraint, lowered(program))

@@ -1,4 +1,4 @@
-"""A run may go on under another strategy; a language model with logical axes is the same under all."""
+"""A run continues under another strategy; a language model with logical axes gives the same numbers under all."""
 
 import dataclasses
 import functools
@@ -37,30 +37,32 @@ def link(steps: int, strategy: str, devices: int) -> config.Run:
 @pytest.mark.slow
 def test_a_run_goes_on_under_another_strategy_from_the_same_bits(tmp_path):
     run, final = link(5, "data", 1), None
-    whole = quietly(link(5 * len(CHAIN), "data", 1), tmp_path / "whole")
+    uninterrupted = quietly(link(5 * len(CHAIN), "data", 1), tmp_path / "uninterrupted")
     for i, (strategy, devices) in enumerate(CHAIN):
         run = config.resolve(link(5 * (i + 1), strategy, devices))
         if final is not None:
             state = compile_program(run).state
             restored = Store(tmp_path / "run" / "checkpoints", run.checkpoint, read_only=True).restore(state, 5 * i)
             jax.tree.map(np.testing.assert_array_equal, restored, final)
-            jax.tree.map(assert_placed, restored, state)
+            jax.tree.map(assert_same_sharding, restored, state)
         with counting_compilations() as compiled:
             final = quietly(run, tmp_path / "run")
-        steps = {"jit(_fun)"} if strategy == "pmap" else {"jit(update)", "jit(evaluation)"}
+        steps = {"jit(_fun)"} if strategy == "pmap" else {"jit(train_step)", "jit(eval_step)"}
         assert {compiled[name] for name in steps} == {2 if strategy == "pmap" else 1}
         final = jax.device_get(final)
     # To float32 rounding, as in test_parity.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), final, whole)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), final, uninterrupted
+    )
 
 
-def assert_placed(x: jax.Array, like: Any) -> None:
+def assert_same_sharding(x: jax.Array, like: Any) -> None:
     assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
 @dataclasses.dataclass
 class Sentences(LanguageModel):
-    """A language model on noise, of which some bytes are padding."""
+    """A language model on noise, with padding."""
 
     def source(self, split: str) -> ArraySource:
         rng = np.random.default_rng(len(split))
@@ -71,11 +73,11 @@ class Sentences(LanguageModel):
 @functools.cache
 def language_model(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
     experiment = Sentences(length=8, width=16, layers=2, heads=2, mlp_width=32, dropout=0.1, scan=True)
-    parallel = config.Parallel(strategy, devices=devices, tensor=2 if "tensor" in strategy else 0)
-    # Not AdaBelief, whose first steps divide by what float32 leaves of a difference of small gradients.
+    parallel = config.Parallel(strategy, devices=devices, tensor=2 if "tensor" in strategy else None)
+    # Not AdaBelief, whose first steps divide by a difference of small gradients, mostly rounding error.
     optimizer = config.Optimizer(name="sgd", schedule=config.Schedule(peak=0.03))
     run = make_run(10, experiment=experiment, optimizer=optimizer, parallel=parallel)
-    parts = compile_program(config.resolve(run))
+    program = compile_program(config.resolve(run))
     state, losses = program.init(), []
     for batch in stream(program.train_source, seed=0, batch_size=16, start=0, stop=10):
         state, metrics = program.train_step(state, program.strategy.shard_batch(batch))

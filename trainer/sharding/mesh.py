@@ -1,8 +1,8 @@
-"""Meshes: the devices of a run as a grid with the axes data, fsdp and tensor."""
+"""The mesh: the devices of a run along the axes data, fsdp and tensor, as many along each as the strategy says."""
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,138 +14,127 @@ from trainer import config
 from trainer.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+REPLICA_AXIS = "replica"  # the one axis of the mesh of `pmap`, all of it data
+TorusAxis = tuple[tuple[int, int], ...]  # dimensions of a torus, as (size, index of the coordinate)
 
 
-class Grid(NamedTuple):
-    """A mesh, and which of its axes make up each of `AXES`.
+class StrategyAxes(NamedTuple):
+    """The axes over which a strategy shards parameters with their EMA, and the optimizer state."""
 
-    Attributes:
-      mesh: of all devices.
-      axes: for "data", "fsdp" and "tensor" the axes of the mesh, outermost first; fsdp has one for each dimension of
-        the torus where the devices form one.
-    """
+    params: tuple[str, ...]
+    opt_state: tuple[str, ...]  # whose sizes can be set
 
-    mesh: Mesh
-    axes: Mapping[str, tuple[str, ...]]
 
-    def size(self, axis: str) -> int:
-        """How many devices lie along an axis."""
-        return math.prod(self.mesh.shape[name] for name in self.axes[axis])
-
-    def sharding(self, dimensions: Iterable[str | tuple[str, ...] | None], depth: int | None = None) -> NamedSharding:
-        """The sharding whose dimensions are split over these of `AXES`; a tuple splits one dimension over several.
-
-        With a depth, only the first so many mesh axes of each are used.
-        """
-        return NamedSharding(self.mesh, PartitionSpec(*(self._names(axes, depth) for axes in dimensions)))
-
-    def _names(self, axes: str | tuple[str, ...] | None, depth: int | None) -> tuple[str, ...] | None:
-        wanted = (axes,) if isinstance(axes, str) else axes or ()
-        return tuple(name for axis in wanted for name in self.axes[axis][:depth] if self.mesh.shape[name] > 1) or None
+STRATEGIES = {
+    "data": StrategyAxes((), ()),
+    "zero1": StrategyAxes((), ("fsdp",)),
+    "fsdp": StrategyAxes(("fsdp",), ("fsdp",)),
+    "tensor": StrategyAxes(("tensor",), ("tensor",)),
+    "zero1_tensor": StrategyAxes(("tensor",), ("fsdp", "tensor")),
+    "fsdp_tensor": StrategyAxes(("fsdp", "tensor"), ("fsdp", "tensor")),
+    "pmap": StrategyAxes((), ()),
+}
 
 
 def axis_sizes(parallel: config.Parallel, devices: int, slices: int = 1) -> dict[str, int]:
-    """How many devices the strategy puts along each of `AXES`.
+    """The number of devices along each of `AXES`.
 
     Raises:
       UserError: sizes that the strategy does not use, or that do not divide the devices of a slice.
     """
-    name, within = parallel.strategy, devices // slices
+    axes, within = STRATEGIES[parallel.strategy].opt_state, devices // slices
     if devices % slices:
         raise UserError(f"parallel.num_slices {slices} does not divide {devices} devices")
-    tensor = fsdp = 1
-    if "tensor" in name:
-        tensor = parallel.tensor or (within if name == "tensor" else math.gcd(2, within))
-    elif parallel.tensor:
-        raise UserError(f"parallel.tensor is {parallel.tensor}, which strategy {name!r} does not use")
+    for axis, size in (("tensor", parallel.tensor), ("fsdp", parallel.fsdp)):
+        if size and axis not in axes:
+            raise UserError(f"parallel.{axis} is {size}, which strategy {parallel.strategy!r} does not use")
+    default = math.gcd(2, within) if "fsdp" in axes else within
+    tensor = (parallel.tensor or default) if "tensor" in axes else 1
+    where = f"the {within} devices {'of a slice' if slices > 1 else 'there are'}"
     if within % tensor:
-        raise UserError(f"parallel.tensor {tensor} does not divide the {within} devices {_where(slices)}")
-    if "fsdp" in name or "zero1" in name:
-        fsdp = parallel.fsdp or within // tensor
-    elif parallel.fsdp:
-        raise UserError(f"parallel.fsdp is {parallel.fsdp}, which strategy {name!r} does not use")
+        raise UserError(f"parallel.tensor {tensor} does not divide {where}")
+    fsdp = (parallel.fsdp or within // tensor) if "fsdp" in axes else 1
     if within // tensor % fsdp:
         beside = f" with tensor {tensor} beside it" if tensor > 1 else ""
-        raise UserError(f"parallel.fsdp {fsdp}{beside} does not divide the {within} devices {_where(slices)}")
+        raise UserError(f"parallel.fsdp {fsdp}{beside} does not divide {where}")
     return {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
 
 
-def _where(slices: int) -> str:
-    return "of a slice" if slices > 1 else "there are"
-
-
-def make_grid(parallel: config.Parallel, devices: Sequence[jax.Device]) -> Grid:
-    """The devices as a grid: slices along data, and within a slice what the strategy says.
-
-    Raises:
-      UserError: as `axis_sizes`; slices that are not those of the devices.
-    """
+def make_mesh(parallel: config.Parallel, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of a strategy. Only data spans slices; on a torus fsdp is several axes, one for each dimension."""
+    if parallel.strategy == "pmap":  # the mesh that jax.pmap itself makes
+        axis_sizes(parallel, len(devices), parallel.num_slices or 1)
+        return Mesh(np.array(devices, object), (REPLICA_AXIS,), axis_types=(AxisType.Auto,))
     slices = _slices(parallel, devices)
     sizes = axis_sizes(parallel, len(devices), len(slices))
     torus = torus_axes(slices[0], sizes["fsdp"], sizes["tensor"]) if parallel.torus else None
-    parts = [size for size, _ in torus.fsdp] if torus else [sizes["fsdp"]]
-    shape = (sizes["data"] // len(slices), *parts, sizes["tensor"])
-    grid = np.concatenate([_arranged(devices, shape, torus) for devices in slices])
-    names = ("fsdp",) if len(parts) == 1 else tuple(f"fsdp_{i}" for i in range(len(parts)))
+    fsdp = [size for size, _ in torus[1]] if torus else [sizes["fsdp"]]
+    shape = (sizes["data"] // len(slices), *fsdp, sizes["tensor"])
+    array = np.concatenate([_arranged(devices, shape, torus) for devices in slices])
+    names = [f"fsdp_{i}" for i in range(len(fsdp))] if len(fsdp) > 1 else ["fsdp"]
     # Auto: XLA propagates shardings. Explicit axes would put them into every type.
-    mesh = Mesh(grid, ("data", *names, "tensor"), axis_types=(AxisType.Auto,) * grid.ndim)
-    return Grid(mesh, {"data": ("data",), "fsdp": names, "tensor": ("tensor",)})
+    return Mesh(array, ("data", *names, "tensor"), axis_types=(AxisType.Auto,) * array.ndim)
+
+
+def mesh_axes(mesh: Mesh) -> dict[str, tuple[str, ...]]:
+    """The axes of the mesh that make up each of `AXES`, outermost first."""
+    names = mesh.axis_names
+    return {"data": names[:1], "fsdp": names[1:-1], "tensor": names[1:][-1:]}
+
+
+def named_sharding(mesh: Mesh, spec: Iterable[str | tuple[str, ...] | None], depth: int | None = None) -> NamedSharding:
+    """The sharding of an array whose dimensions are each sharded over one of `AXES`, over several, or not.
+
+    With a depth, only the first `depth` axes of the mesh are used of each of `AXES`.
+    """
+
+    def names(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        wanted = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(name for axis in wanted for name in mesh_axes(mesh)[axis][:depth] if mesh.shape[name] > 1) or None
+
+    return NamedSharding(mesh, PartitionSpec(*map(names, spec)))
 
 
 def _slices(parallel: config.Parallel, devices: Sequence[jax.Device]) -> list[list[Any]]:
-    """The devices of each slice: as they say themselves, or, where they know of none (CPU), in equal parts."""
-    found: dict[int, list[Any]] = {}
+    """The devices of each slice: as the devices say, or in equal parts on CPUs, which do not say."""
+    slices: dict[int, list[Any]] = {}
     for device in devices:
-        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
-    if len(found) == 1 and devices[0].platform == "cpu":
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(slices) == 1 and devices[0].platform == "cpu":
         count = parallel.num_slices or 1
         axis_sizes(parallel, len(devices), count)
         size = len(devices) // count
         return [list(devices[i : i + size]) for i in range(0, len(devices), size)]
-    if parallel.num_slices not in (None, len(found)):
-        raise UserError(f"parallel.num_slices is {parallel.num_slices}; the devices form {len(found)}")
-    return [found[index] for index in sorted(found)]
+    if parallel.num_slices not in (None, len(slices)):
+        raise UserError(f"parallel.num_slices is {parallel.num_slices}; the devices form {len(slices)}")
+    return [slices[index] for index in sorted(slices)]
 
 
-class TorusAxes(NamedTuple):
-    """The dimensions of a torus that each axis takes, as (size, index of the coordinate)."""
-
-    data: tuple[tuple[int, int], ...]
-    fsdp: tuple[tuple[int, int], ...]
-    tensor: tuple[tuple[int, int], ...]
-
-
-def torus_axes(devices: Sequence[Any], fsdp: int, tensor: int) -> TorusAxes | None:
-    """Whole dimensions of the torus for each axis, or None if there is no torus or no such choice.
+def torus_axes(devices: Sequence[Any], fsdp: int, tensor: int) -> tuple[TorusAxis, TorusAxis, TorusAxis] | None:
+    """Whole dimensions of the torus for data, fsdp and tensor, or None if there is no torus or no such choice.
 
     Fsdp takes the longest and has them in descending order: XLA:TPU reduces and scatters along a dimension of 4, but
-    sums everything along one of 2.
+    sums everything along a dimension of 2.
     """
-    dimensions = sorted(((size, -i) for i, size in enumerate(_extent(devices)) if size > 1), reverse=True)
+    coordinates = np.array([getattr(device, "coords", ()) for device in devices])  # [devices, dimensions]
+    extent = [int(n) for n in coordinates.max(0) - coordinates.min(0) + 1]
+    if math.prod(extent) != len(devices):
+        return None
+    dimensions = sorted(((size, -i) for i, size in enumerate(extent) if size > 1), reverse=True)
     for order in itertools.permutations((size, -i) for size, i in dimensions):
         for first, second in itertools.combinations_with_replacement(range(len(order) + 1), 2):
             parts = order[:first], order[first:second], order[second:]
             if [math.prod(size for size, _ in part) for part in parts[:2]] == [fsdp, tensor]:
-                return TorusAxes(data=parts[2], fsdp=parts[0], tensor=parts[1]) if first else None
+                return (parts[2], *parts[:2]) if first else None
     return None
 
 
-def _extent(devices: Sequence[Any]) -> tuple[int, ...]:
-    """The extent of the devices' coordinates in each dimension; () where they have none or do not fill them."""
-    if not all(hasattr(device, "coords") for device in devices):
-        return ()
-    coordinates = np.array([device.coords for device in devices])
-    extent = tuple(int(n) for n in coordinates.max(0) - coordinates.min(0) + 1)
-    return extent if math.prod(extent) == len(devices) else ()
-
-
-def _arranged(devices: Sequence[Any], shape: tuple[int, ...], torus: TorusAxes | None) -> np.ndarray:
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...], torus: Sequence[TorusAxis] | None) -> np.ndarray:
     """The devices of a slice as an array of this shape."""
     if torus is None and devices[0].platform != "cpu":
         return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     if torus is not None:
-        order = [index for _, index in (*torus.data, *torus.fsdp, *torus.tensor)]
+        order = [index for axis in torus for _, index in axis]
         devices = sorted(devices, key=lambda device: [device.coords[index] for index in order])
-    arranged = np.empty(len(devices), object)
-    arranged[:] = devices
-    return arranged.reshape(shape)
+    return np.array(devices, object).reshape(shape)

@@ -1,8 +1,8 @@
-"""The dtype in which gradients are summed: over the rows of a device, and over devices.
+"""The dtype in which gradients are summed: over the examples of a device, and over devices.
 
 A model that computes in bfloat16 with float32 parameters, such as `nn.Dense(dtype=jnp.bfloat16)`, casts its parameters.
-Their gradient is summed over rows in bfloat16 and cast afterwards. Under `jax.jit` XLA sums over devices where the sum
-over rows ends, so in bfloat16, too; under `jax.pmap` the step sums what was cast, in float32.
+Their gradient is summed over examples in bfloat16 and cast afterwards. Under `jax.jit` XLA sums over devices where the
+sum over examples ends, so in bfloat16, too; under `jax.pmap` the step sums the gradients after the cast, in float32.
 """
 
 import functools
@@ -13,133 +13,144 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated")
-# What sums, or only moves numbers: in float32 on float32 operands it gives what these sums would be before rounding.
+# Sums, and operations that only move numbers. On float32 operands they give their 16-bit result before rounding.
 _LINEAR = ("add_any", "reduce_sum", "scatter-add", "transpose", "reshape", "squeeze", "copy")
 _CAST = "convert_element_type"
 
 
 def sum_in_float32(gradient: Callable) -> Callable:
-    """`gradient` with the 16-bit sums that become its float32 results made in float32 from the start.
+    """`gradient`, a function of arrays, with the 16-bit sums that become its float32 results made in float32.
 
-    The function is traced and its program rewritten: where a contraction, a convolution, a sum or a scatter-add gives
-    a 16-bit result of which nothing but the cast to float32 is used, and that cast is a result, as it is for gradients
-    of parameters that were cast, the operation itself gives float32. Its operands, and all other operations, stay as
-    they are; activations keep their dtype. A loop, a branch or a `jax.checkpoint` is a program of its own: parameters
-    must be cast inside of it, as Linen modules do.
-
-    Args:
-      gradient: a pure function of arrays.
+    The function is traced and its jaxpr rewritten. A contraction, a convolution, a sum or a scatter-add gives float32
+    itself if its 16-bit result is only cast to float32, and the cast is a result: so gradients of cast parameters are
+    computed. Operands and all other operations stay, so activations keep their dtype, and every operation keeps its
+    module name. The body of a loop, a branch or a `jax.checkpoint` is rewritten by itself: parameters must be cast
+    inside the body, as Linen modules do. A function without a 16-bit operation is called as it is.
     """
 
     @functools.wraps(gradient)
     def rewritten(*arguments: Any) -> Any:
-        program, shapes = jax.make_jaxpr(gradient, return_shape=True)(*arguments)
-        results = _run(_inlined(program), jax.tree.leaves(arguments), rewrite=True)
+        jaxpr, shapes = jax.make_jaxpr(gradient, return_shape=True)(*arguments)
+        if not _has_16_bits(jaxpr.jaxpr):
+            return gradient(*arguments)
+        results = core.jaxpr_as_fun(_rewritten(jaxpr))(*jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return rewritten
 
 
-def _inlined(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The program without calls of `jax.jit` that give 16 bits: a sum inside may be cast outside."""
-    return jax.make_jaxpr(lambda *xs: _run(program, xs, rewrite=False))(*program.in_avals)
+def _has_16_bits(jaxpr: core.Jaxpr) -> bool:
+    """Whether an operation, or one in an inner jaxpr, gives a 16-bit result."""
+    outvars = (var for equation in jaxpr.eqns for var in equation.outvars)
+    inner = (inner for equation in jaxpr.eqns for inner in core.jaxprs_in_params(equation.params))
+    return any(_is_16_bit(var.aval) for var in outvars) or any(map(_has_16_bits, inner))
 
 
-def _run(program: core.ClosedJaxpr, arguments: Sequence[Any], *, rewrite: bool) -> list[Any]:
-    """Evaluates a program, with its sums rewritten or else with calls inlined."""
-    jaxpr = program.jaxpr
-    wide = _sums_of_results(jaxpr) if rewrite else set()
+def _rewritten(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The jaxpr with its sums in float32. Calls of `jax.jit` are inlined first: a sum inside may be cast outside."""
+    inlined = jax.make_jaxpr(lambda *xs: _evaluate(jaxpr, xs, _inline))(*jaxpr.in_avals)
+    rewrite = functools.partial(_rewrite, wide=_sums_of_results(inlined.jaxpr))
+    return jax.make_jaxpr(lambda *xs: _evaluate(inlined, xs, rewrite))(*inlined.in_avals)
+
+
+def _evaluate(closed: core.ClosedJaxpr, arguments: Sequence[Any], apply: Callable) -> list[Any]:
+    """Evaluates a jaxpr, each equation by `apply` under the equation's own name stack, traceback and context."""
+    jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
-    values |= zip(jaxpr.constvars, program.consts, strict=True)
+    values |= zip(jaxpr.constvars, closed.consts, strict=True)
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        name, operands, results = equation.primitive.name, list(map(read, equation.invars)), equation.outvars
-        if name in ("jit", "pjit") and not rewrite and any(_is_16_bit(var.aval) for var in results):
-            values |= zip(results, _run(equation.params["jaxpr"], operands, rewrite=False), strict=True)
-        elif wide.intersection(results):
-            values[results[0]] = _in_float32(equation, operands)
-        elif name == _CAST and not isinstance(equation.invars[0], core.Literal) and equation.invars[0] in wide:
-            values[results[0]] = operands[0]  # which is float32 already
-        else:
-            inner = {name: _rewritten(value) if rewrite else value for name, value in equation.params.items()}
-            values |= zip(results, _bind(equation, operands, **inner), strict=True)
+        source = equation.source_info
+        names = source_info_util.current_name_stack() + source.name_stack
+        with source_info_util.user_context(source.traceback, name_stack=names), equation.ctx.manager:
+            values |= zip(equation.outvars, apply(equation, list(map(read, equation.invars))), strict=True)
     return list(map(read, jaxpr.outvars))
 
 
+def _inline(equation: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    if equation.primitive.name in ("jit", "pjit") and any(_is_16_bit(var.aval) for var in equation.outvars):
+        with source_info_util.extend_name_stack(f"jit({equation.params['name']})"):
+            return _evaluate(equation.params["jaxpr"], operands, _inline)
+    return _bind(equation, operands)
+
+
+def _rewrite(equation: core.JaxprEqn, operands: list[Any], *, wide: set[Any]) -> list[Any]:
+    if wide.intersection(equation.outvars):
+        return [_in_float32(equation, operands)]
+    if equation.primitive.name == _CAST and wide.intersection(_variables(equation.invars)):
+        return operands  # in float32 already
+    return _bind(equation, operands, **{name: _rewritten_parameter(x) for name, x in equation.params.items()})
+
+
+def _rewritten_parameter(value: Any) -> Any:
+    """A parameter of an operation, with the jaxprs in it rewritten."""
+    if type(value) is tuple:  # branches of a cond
+        return tuple(map(_rewritten_parameter, value))
+    if isinstance(value, core.Jaxpr):  # of jax.checkpoint
+        closed = _rewritten(core.ClosedJaxpr(value, ()))
+        assert not closed.consts, "a jaxpr without constants cannot get any by rewriting"
+        return closed.jaxpr
+    return _rewritten(value) if isinstance(value, core.ClosedJaxpr) else value
+
+
 def _sums_of_results(jaxpr: core.Jaxpr) -> set[Any]:
-    """The 16-bit sums of which nothing is used but their cast to float32, and that only to add up or hand out."""
+    """The 16-bit sums that are only cast to float32, and then only added up or returned."""
     uses: dict[Any, list[Any]] = defaultdict(list)
     for equation in jaxpr.eqns:
-        for atom in equation.invars:
-            if not isinstance(atom, core.Literal):
-                uses[atom].append(equation)
-    results = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+        for var in _variables(equation.invars):
+            uses[var].append(equation)
+    results = set(_variables(jaxpr.outvars))
     lead: set[Any] = set()  # to float32 results, and nowhere else
     for equation in reversed(jaxpr.eqns):
         if _is_linear(equation) or equation.primitive.name in _CONTRACTIONS:
-            [var] = equation.outvars
-            fits = uses[var] and var not in results if _is_16_bit(var.aval) else _dtype(var.aval) == jnp.float32
+            var: Any = equation.outvars[0]
+            fits = uses[var] and var not in results if _is_16_bit(var.aval) else var.aval.dtype == jnp.float32
             if fits and all(_is_linear(use) and use.outvars[0] in lead for use in uses[var]):
                 lead.add(var)
     return {var for var in lead if _is_16_bit(var.aval)}
 
 
-def _is_linear(equation: Any) -> bool:
-    """Whether float32 operands make an operation give what it gives now before rounding."""
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+def _is_linear(equation: core.JaxprEqn) -> bool:
+    """Whether an operation on float32 operands gives its result before rounding."""
     name = equation.primitive.name
     scales = name in ("mul", "div") and isinstance(equation.invars[1], core.Literal)
     return name in _LINEAR or scales or (name == _CAST and equation.params["new_dtype"] == jnp.float32)
 
 
-def _is_16_bit(aval: Any) -> bool:
-    return _dtype(aval) in (jnp.bfloat16, jnp.float16)
+def _is_16_bit(x: Any) -> bool:
+    return getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16)  # tokens have no dtype
 
 
-def _dtype(aval: Any) -> Any:
-    return getattr(aval, "dtype", None)  # effects have none
-
-
-def _in_float32(equation: Any, operands: Sequence[Any]) -> Any:
+def _in_float32(equation: core.JaxprEqn, operands: list[Any]) -> Any:
     """The result of an operation in float32."""
+    name, changes = equation.primitive.name, {}
+    if name in _CONTRACTIONS:
+        changes = {"preferred_element_type": np.dtype(np.float32)}
+    elif name == "scatter-add":  # its parameters hold an addition of 16-bit numbers
+        changes = {"update_jaxpr": jax.make_jaxpr(jax.lax.add)(*np.zeros(2, np.float32)).jaxpr}
 
-    def on_float32(*operands: Any, **changes: Any) -> Any:
-        wide = [x.astype(jnp.float32) if _is_16_bit(x) else x for x in operands]
-        return _bind(equation, wide, **changes)[0]
+    def on_16_bits(*operands: Any) -> Any:
+        return _bind(equation, operands, **changes)[0]
 
-    if equation.primitive.name == "scatter-add":  # its parameters hold an addition of 16-bit numbers
-        return on_float32(*operands, update_jaxpr=jax.make_jaxpr(jax.lax.add)(*np.zeros(2, np.float32)).jaxpr)
-    if equation.primitive.name not in _CONTRACTIONS:
+    def on_float32(*operands: Any) -> Any:
+        return on_16_bits(*(x.astype(jnp.float32) if _is_16_bit(x) else x for x in operands))
+
+    if name not in _CONTRACTIONS:
         return on_float32(*operands)
-    as_float32 = {"preferred_element_type": np.dtype(np.float32)}
     # TPUs multiply 16-bit numbers and add up in float32; XLA:CPU has no such contraction.
-    return jax.lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(on_float32, **as_float32),
-        default=lambda *operands: _bind(equation, operands, **as_float32)[0],
-    )
+    return jax.lax.platform_dependent(*operands, cpu=on_float32, default=on_16_bits)
 
 
-def _bind(equation: Any, operands: Sequence[Any], **changes: Any) -> list[Any]:
-    """Applies the operation of an equation."""
+def _bind(equation: core.JaxprEqn, operands: Sequence[Any], **changes: Any) -> list[Any]:
     results = equation.primitive.bind(*operands, **equation.primitive.get_bind_params({**equation.params, **changes}))
     return list(results) if equation.primitive.multiple_results else [results]
-
-
-def _rewritten(value: Any) -> Any:
-    """A parameter of an operation; programs in it are rewritten."""
-    if type(value) is tuple:  # branches of a cond
-        return tuple(map(_rewritten, value))
-    if isinstance(value, core.ClosedJaxpr):
-        inlined = _inlined(value)
-        return jax.make_jaxpr(lambda *xs: _run(inlined, xs, rewrite=True))(*inlined.in_avals)
-    if isinstance(value, core.Jaxpr):  # of jax.checkpoint
-        closed = _rewritten(core.ClosedJaxpr(value, ()))
-        assert not closed.consts, "a program without constants cannot get any by rewriting"
-        return closed.jaxpr
-    return value

@@ -1,136 +1,130 @@
-"""Where each parameter lives: from path rules, from Linen's logical axes, or by its largest dimension."""
+"""The sharding of each parameter: from path rules, from Linen's logical axes, or by its largest dimension."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 
 from trainer import config
 from trainer.errors import UserError
-from trainer.rules import assign, path_of
-from trainer.sharding.mesh import AXES
+from trainer.rules import assign, paths
+from trainer.sharding.mesh import AXES, STRATEGIES
 
 Axes = tuple[str | None, ...]
+AxisRules = tuple[tuple[str, str | None], ...]
+
+_TENSOR: AxisRules = (("vocab", "tensor"), ("heads", "tensor"), ("mlp", "tensor"))
+_FSDP: AxisRules = (("vocab", "fsdp"), ("embed", "fsdp"))
+DEFAULT_AXIS_RULES: AxisRules = (*_TENSOR, *_FSDP, ("head_dim", None), ("layers", None), ("length", None))
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """The sharding of a parameter over the axes of the mesh.
-
-    Attributes:
-      path: the parameter.
-      shape: its shape.
-      axes: for each dimension "data", "fsdp", "tensor", or None.
-      why: which rule decided, or why the parameter is replicated.
-    """
+    """The sharding of a parameter and of its optimizer state; `zero1` applies fsdp to the optimizer state only."""
 
     path: str
-    shape: tuple[int, ...]
-    axes: Axes
-    why: str
+    shape: tuple[int, ...]  # of the global array
+    axes: Axes  # one of `AXES` or None for each dimension; an axis of size 1 counts as None
+    why: str  # the rule that decided, or the reason why the parameter is replicated
 
     def __str__(self) -> str:
-        names = [axis or "-" for axis in self.axes]
-        return f"({', '.join(names)})" if any(self.axes) else "replicated"
+        return f"({', '.join(axis or '-' for axis in self.axes)})" if any(self.axes) else "replicated"
 
 
-def place(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]) -> list[ParamSpec]:
-    """A placement for every parameter, in the order of the tree's leaves.
+def axis_rules(parallel: config.Parallel) -> AxisRules:
+    """The rules for logical axes: the user's before the defaults."""
+    for name, axis in parallel.axis_rules:
+        if axis is not None and axis not in AXES:
+            raise UserError(f"parallel.axis_rules maps {name!r} to axis {axis!r}; there are {', '.join(AXES)}")
+    return (*parallel.axis_rules, *DEFAULT_AXIS_RULES)
+
+
+def unmapped_axes(params: Any, parallel: config.Parallel) -> list[str]:
+    """The logical axes that no rule maps, which are replicated; a `UserError` with `parallel.strict_axes`."""
+    known, named = list(dict(axis_rules(parallel))), {} if parallel.rules else _logical_axes(params)
+    unmapped = {name: path for path, names in named.items() for name in names if name and name not in known}
+    for name, path in unmapped.items() if parallel.strict_axes else ():
+        reason = f"which parallel.axis_rules does not map (it maps {known})"
+        raise UserError(f"{path} has the logical axis {name!r}, {reason}")
+    return list(unmapped)
+
+
+def param_specs(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]) -> list[ParamSpec]:
+    """The sharding of every parameter, in the order of the leaves.
 
     Args:
       params: in shapes, as `init` returns them: with the boxes of `nn.with_logical_partitioning`, if there are any.
       parallel: `rules` decide if there are any, else logical axes where the model names them, else size.
-      sizes: how many devices lie along each axis.
+      sizes: the number of devices along each axis.
 
     Raises:
-      UserError: an axis that does not exist or does not divide its dimension, a logical axis without a rule, or a
-        tensor strategy that nothing tells what to split.
+      UserError: a rule that matches no parameter, an axis that does not exist or does not divide its dimension, or a
+        tensor strategy without rules and logical axes.
     """
-    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
-    named = {path_of(keys): box.names for keys, box in boxes if _is_box(box)}
-    plain = nn.unbox(params)
-    leaves = [(path_of(keys), tuple(leaf.shape)) for keys, leaf in jax.tree_util.tree_leaves_with_path(plain)]
-    if parallel.rules:
-        rules = [(pattern, _Leaf(axes)) for pattern, axes in parallel.rules]
-        assigned = jax.tree.leaves(assign(rules, plain, what="sharding rule"))
-        placed = [
-            ParamSpec(path, shape, leaf.axes, "rule") for (path, shape), leaf in zip(leaves, assigned, strict=True)
-        ]
-    elif sizes["tensor"] > 1 and not named:
+    logical, params = _logical_axes(params), nn.unbox(params)
+    if sizes["tensor"] > 1 and not logical and not parallel.rules:
         raise UserError(
-            f"strategy {parallel.strategy!r} splits what parallel.rules or the logical axes of a model "
-            "(nn.with_logical_partitioning) say; this run has neither"
+            f"strategy {parallel.strategy!r} shards by parallel.rules or by the logical axes of a model "
+            "(nn.with_logical_partitioning); this run has neither"
         )
-    else:
-        placed = [
-            _by_name(path, shape, named[path], parallel, sizes)
-            if path in named
-            else _by_size(path, shape, parallel, sizes)
-            for path, shape in leaves
-        ]
-    for placement in placed:
-        _check(placement, sizes)
-    return placed
+    path_rules = [(pattern, PartitionSpec(*axes)) for pattern, axes in parallel.rules]
+    by_rule = jax.tree.leaves(assign(path_rules, params, what="sharding rule")) if path_rules else ()
+    rules = [(name, axis) for name, axis in axis_rules(parallel) if axis is None or sizes[axis] > 1]
+    specs = []
+    for i, (path, leaf) in enumerate(zip(paths(params), jax.tree.leaves(params), strict=True)):
+        if by_rule:
+            axes, why = by_rule[i], "rule"
+        elif names := logical.get(path):
+            # Flax's own semantics: rules in order, and no axis of the mesh twice in one array.
+            axes, why = nn.logical_to_mesh_axes(names, rules) or (), f"logical axes {', '.join(map(str, names))}"
+        else:
+            axes, why = _by_size(leaf.shape, parallel, sizes)
+        specs.append(_checked(ParamSpec(path, tuple(leaf.shape), tuple(axes), why), parallel, sizes))
+    return specs
 
 
-def _is_box(x: Any) -> bool:
-    return isinstance(x, nn.Partitioned)
+def _logical_axes(params: Any) -> dict[str, Axes]:
+    """The names in the boxes, by the path of the parameter."""
+    boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    leaves = zip(paths(nn.unbox(params)), boxes, strict=True)
+    return {path: box.names for path, box in leaves if isinstance(box, nn.Partitioned)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """Axes as one leaf: a bare tuple would be taken for part of the tree."""
-
-    axes: Axes
-
-
-def _by_name(
-    path: str,
-    shape: tuple[int, ...],
-    names: tuple[str | None, ...],
-    parallel: config.Parallel,
-    sizes: Mapping[str, int],
-) -> ParamSpec:
-    known = dict(parallel.axis_rules)
-    for name in names:
-        if name is not None and name not in known:
-            raise UserError(
-                f"{path} has the logical axis {name!r}, which parallel.axis_rules does not map (it maps {list(known)})"
-            )
-    rules = [(name, axis) for name, axis in parallel.axis_rules if sizes.get(axis or "") != 1]
-    # Flax's own semantics: rules in order, and no mesh axis twice in one array.
-    axes = tuple(nn.logical_to_mesh_axes(names, rules) or ())
-    return ParamSpec(path, shape, axes, "logical axes " + ", ".join(map(str, names)))
-
-
-def _by_size(path: str, shape: tuple[int, ...], parallel: config.Parallel, sizes: Mapping[str, int]) -> ParamSpec:
-    """Splits the largest dimension that divides; the last of several."""
-    parts, elements = sizes["fsdp"], 1
-    for size in shape:
-        elements *= size
-    nothing: Axes = (None,) * len(shape)
-    if elements < parallel.min_shard_size:
-        return ParamSpec(path, shape, nothing, f"fewer than {parallel.min_shard_size:,} numbers")
-    dividing = [(size, dimension) for dimension, size in enumerate(shape) if size % parts == 0]
+def _by_size(shape: tuple[int, ...], parallel: config.Parallel, sizes: Mapping[str, int]) -> tuple[Axes, str]:
+    """Shards the largest dimension that divides; of several, the last."""
+    fsdp, replicated = sizes["fsdp"], (None,) * len(shape)
+    if fsdp == 1:
+        return replicated, "no logical axes"
+    if math.prod(shape) < parallel.min_shard_size:
+        return replicated, f"fewer than {parallel.min_shard_size:,} numbers"
+    dividing = [(size, dimension) for dimension, size in enumerate(shape) if size % fsdp == 0]
     if not dividing:
-        return ParamSpec(path, shape, nothing, f"no dimension divides by {parts}")
+        return replicated, f"no dimension divides by {fsdp}"
     _, chosen = max(dividing)
-    return ParamSpec(path, shape, (*nothing[:chosen], "fsdp", *nothing[chosen + 1 :]), "largest dimension")
+    return (*replicated[:chosen], "fsdp", *replicated[chosen + 1 :]), "largest dimension"
 
 
-def _check(placement: ParamSpec, sizes: Mapping[str, int]) -> None:
-    path, shape, axes = placement.path, placement.shape, placement.axes
+def _checked(spec: ParamSpec, parallel: config.Parallel, sizes: Mapping[str, int]) -> ParamSpec:
+    """The spec without axes of size 1, if it fits the parameter."""
+    path, shape, axes, why = spec.path, spec.shape, spec.axes, spec.why
     if len(axes) > len(shape):
-        raise UserError(f"{placement.why} for {path} names {len(axes)} dimensions; its shape is {shape}")
+        raise UserError(f"{why} for {path} names {len(axes)} dimensions; its shape is {shape}")
     for size, axis in zip(shape, axes, strict=False):
         if axis is not None and axis not in sizes:
-            raise UserError(f"{placement.why} for {path} names axis {axis!r}; there are {', '.join(AXES)}")
+            raise UserError(f"{why} for {path} names axis {axis!r}; there are {', '.join(AXES)}")
         if axis is not None and size % sizes[axis]:
-            raise UserError(
-                f"{path} {shape} does not divide over axis {axis!r} of size {sizes[axis]} ({placement.why})"
-            )
-    used = [axis for axis in axes if axis is not None]
-    if len(set(used)) < len(used):
-        raise UserError(f"{placement.why} for {path} names an axis twice: {axes}")
+            raise UserError(f"{path} {shape} does not divide over axis {axis!r} of size {sizes[axis]} ({why})")
+    if any(axis is not None and axes.count(axis) > 1 for axis in axes):
+        raise UserError(f"{why} for {path} names an axis twice: {axes}")
+    axes = tuple(axis if axis is not None and sizes[axis] > 1 else None for axis in axes)
+    strategy = STRATEGIES[parallel.strategy]
+    if not any(axes) and sizes["fsdp"] * sizes["tensor"] == 1:
+        one = "one device" if sizes["data"] == 1 else f"{' and '.join(strategy.opt_state)} of size 1"
+        why = one if strategy.opt_state else f"strategy {parallel.strategy}"
+    elif "fsdp" in axes and "fsdp" not in strategy.params:
+        why += " (fsdp: optimizer state only)"
+    return dataclasses.replace(spec, axes=axes, why=why)

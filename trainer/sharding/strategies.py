@@ -1,268 +1,230 @@
-"""Sharded: `jax.jit` over a mesh of devices; a step sees global arrays and XLA adds the communication."""
+"""Strategies: how the steps of a run are compiled for several devices, by `jax.jit` or by `jax.pmap`."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
+from trainer import config
 from trainer.experiment import Batch
 from trainer.metrics import Metrics
 from trainer.rules import path_of
-from trainer.sharding.mesh import Grid
-from trainer.sharding.specs import ParamSpec
+from trainer.sharding.mesh import BATCH_AXES, REPLICA_AXIS, STRATEGIES, make_mesh, mesh_axes, named_sharding
+from trainer.sharding.specs import ParamSpec, axis_rules, param_specs, unmapped_axes
 from trainer.state import TrainState
 
-_ROWS = ("data", "fsdp")  # the axes that split a batch
 
+class Strategy:
+    """How steps spread over the devices of a mesh. All strategies write the same checkpoint.
 
-class Sharded:
-    """Batches are split over data and fsdp; parameters and what follows them go where their placements say."""
+    Attributes:
+      devices: all devices, also those of other processes.
+      sizes: the number of devices along data, fsdp and tensor.
+      specs: the sharding of each parameter, by path.
+      notes: lines for the user about parameters that the rules do not cover.
+      batch_shards: the number of shards of a batch, which divides the number of examples.
+      batch_sharding: the sharding of the arrays of a global batch.
+      axis_name: the replica axis of a step, or None where a step sees global arrays.
+    """
 
-    axis_name = None
+    axis_name: str | None = None
 
-    def __init__(
-        self,
-        grid: Grid,
-        specs: Sequence[ParamSpec],
-        axis_rules: Sequence[tuple[str, str | None]],
-        *,
-        whole_params: bool = False,
-    ) -> None:
-        """Prepares nothing on the devices.
-
-        Args:
-          grid: the devices.
-          specs: one for each parameter.
-          axis_rules: what the logical axes of activations mean while a step is traced.
-          whole_params: whether fsdp splits the optimizer's state only (`zero1`).
-        """
-        self.grid = grid
-        self.specs: Mapping[str, ParamSpec] = {spec.path: spec for spec in specs}
-        self.devices: list[jax.Device] = list(grid.mesh.devices.flat)
-        self.rows, self.replicated = grid.sharding((_ROWS,)), grid.sharding(())
-        self._whole_params = whole_params
-        names = {axis: grid.sharding((axis,)).spec[0] for axis in grid.axes}
-        self._axis_rules = [("batch", self.rows.spec[0]), *((name, names.get(axis or "")) for name, axis in axis_rules)]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """How many devices lie along data, fsdp and tensor."""
-        return {axis: self.grid.size(axis) for axis in self.grid.axes}
-
-    @property
-    def batch_shards(self) -> int:
-        """Into how many parts a batch is split."""
-        return math.prod(self.sizes[axis] for axis in _ROWS)
+    def __init__(self, parallel: config.Parallel, devices: Sequence[jax.Device], params: Any) -> None:
+        """Checks `parallel` against the parameters, which may be abstract and boxed; computes nothing."""
+        self._parallel, self._mesh = parallel, make_mesh(parallel, devices)
+        self._axes, shape = mesh_axes(self._mesh), self._mesh.shape
+        self.devices: list[jax.Device] = list(self._mesh.devices.flat)
+        self.sizes = {axis: math.prod(shape[name] for name in names) for axis, names in self._axes.items()}
+        sizes = self.sizes if self.axis_name is None else dict.fromkeys(self.sizes, 1)  # a replica holds all
+        self.specs: Mapping[str, ParamSpec] = {spec.path: spec for spec in param_specs(params, parallel, sizes)}
+        unmapped = ", ".join(unmapped_axes(params, parallel))
+        self.notes = (
+            (f"logical axes that parallel.axis_rules does not map, replicated: {unmapped}",) if unmapped else ()
+        )
+        self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
+        self.batch_sharding = named_sharding(self._mesh, (BATCH_AXES,))
+        self._replicated = named_sharding(self._mesh, ())
 
     def shardings(self, state: TrainState) -> TrainState:
-        """The tree of shardings of a state, of which only shapes are used.
+        """The sharding of each array of a state, of which only paths and shapes are used.
 
-        Whatever in the optimizer's state has the path and the shape of a parameter is placed as that parameter is.
+        An array with the path and shape of a parameter is sharded like the parameter, such as a moment.
         """
-        whole: Any = jax.tree.map(lambda _: self.replicated, state)
-        return whole.replace(
-            params=self._like_params(state.params, whole=self._whole_params),
+        strategy, replicated = STRATEGIES[self._parallel.strategy], jax.tree.map(lambda _: self._replicated, state)
+        state_only = set(strategy.opt_state) - set(strategy.params)
+        return replicated.replace(
+            params=self._like_params(state.params, replicate=state_only),
             opt_state=self._like_params(state.opt_state),
-            ema=self._like_params(state.ema, whole=self._whole_params),
+            ema=self._like_params(state.ema, replicate=state_only),
         )
 
-    def _like_params(self, tree: Any, *, whole: bool = False, depth: int | None = None) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: self._sharding(path_of(keys), leaf.shape, whole, depth), tree
-        )
+    def _like_params(self, tree: Any, *, replicate: Collection[str] = (), depth: int | None = None) -> Any:
+        def sharding(keys: Any, leaf: Any) -> NamedSharding:
+            path = path_of(keys)
+            while path:
+                spec = self.specs.get(path)
+                if spec is not None and spec.shape == tuple(leaf.shape):
+                    axes = [None if axis in replicate else axis for axis in spec.axes]
+                    return named_sharding(self._mesh, axes, depth) if any(axes) else self._replicated
+                path = path.partition("/")[2]
+            return self._replicated
 
-    def _sharding(self, path: str, shape: tuple[int, ...], whole: bool, depth: int | None) -> NamedSharding:
-        while path:
-            spec = self.specs.get(path)
-            if spec is not None and spec.shape == tuple(shape):
-                axes = [None if whole and axis == "fsdp" else axis for axis in spec.axes]
-                return self.grid.sharding(axes, depth)
-            path = path.partition("/")[2]
-        return self.replicated
-
-    def constrain_gradients(self, gradients: Any) -> Any:
-        """Lays gradients out as the optimizer's state is, so that each is summed where it is used.
-
-        One mesh axis after the other: so XLA:TPU reduces and scatters along each dimension of a torus. All at once
-        would become the sum of everything everywhere, of which most is thrown away.
-        """
-        for depth in range(1, len(self.grid.axes["fsdp"]) + 1):
-            gradients = jax.lax.with_sharding_constraint(gradients, self._like_params(gradients, depth=depth))
-        return gradients
+        return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def abstract_state(self, init: Callable[[], TrainState]) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
+        """The state in shapes, dtypes and shardings; nothing is computed."""
         shapes = jax.eval_shape(init)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            self.shardings(shapes),
-        )
+        return jax.tree.map(_abstract, shapes, self.shardings(shapes))
 
     def init_state(self, init: Callable[[], TrainState]) -> TrainState:
-        """The state, each part made where it will live."""
+        """The state, with each shard made on its device."""
         return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init)))()
 
     def local_examples(self, batch_size: int) -> np.ndarray:
-        """The rows of a global batch that this process holds, int64, ascending."""
-        return local_examples(self.rows, batch_size)
+        """The positions in a global batch of the examples that this process reads, int64, ascending."""
+        return local_examples(self.batch_sharding, batch_size)
 
     def shard_batch(self, batch: Batch) -> Batch:
-        """The batch, of which this process gives its `local_examples`, with its rows split over the devices."""
-        if len(self.devices) == 1 and self.devices[0].platform == "cpu":
-            return batch  # it is where it should be; jit takes it as it is, sixfold faster than device_put
-        return {name: global_array(self.rows, x) for name, x in batch.items()}
+        """A host batch, NumPy arrays of this process's `local_examples`, on the devices."""
+        return {name: self._shard(x) for name, x in batch.items()}
 
     def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
-        """The global batch's shapes and dtypes."""
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows) for name, x in batch.items()}
-
-    def compile_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
-        """Output shardings are pinned to the input's: left to XLA, the second step would compile again."""
-        shardings = self.shardings(state)
-        return jax.jit(
-            self._with_names(step),
-            in_shardings=(shardings, self.rows),
-            out_shardings=(shardings, self.replicated),
-            donate_argnums=0,
-        )
-
-    def compile_eval(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
-        """The compiled evaluation."""
-        return jax.jit(
-            self._with_names(step), in_shardings=(self.shardings(state), self.rows), out_shardings=self.replicated
-        )
-
-    def _with_names(self, step: Callable) -> Callable:
-        """Traces a step where `nn.with_logical_constraint` in a model finds the mesh and what its names mean."""
-
-        @functools.wraps(step)
-        def traced(state: TrainState, batch: Batch) -> Any:
-            with use_abstract_mesh(self.grid.mesh.abstract_mesh), nn.logical_axis_rules(self._axis_rules):
-                return step(state, batch)
-
-        return traced
-
-
-class Pmapped:
-    """Data parallelism by replicas that sum their gradients; each draws dropout masks of its own."""
-
-    axis_name = "replica"
-
-    def __init__(self, devices: Sequence[jax.Device], specs: Sequence[ParamSpec]) -> None:
-        """One replica on each of `devices`."""
-        self.devices = list(devices)
-        self.specs: Mapping[str, ParamSpec] = {spec.path: spec for spec in specs}
-        mesh = Mesh(np.array(devices, object), (self.axis_name,), axis_types=(AxisType.Auto,))
-        self.rows = NamedSharding(mesh, PartitionSpec(self.axis_name))
-        self.replicated = NamedSharding(mesh, PartitionSpec())
+        """The result of `shard_batch` for a global batch, in shapes, dtypes and shardings."""
+        return {name: self._abstract(x) for name, x in batch.items()}
 
     def constrain_gradients(self, gradients: Any) -> Any:
-        """Gradients are whole in every replica."""
+        """Inside a step: the gradients in the sharding of the optimizer state, so each is summed where it is used."""
         return gradients
 
-    def abstract_state(self, init: Callable[[], TrainState]) -> TrainState:
-        """Shapes and dtypes of the state, replicated."""
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), jax.eval_shape(init)
+    def compile_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
+        """The compiled update: it donates its state, and the next has the same shardings. `state` may be abstract."""
+        return self._compile(step, state, train=True)
+
+    def compile_eval(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
+        """The compiled evaluation, whose metrics are replicated. `state` may be abstract."""
+        return self._compile(step, state, train=False)
+
+    def _shard(self, x: np.ndarray) -> Any:
+        raise NotImplementedError
+
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        raise NotImplementedError
+
+    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
+        raise NotImplementedError
+
+
+class Sharded(Strategy):
+    """`jax.jit` over a mesh: a step sees global arrays and XLA adds the communication."""
+
+    def constrain_gradients(self, gradients: Any) -> Any:
+        """As the base class, over one axis of the mesh after the other.
+
+        So XLA:TPU reduces and scatters along each dimension of a torus. Over all axes at once it would sum everything
+        everywhere and drop most of the result.
+        """
+        for depth in range(1, len(self._axes["fsdp"]) + 1):
+            gradients = jax.lax.with_sharding_constraint(gradients, self._like_params(gradients, depth=depth))
+        return gradients
+
+    def _shard(self, x: np.ndarray) -> Any:
+        if len(self.devices) == 1 and self.devices[0].platform == "cpu":
+            return x  # jit takes NumPy arrays, six times faster than device_put
+        return global_array(self.batch_sharding, x)
+
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        return _abstract(x, self.batch_sharding)
+
+    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
+        names = {axis: named_sharding(self._mesh, (axis,)).spec[0] for axis in self._axes}
+        rules = [(name, names.get(axis or "")) for name, axis in axis_rules(self._parallel)]
+        rules = [("batch", self.batch_sharding.spec[0]), *rules]
+
+        def traced(state: TrainState, batch: Batch) -> Any:  # with what `nn.with_logical_constraint` in a model needs
+            with use_abstract_mesh(self._mesh.abstract_mesh), nn.logical_axis_rules(rules):
+                return step(state, batch)
+
+        traced.__name__ = getattr(step, "func", step).__name__  # which profiles show
+        shardings = self.shardings(state)
+        return jax.jit(
+            traced,
+            in_shardings=(shardings, self.batch_sharding),
+            # Pinned: with XLA's choice the second step would compile again.
+            out_shardings=(shardings, self._replicated) if train else self._replicated,
+            donate_argnums=0 if train else (),
         )
 
-    def init_state(self, init: Callable[[], TrainState]) -> TrainState:
-        """The state, whole on every device."""
-        return jax.jit(init, out_shardings=self.replicated)()
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """All devices lie along data."""
-        return {"data": len(self.devices), "fsdp": 1, "tensor": 1}
+class Pmapped(Strategy):
+    """`jax.pmap`: a step sees one replica's examples, sums gradients over replicas, and draws its own dropout masks."""
 
-    @property
-    def batch_shards(self) -> int:
-        """Into how many parts a batch is split."""
-        return len(self.devices)
+    axis_name = REPLICA_AXIS
 
-    def local_examples(self, batch_size: int) -> np.ndarray:
-        """The rows of a global batch that this process holds, int64, ascending."""
-        return local_examples(self.rows, batch_size)
+    def _shard(self, x: np.ndarray) -> Any:
+        """An array [replicas of this process, examples of one replica, …]."""
+        here = NamedSharding(self._mesh.local_mesh, self.batch_sharding.spec)
+        return jax.device_put(x.reshape(here.num_devices, -1, *x.shape[1:]), here)
 
-    def shard_batch(self, batch: Batch) -> Batch:
-        """The batch as [this process's replicas, rows of one replica, …], one part on each device."""
-        here = NamedSharding(self.rows.mesh.local_mesh, self.rows.spec)
-        mine = here.num_devices
-        return {name: jax.device_put(x.reshape(mine, -1, *x.shape[1:]), here) for name, x in batch.items()}
-
-    def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
-        """Shapes and dtypes with the replica axis in front."""
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
         replicas = len(self.devices)
-        here = replicas if jax.process_count() == 1 else len(self.rows.addressable_devices)
-        return {
-            name: jax.ShapeDtypeStruct((here, x.shape[0] // replicas, *x.shape[1:]), x.dtype)
-            for name, x in batch.items()
-        }
+        here = replicas if jax.process_count() == 1 else len(self.batch_sharding.addressable_devices)
+        return jax.ShapeDtypeStruct((here, x.shape[0] // replicas, *x.shape[1:]), x.dtype)
 
-    def compile_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
-        """State and metrics come back replicated, without a device axis."""
-        del state
+    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
         mapped = jax.pmap(
             step,
             self.axis_name,
             in_axes=(None, 0),
-            out_axes=(None, None),
-            donate_argnums=0,
+            out_axes=(None, None) if train else None,  # replicated, without a replica axis
+            donate_argnums=0 if train else (),
             devices=self.devices,
         )
-        return self._for_processes(mapped)
-
-    def compile_eval(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
-        """The compiled evaluation."""
-        del state
-        mapped = jax.pmap(step, self.axis_name, in_axes=(None, 0), out_axes=None, devices=self.devices)
-        return self._for_processes(mapped)
-
-    def _for_processes(self, mapped: Callable) -> Callable:
-        """With several processes, `jax.pmap` takes and gives arrays of this one, where all else has global arrays."""
         if jax.process_count() == 1:
             return mapped
 
-        def of_all(state: TrainState, batch: Batch) -> Any:
-            here = NamedSharding(self.replicated.mesh.local_mesh, PartitionSpec())
-            results = mapped(jax.tree.map(lambda x: _seen_as(x, here), state), batch)
-            return jax.tree.map(lambda x: _seen_as(x, self.replicated), results)
+        def on_global(state: TrainState, batch: Batch) -> Any:  # jax.pmap takes and gives arrays of this process
+            here = NamedSharding(self._mesh.local_mesh, PartitionSpec())
+            results = mapped(jax.tree.map(lambda x: _with_sharding(x, here), state), batch)
+            return jax.tree.map(lambda x: _with_sharding(x, self._replicated), results)
 
-        return of_all
+        return on_global
 
 
-def _seen_as(x: Any, replicated: NamedSharding) -> Any:
-    """The same buffers on the devices of this process, as an array replicated over others, too, or over them alone."""
+def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _with_sharding(x: Any, replicated: NamedSharding) -> Any:
+    """The buffers of a replicated array as an array that is replicated over more devices, or over fewer."""
     if isinstance(x, jax.core.Tracer):
         return x
     return jax.make_array_from_single_device_arrays(x.shape, replicated, [shard.data for shard in x.addressable_shards])
 
 
-def local_examples(sharding: NamedSharding, rows: int) -> np.ndarray:
-    """Those of `rows` rows, int64 and ascending, that lie on devices of this process.
+def local_examples(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The positions in a global batch of the examples that this process reads, int64, ascending.
 
-    They need not follow each other: on a slice of a torus the chips of a host are a block, not a run.
+    They need not be consecutive: on a slice of a torus the chips of a host form a block.
     """
-    every = np.arange(rows)
-    return np.unique(np.concatenate([every[i] for i in sharding.addressable_devices_indices_map((rows,)).values()]))
+    every = np.arange(batch_size)
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([every[i] for i in indices]))
 
 
 def global_array(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
-    """The array of which this process gives its `local_examples`, in their order."""
+    """The global array of which `x` holds this process's `local_examples`, in their order."""
     if jax.process_count() == 1:
         return jax.make_array_from_process_local_data(sharding, x)
     shards = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
-    mine = local_examples(sharding, shards)
-    rows = len(x) // len(mine)
+    local_shards = local_examples(sharding, shards)
+    size = len(x) // len(local_shards)
 
-    def part(index: Any) -> np.ndarray:
-        start = int(np.searchsorted(mine, (index[0].start or 0) // rows)) * rows
-        return x[start : start + rows]
+    def shard(index: Any) -> np.ndarray:
+        start = int(np.searchsorted(local_shards, (index[0].start or 0) // size)) * size
+        return x[start : start + size]
 
-    return jax.make_array_from_callback((shards * rows, *x.shape[1:]), sharding, part)
+    return jax.make_array_from_callback((shards * size, *x.shape[1:]), sharding, shard)

@@ -1,4 +1,4 @@
-"""Which rows of a batch a process holds, and how it hands them in, also where they do not follow each other."""
+"""The examples of a batch that a process reads and puts on its devices, consecutive or not."""
 
 from typing import Any
 
@@ -32,45 +32,44 @@ class OnHost:
 
 
 @pytest.mark.parametrize(
-    ("axes", "devices", "rows"),
+    ("axes", "devices", "examples"),
     [
         ((("data", "tensor"),), range(4), [0, 1, 4, 5, 8, 9, 12, 13]),
         ((("data", "tensor"),), range(4, 8), [2, 3, 6, 7, 10, 11, 14, 15]),
-        (("data",), range(4), list(range(16))),  # tensor repeats rows on both hosts
+        (("data",), range(4), list(range(16))),  # both hosts have all: tensor does not shard a batch
         (("data",), range(2), list(range(8))),
         ((), range(3), list(range(16))),
     ],
 )
-def test_rows_of_a_host_are_those_of_its_devices(axes, devices, rows):
+def test_rows_of_a_host_are_those_of_its_devices(axes, devices, examples):
     host: Any = OnHost(sharding(*axes), devices)
     found = local_examples(host, 16)
-    assert found.tolist() == rows
+    assert found.tolist() == examples
     assert found.dtype == np.int64
 
 
 @pytest.mark.parametrize("axes", [(("data", "tensor"),), ("data",), ("tensor",), ()])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_device_gets_its_rows(axes, processes, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: processes)  # takes the way of several
-    rows = np.arange(32, dtype=np.float32).reshape(16, 2)
-    array = global_array(sharding(*axes), rows)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)  # takes the branch for several
+    examples = np.arange(32, dtype=np.float32).reshape(16, 2)
+    array = global_array(sharding(*axes), examples)
     assert array.sharding == sharding(*axes)
     for shard in array.addressable_shards:
-        np.testing.assert_array_equal(shard.data, rows[shard.index])
+        np.testing.assert_array_equal(shard.data, examples[shard.index])
 
 
 @pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap", "fsdp_tensor"])
 def test_a_batch_on_the_devices_is_what_the_step_was_made_for(strategy):
     rules = ((".*", ()),) if "tensor" in strategy else ()
-    parts = compile_program(
+    program = compile_program(
         config.resolve(make_run(experiment=Task(), parallel=config.Parallel(strategy, rules=rules)))
     )
-    rows = program.strategy.local_examples(16)
-    assert rows.tolist() == list(range(16))
+    assert program.strategy.local_examples(16).tolist() == list(range(16))
     batch = {"x": np.arange(128, dtype=np.float32).reshape(16, 8), "mask": np.ones(16, np.float32)}
     expected = program.strategy.abstract_batch({"x": batch["x"], "mask": batch["mask"]})
     for name, array in program.strategy.shard_batch(batch).items():
         assert (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype)
-        if strategy != "pmap":  # whose programs take what lies on their devices
+        if strategy != "pmap":  # whose shapes have no sharding
             assert array.sharding.is_equivalent_to(expected[name].sharding, array.ndim)
         np.testing.assert_array_equal(np.asarray(array).reshape(batch[name].shape), batch[name])
