@@ -6,30 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.config import Checkpoint as Checkpoint
-    from trainer.config import Evaluation as Evaluation
-    from trainer.config import Group as Group
-    from trainer.config import Loading as Loading
-    from trainer.config import Logging as Logging
-    from trainer.config import Optimizer as Optimizer
-    from trainer.config import Parallel as Parallel
-    from trainer.config import Run as Run
-    from trainer.config import Schedule as Schedule
-    from trainer.config import setting as setting
+    # isort: off
+    from trainer.config import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group, Loading as Loading
+    from trainer.config import Logging as Logging, Optimizer as Optimizer, Parallel as Parallel, Run as Run
+    from trainer.config import Schedule as Schedule, setting as setting
     from trainer.data import ArraySource as ArraySource
     from trainer.data.tfds import TfdsSource as TfdsSource
     from trainer.distributed import Interrupted as Interrupted
-    from trainer.errors import CollectiveError as CollectiveError
-    from trainer.errors import DivergedError as DivergedError
-    from trainer.errors import NotPreparedError as NotPreparedError
-    from trainer.errors import UserError as UserError
+    from trainer.errors import CollectiveError as CollectiveError, DivergedError as DivergedError
+    from trainer.errors import NotPreparedError as NotPreparedError, UserError as UserError
     from trainer.evaluation import evaluate as evaluate
-    from trainer.experiment import Experiment as Experiment
-    from trainer.experiment import replica_axis as replica_axis
+    from trainer.experiment import Experiment as Experiment, replica_axis as replica_axis
     from trainer.loop import train as train
     from trainer.metrics import Mean as Mean
-    from trainer.optim.adabelief import adabelief as adabelief
-    from trainer.optim.adabelief import from_optax as from_optax
+    from trainer.optim.adabelief import adabelief as adabelief, from_optax as from_optax
     from trainer.optim.adabelief import scale_by_belief as scale_by_belief
     from trainer.state import TrainState as TrainState
 else:
@@ -65,11 +55,8 @@ def _report_namesakes() -> None:
     patterns = ("trainer-*.*-info", "coqui_tts_trainer-*.*-info")
     found = sorted({path.stem for entry in sys.path for pattern in patterns for path in Path(entry).glob(pattern)})
     if found and importlib.import_module("multiprocessing").parent_process() is None:  # not in every worker process
-        print(
-            f"note: {', '.join(found)} also provides an import package `trainer`; this one is belief-trainer's, from "
-            f"{Path(__file__).parent}: keep them in separate environments",
-            file=sys.stderr,
-        )
+        ours = f"this one is belief-trainer's, from {Path(__file__).parent}: keep them in separate environments"
+        print(f"note: {', '.join(found)} also provides an import package `trainer`; {ours}", file=sys.stderr)
 
 
 _report_namesakes()

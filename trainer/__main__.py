@@ -15,27 +15,16 @@ from trainer.commands import run
 def main() -> None:
     """Runs the command in `sys.argv` and exits with its code."""
     if sys.argv[1:2] != ["prepare"]:  # an interrupt there removes files that are half written
-        signal.signal(signal.SIGINT, _exit_at_once)
-    _use_cpu_without_accelerators()
+        signal.signal(signal.SIGINT, _exit_at_once)  # until training begins: `distributed.Preemption` replaces it
+    devices = [path for name in ("accel*", "vfio/[0-9]*", "nvidia*", "kfd") for path in Path("/dev").glob(name)]
+    if not devices and importlib.util.find_spec("libtpu"):  # which `plan` needs
+        # Else libtpu would search for a second and print a page of errors before JAX takes the CPU.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(run(sys.argv[1:]))
 
 
-def _use_cpu_without_accelerators() -> None:
-    """Sets JAX_PLATFORMS=cpu on a machine with libtpu, which `plan` needs, and without accelerators.
-
-    Otherwise libtpu would search for a second and print a page of errors before JAX takes the CPU.
-    """
-    accelerators = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"), *Path("/dev").glob("nvidia*")]
-    if not accelerators and not Path("/dev/kfd").exists() and importlib.util.find_spec("libtpu"):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def _exit_at_once(signum: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process, while there is nothing to save; `distributed.Preemption` replaces this handler during training.
-
-    JAX would swallow a KeyboardInterrupt in one of its callbacks, and the command would go on.
-    """
-    del frame
+def _exit_at_once(signum: int, _: FrameType | None) -> NoReturn:
+    """Ends the process: JAX would swallow a KeyboardInterrupt in one of its callbacks, and the command would go on."""
     with suppress(RuntimeError):  # the signal may have come in the middle of a print
         sys.stdout.flush()
     os.write(2, b"\ninterrupted\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.errors import NotPreparedError, UserError, nearest
 
+_USAGE = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
 _COMMANDS = {
     "train": "train a run, or continue it from its last checkpoint",
     "evaluate": "evaluate a checkpoint of a run on every example of a split",
@@ -40,7 +41,8 @@ def run(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage())
+        commands = "\n".join(f"  {name:8}  {text}" for name, text in _COMMANDS.items())
+        print(f"{_USAGE}\n\n{commands}\n\npython -m trainer COMMAND --help explains the flags of a command.")
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     try:
@@ -55,8 +57,7 @@ def _run(argv: list[str]) -> int:
         # Configs import from the current folder, which `python -m` puts on the path, but the console script does not.
         if str(Path.cwd()) not in sys.path and "" not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        # Orbax reports its own options as warnings.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own options as warnings
         options, overrides = parse_flags(parser, rest)
         if not hasattr(module, "main"):
             return module.start(options, overrides)
@@ -84,14 +85,9 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
     from trainer import distributed
     from trainer.distributed import startup
 
-    startup.initialize(
-        options.coordinator,
-        options.process,
-        options.processes,
-        wait_seconds=options.wait,
-        heartbeat_seconds=options.heartbeat,
-        preemptible=options.preemptible,
-    )
+    seconds = {"wait_seconds": options.wait, "heartbeat_seconds": options.heartbeat}
+    place = options.coordinator, options.process, options.processes
+    startup.initialize(*place, **seconds, preemptible=options.preemptible)
     try:
         with distributed.fail_fast():
             yield distributed.collective_errors
@@ -105,14 +101,7 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
         sys.exit(128 + getattr(error, "signum", 2))
 
 
-def _usage() -> str:
-    usage = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
-    commands = "\n".join(f"  {name:8}  {text}" for name, text in _COMMANDS.items())
-    return f"{usage}\n\n{commands}\n\npython -m trainer COMMAND --help explains the flags of a command."
-
-
 def _prepare_hint(arguments: list[str]) -> str:
-    kept = [a for a in arguments if a.startswith(("--config", "--workdir"))]
-    if any(a.startswith("--config=") for a in kept):
-        kept = [a for a in kept if not a.startswith("--workdir")]
+    has_config = any(a.startswith("--config=") for a in arguments)  # else the workdir has it
+    kept = [a for a in arguments if a.startswith("--config" if has_config else ("--config", "--workdir"))]
     return f"; prepare it with: python -m trainer prepare {shlex.join(kept)}"

@@ -40,12 +40,8 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all commands share; a command adds its own."""
-    parser = _Parser(
-        prog=f"python -m trainer {command}",
-        description=description,
-        usage="%(prog)s --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...] [options]",
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...] [options]"
+    parser = _Parser(f"python -m trainer {command}", usage, description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE[:arg]", help="config file; get_config receives what follows a colon")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -54,26 +50,27 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def add_group_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a command that several processes run together."""
-    group = parser.add_argument_group(
-        "several processes", "On Cloud TPU, GKE, Slurm and Open MPI they find each other without the first three."
-    )
+    about = "On Cloud TPU, GKE, Slurm and Open MPI they find each other without the first three."
+    group = parser.add_argument_group("several processes", about)
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it will listen")
     group.add_argument("--process", metavar="I", type=int, help="which process this is, from 0")
     group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
     seconds: dict[str, Any] = {"metavar": "SECONDS", "type": int}
     group.add_argument("--wait", default=300, help="how long to wait for the others (default 300)", **seconds)
-    group.add_argument(
-        "--heartbeat", default=100, help="how long after one was killed the others end (default 100)", **seconds
-    )
+    killed = "how long after one was killed the others end (default 100)"
+    group.add_argument("--heartbeat", default=100, help=killed, **seconds)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own flags, and the overrides of the config as they were given.
-
-    Raises:
-      UserError: an unknown flag.
-    """
-    own, overrides = _split(argv)
+    """The command's own flags, and the overrides of the config as they were given; `UserError` for an unknown flag."""
+    own, overrides = list[str](), list[str]()
+    for previous, argument in zip(["", *argv], argv, strict=False):
+        if _OVERRIDE.match(argument):
+            overrides.append(argument)
+        elif _OVERRIDE.match(previous) and "=" not in previous and not argument.startswith("-"):
+            overrides[-1] += f"={argument}"  # a value in an argument of its own
+        else:
+            own.append(argument)
     options, unknown = parser.parse_known_args(own)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -84,8 +81,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
 def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments:
     """The run that a command line asks for: from its config file, or else the one kept in the workdir.
 
-    Raises:
-      UserError: an unknown field, a value of the wrong type, no config file and no run.
+    Raises `UserError` for an unknown field, a value of the wrong type, or neither a config file nor a run.
     """
     from trainer import config
     from trainer.workdir import Workdir
@@ -95,25 +91,9 @@ def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments
         run = load_config(options.config)
     elif workdir is None:
         raise UserError("give --config=FILE, or the --workdir of a run")
-    else:
-        run = workdir.run()
-        if run is None:
-            raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
+    elif (run := workdir.run()) is None:
+        raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
     return Arguments(config.resolve(_override(run, overrides)), workdir, options)
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own flags, and the overrides, to which a value in an argument of its own is joined by `=`."""
-    own: list[str] = []
-    overrides: list[str] = []
-    for previous, argument in zip(["", *argv], argv, strict=False):
-        if _OVERRIDE.match(argument):
-            overrides.append(argument)
-        elif _OVERRIDE.match(previous) and "=" not in previous and not argument.startswith("-"):
-            overrides[-1] += f"={argument}"
-        else:
-            own.append(argument)
-    return own, overrides
 
 
 def _override(run: "Run", overrides: Sequence[str]) -> "Run":
@@ -162,8 +142,7 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
 def load_config(text: str) -> Any:
     """The result of `get_config` in the file named before the colon, called with the text after it.
 
-    Raises:
-      UserError: there is no such file, or it has no `get_config`. Errors inside the file are raised as they are.
+    Raises `UserError` if there is no such file or no `get_config` in it, and errors inside the file as they are.
     """
     from trainer import config
 

@@ -28,8 +28,7 @@ def main(arguments: Arguments) -> int:
     if not is_primary():
         return 0
     for name, value in metrics.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        print(f"{name.replace('/', ' ')}: {shown}")
+        print(name.replace("/", " ") + ":", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     # TensorBoard is an extra: pip install 'belief-trainer[tensorboard]'.
     curves = f"; its curves: tensorboard --logdir {path}" if importlib.util.find_spec("tensorboard") else ""
     print(f"step {step} of {path}{curves}")

@@ -11,16 +11,10 @@ DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdi
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--probe` and `--compile`."""
-    parser.add_argument(
-        "--probe",
-        action="store_true",
-        help="only check in a step with zero gradients whether each label decays as stated; exit code 1 if not",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="also compile both steps for the devices that are there: memory, communication, operations",
-    )
+    probe = "only check in a step with zero gradients whether each label decays as stated; exit code 1 if not"
+    both = "also compile both steps for the devices that are there: memory, communication, operations"
+    parser.add_argument("--probe", action="store_true", help=probe)
+    parser.add_argument("--compile", action="store_true", help=both)
 
 
 def main(arguments: Arguments) -> int:
@@ -41,12 +35,10 @@ def main(arguments: Arguments) -> int:
         results = check_decay(program.init().params, labels, program.groups, program.optimizer, run.total_steps)
         print(decay_table(results), end="")
         return 0 if all(result.holds for result in results) else 1
-    print(config.to_json(run))
-    print(program.params)
+    print(config.to_json(run), program.params, sep="\n")
     devices = program.strategy.devices
-    print(
-        f"devices: {len(devices)} × {devices[0].device_kind}, strategy {run.parallel.strategy}, jax {jax.__version__}"
-    )
+    there = f"{len(devices)} × {devices[0].device_kind}"
+    print(f"devices: {there}, strategy {run.parallel.strategy}, jax {jax.__version__}")
     print(f"examples: {len(program.train_source):,} to train on, {len(program.eval_source):,} to evaluate on")
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")

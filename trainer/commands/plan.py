@@ -1,12 +1,9 @@
 """`plan`: memory and communication of a run on TPUs that are not there."""
 
 import argparse
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from trainer.commands.arguments import Arguments
-from trainer.errors import UserError, nearest
 
 DESCRIPTION = (
     "Compiles the train step and the evaluation step for TPU topologies, without any TPU, and shows memory, "
@@ -16,15 +13,11 @@ DESCRIPTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the topologies, the strategies, the batch and the effort."""
-    parser.add_argument(
-        "--topology",
-        metavar="NAME[,NAME...]",
-        help="slices to plan for, such as v5e:4x4,v4:2x2x4,v5p:2x2x2,v6e:4x4; parallel.num_slices of each",
-    )
+    slices = "slices to plan for, such as v5e:4x4,v4:2x2x4,v5p:2x2x2,v6e:4x4; parallel.num_slices of each"
+    parser.add_argument("--topology", metavar="NAME[,NAME...]", help=slices)
     parser.add_argument("--strategies", metavar="all|NAME[,NAME...]", help="instead of the config's own")
-    parser.add_argument(
-        "--batch_per_chip", type=int, metavar="N", help="examples on each chip instead of the config's batch_size"
-    )
+    examples = "examples on each chip instead of the config's batch_size"
+    parser.add_argument("--batch_per_chip", type=int, metavar="N", help=examples)
     parser.add_argument("--fast", action="store_true", help="compile with little effort: six times faster")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits, and the flags to use")
 
@@ -35,56 +28,9 @@ def main(arguments: Arguments) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # do not touch the devices of this machine
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot load programs for absent devices
-    from trainer.plan import report, topology, variants
-    from trainer.sharding import STRATEGIES
+    from trainer.plan.command import plan
 
-    options, run = arguments.options, arguments.run
-    if not options.topology:
-        raise UserError("give --topology=NAME, such as --topology=v5e:4x4,v4:2x2x4")
-    if options.batch_per_chip is not None and options.batch_per_chip < 1:
-        raise UserError(f"--batch_per_chip is {options.batch_per_chip}; it must be at least 1")
-    if options.batch_per_chip is not None and options.search:
-        raise UserError("--search finds the batch by itself: give it or --batch_per_chip")
-    asked = options.strategies or run.parallel.strategy
-    strategies = list(STRATEGIES) if asked == "all" else asked.split(",")
-    for name in strategies:
-        if name not in STRATEGIES:
-            raise UserError(f"no strategy {name!r}{nearest(name, STRATEGIES)}")
-    fit = []
-    for there in [topology.find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]:
-        batch_size = options.batch_per_chip and options.batch_per_chip * there.chips
-        variant = variants.with_batch(run, batch_size, run.microbatches) if batch_size else run
-        fit.append(_print_topology(variant, there, strategies, options))
-    print(report.SEARCH_LEGEND if options.search else report.LEGEND, end="")
-    return 0 if all(fit) else 1
-
-
-def _print_topology(run: Any, topology: Any, strategies: Sequence[str], options: argparse.Namespace) -> bool:
-    """Prints the table of one topology and the strategies that are impossible there; returns whether anything fits."""
-    from trainer.plan import planning, report, search, variants
-
-    results: list = []
-    errors: dict[str, UserError] = {}
-    for strategy in strategies:
-
-        def progress(text: str, where: str = f"{topology.name}, {strategy}") -> None:
-            print(f"{where}: {text}", file=sys.stderr, flush=True)
-
-        variant = variants.with_strategy(run, strategy)
-        try:
-            if options.search:
-                results += search.search(variant, topology, variants.axis_changes(run, variant), progress)
-            else:
-                results.append(planning.plan(variant, topology, fast=options.fast, progress=progress))
-        except UserError as error:  # other strategies may still be possible
-            errors[strategy] = error
-    if not results:
-        raise errors[strategies[0]]
-    text = report.search_text(topology, results) if options.search else report.plans_text(topology, results)
-    print(text, flush=True)  # at once: the compiler may crash on a later topology
-    for strategy, error in errors.items():
-        print(f"{strategy} is left out: {error}\n")
-    return any(result.fits for result in results)
+    return plan(arguments.run, arguments.options)
 
 
 def print_here(program: Any) -> None:

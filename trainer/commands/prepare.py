@@ -7,9 +7,8 @@ from trainer.commands.arguments import Arguments
 DESCRIPTION = "Writes the data of a run to disk. A second call is quick and changes nothing."
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(_: argparse.ArgumentParser) -> None:
     """Adds nothing: the command has no options of its own."""
-    del parser
 
 
 def main(arguments: Arguments) -> int:

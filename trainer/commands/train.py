@@ -24,8 +24,8 @@ DESCRIPTION = "Trains a run. The same command on the same workdir continues it f
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--dry-run`, `--profile`, and the options of several processes."""
     trial = "only try 3 steps, an evaluation of two batches, a save and a restore; needs no workdir and keeps nothing"
-    parser.add_argument("--dry-run", action="store_true", help=trial)
     profile = "also write a profile of these steps to WORKDIR/profile/, per process"
+    parser.add_argument("--dry-run", action="store_true", help=trial)
     parser.add_argument("--profile", metavar="FIRST:LAST", help=profile)
     add_group_options(parser)
     parser.set_defaults(preemptible=True)
@@ -83,7 +83,7 @@ class _Trial(Progress):
 
 
 def _dry_run(run: "Run") -> str:
-    """Tries every part of a run in a temporary workdir, and returns a table of results and times."""
+    """A table of results and times from every part of a run, tried in a temporary workdir."""
     import jax
     import numpy as np
 
@@ -126,12 +126,12 @@ def _dry_run(run: "Run") -> str:
 
 def _first_steps(run: "Run") -> "Run":
     """A copy of a resolved run that ends after its first 3 steps and does not change them."""
+    from trainer.config import schedules
+
     short = copy.deepcopy(run)
     short.total_steps = min(3, run.total_steps)
     short.evaluation.every_steps = short.checkpoint.every_steps = short.total_steps
     short.logging.every_steps, short.loading.in_memory_bytes = 1, 0  # so that only these steps' examples are read
-    groups = short.optimizer.groups.values()
-    schedules = [schedule for group in groups for schedule in (group.schedule, group.decay_schedule)]
-    for schedule in filter(None, (short.optimizer.schedule, *schedules)):
+    for schedule in schedules(short.optimizer).values():
         schedule.run_steps = schedule.run_steps or run.total_steps
     return short

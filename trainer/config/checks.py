@@ -35,7 +35,17 @@ def resolve(run: Run) -> Run:
     check_types(run)
     _check_optimizer(run.optimizer)
     for path, schedule in schedules(run.optimizer).items():
-        _resolve_schedule(schedule, path, run)
+        in_steps(schedule, path, run)
+        to_the_end = schedule.name in _DESCENTS and schedule.end is None
+        steps = schedule.run_steps or run.total_steps
+        times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
+        if to_the_end or (schedule.unit == "percent" and any(times)):  # it follows the length of the run
+            schedule.run_steps = steps
+        falls_to_0 = to_the_end and schedule.peak and not schedule.final and not path.endswith(".decay_schedule")
+        if falls_to_0 and steps < run.total_steps:
+            idle = f"is 0 from step {steps + 1} to the end of the run, {run.total_steps}, as its run_steps is {steps}"
+            longer = f"for a longer {schedule.name} choose a new --workdir and leave run_steps out"
+            raise UserError(f"{path} {idle}: {longer}; a final above 0, or an end, says that the rate is meant")
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
     if run.evaluation.batch_size is None:
@@ -51,23 +61,6 @@ def resolve(run: Run) -> Run:
 def schedules(optimizer: Optimizer) -> dict[str, Schedule]:
     """Every schedule of an optimizer by its path in the run, such as `optimizer.schedule`."""
     return {path: value for path, _, value, _ in _fields(optimizer, "optimizer.") if isinstance(value, Schedule)}
-
-
-def _resolve_schedule(schedule: Schedule, path: str, run: Run) -> None:
-    """Checks a schedule, and fills in `run_steps` if it follows the length of the run."""
-    in_steps(schedule, path, run)
-    to_the_end = schedule.name in _DESCENTS and schedule.end is None
-    steps = schedule.run_steps or run.total_steps
-    times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
-    if to_the_end or (schedule.unit == "percent" and any(times)):
-        schedule.run_steps = steps
-    falls_to_0 = to_the_end and schedule.peak and not schedule.final and not path.endswith(".decay_schedule")
-    if falls_to_0 and steps < run.total_steps:
-        raise UserError(
-            f"{path} is 0 from step {steps + 1} to the end of the run, {run.total_steps}, as its run_steps is {steps}: "
-            f"for a longer {schedule.name} choose a new --workdir and leave run_steps out; a final above 0, or an end, "
-            "says that the rate is meant"
-        )
 
 
 def in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = None) -> Schedule:

@@ -5,13 +5,12 @@ from typing import Any
 
 from trainer.experiment import Experiment
 
+_SHAPES = ("constant", "linear", "cosine", "polynomial", "wsd", "step", "inverse_sqrt")
+_STRATEGIES = ("data", "zero1", "fsdp", "tensor", "zero1_tensor", "fsdp_tensor", "pmap")
+
 
 def setting(
-    default: Any = dataclasses.MISSING,
-    *,
-    choices: tuple[str, ...] | None = None,
-    may_change: bool = False,
-    **bounds: float,
+    default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), may_change: bool = False, **bounds: float
 ) -> Any:
     """A dataclass field with its default, its accepted names, and the bounds `minimum`, `maximum`, `above` and `below`.
 
@@ -25,29 +24,22 @@ def setting(
 class Schedule:
     """A number, such as the learning rate, as a function of the updates already made."""
 
-    name: str = setting(
-        "constant", choices=("constant", "linear", "cosine", "polynomial", "wsd", "step", "inverse_sqrt")
-    )
+    name: str = setting("constant", choices=_SHAPES)
     """The shape after the warm-up: `constant`, a `linear`, `cosine` or `polynomial` descent, `wsd` (constant, then a
     linear descent), `step` (multiplied by `factor` at every boundary), or `inverse_sqrt`: peak · √(w / max(t, w)) after
     t updates, where w is the warm-up in updates, at least 1."""
-    peak: float = setting(1e-3, minimum=0)
-    """Value at the end of the warm-up."""
-    final: float = setting(0.0, minimum=0)
-    """Value at the end of a descent, and from then on."""
+    peak: float = setting(1e-3, minimum=0)  # value at the end of the warm-up
+    final: float = setting(0.0, minimum=0)  # value at the end of a descent, and from then on
     unit: str = setting("steps", choices=("steps", "epochs", "examples", "percent"))
     """Unit of `warmup`, `end`, `descent` and `boundaries`: updates, passes over the training split, training examples,
     or percent of the run. Each is rounded to the nearest update."""
-    warmup: float = setting(0.0, minimum=0)
-    """Time in which the value rises linearly from 0 to `peak`."""
+    warmup: float = setting(0.0, minimum=0)  # time in which the value rises linearly from 0 to `peak`
     end: float | None = setting(None, minimum=0)
     """Time from the first update until a descent reaches `final`, warm-up included; None for the end of the run."""
-    descent: float | None = setting(None, minimum=0)
-    """Duration of the descent of `wsd`, up to `end`."""
+    descent: float | None = setting(None, minimum=0)  # duration of the descent of `wsd`, up to `end`
     boundaries: tuple[float, ...] = setting(())
     """Times from the first update at which `step` multiplies by `factor`."""
-    factor: float = setting(0.1, minimum=0, maximum=1)
-    """Factor of `step`."""
+    factor: float = setting(0.1, minimum=0, maximum=1)  # factor of `step`
     power: float = setting(1.0, above=0)
     """Exponent of `polynomial`: peak − final is multiplied by (share of the descent that is left) ** power."""
     run_steps: int | None = setting(None, minimum=1)
@@ -59,16 +51,13 @@ class Schedule:
 class Group:
     """The settings that the parameters of one label share. All groups are updated together, in one pass."""
 
-    weight_decay: float = setting(0.0, minimum=0)
-    """Strength of the weight decay; see `Optimizer.decay`."""
-    decay_schedule: Schedule | None = setting(None)
-    """Weight decay as a schedule, instead of a number."""
+    weight_decay: float = setting(0.0, minimum=0)  # strength of the weight decay; see `Optimizer.decay`
+    decay_schedule: Schedule | None = setting(None)  # weight decay as a schedule, instead of a number
     optimizer: str | None = setting(None, choices=("adabelief", "adam", "sgd"))
     """Another optimizer for this group, with the same b1, b2, eps and eps_root; None for that of the run."""
     schedule: Schedule | None = setting(None)
     """Another learning rate for this group; None for that of the run."""
-    lr_multiplier: float = setting(1.0, minimum=0)
-    """Factor of the group's learning rate."""
+    lr_multiplier: float = setting(1.0, minimum=0)  # factor of the group's learning rate
     frozen: bool = setting(False)
     """Whether the parameters never change; no gradients are computed for them, and no moments kept."""
     clip_norm: float | None = setting(None, above=0)
@@ -87,18 +76,15 @@ class Optimizer:
 
     name: str = setting("adabelief", choices=("adabelief", "adam", "sgd"))
     """`adabelief`, or for comparison `adam` or `sgd` with momentum b1."""
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    """The learning rate."""
-    b1: float = setting(0.9, minimum=0, below=1)
-    """Decay of the mean of the gradients per update."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)  # the learning rate
+    b1: float = setting(0.9, minimum=0, below=1)  # decay of the mean of the gradients per update
     b2: float = setting(0.999, minimum=0, below=1)
     """Decay of the mean of the squared prediction errors per update."""
     eps: float = setting(1e-16, minimum=0)
     """Added to the root in the denominator. The paper's settings: 1e-8 for vision, 1e-16 or 1e-12 for LSTMs."""
     eps_root: float = setting(1e-16, minimum=0)
     """Added to the second moment at every update, where it accumulates (AdaBelief), or inside the root (Adam)."""
-    nesterov: bool = setting(False)
-    """Whether the first moment looks one update ahead."""
+    nesterov: bool = setting(False)  # whether the first moment looks one update ahead
     rectify: bool = setting(False)
     """Whether the variance of AdaBelief's first steps is rectified, as in RAdam."""
     sgd_fallback: bool = setting(True)
@@ -128,8 +114,7 @@ class Optimizer:
 class Evaluation:
     """The evaluations of the run."""
 
-    split: str = setting("test", may_change=True)
-    """The split given to the experiment's `source`."""
+    split: str = setting("test", may_change=True)  # the split given to the experiment's `source`
     every_steps: int | None = setting(None, minimum=1, may_change=True)
     """Updates between evaluations; None for the end only. The end is always evaluated."""
     batch_size: int | None = setting(None, minimum=1, may_change=True)
@@ -140,13 +125,10 @@ class Evaluation:
 class Checkpoint:
     """The checkpoints of the run."""
 
-    every_steps: int = setting(1000, minimum=1, may_change=True)
-    """Updates between checkpoints. The end is always saved."""
-    keep_last: int = setting(2, minimum=1, may_change=True)
-    """Number of newest checkpoints to keep."""
+    every_steps: int = setting(1000, minimum=1, may_change=True)  # updates between checkpoints; the end is always saved
+    keep_last: int = setting(2, minimum=1, may_change=True)  # number of newest checkpoints to keep
     best_metric: str | None = setting(None, may_change=True)
-    """Also keep the checkpoint with the best value of this evaluation metric, such as "test/accuracy"; None to keep the
-    newest only."""
+    """Evaluation metric, such as "test/accuracy", whose best checkpoint is kept, too; None for the newest only."""
     best_mode: str = setting("max", choices=("max", "min"), may_change=True)
     """Whether the best value is the largest or the smallest."""
 
@@ -155,19 +137,16 @@ class Checkpoint:
 class Logging:
     """The metrics written during the run."""
 
-    every_steps: int = setting(50, minimum=1, may_change=True)
-    """Updates between rows of metrics."""
+    every_steps: int = setting(50, minimum=1, may_change=True)  # updates between rows of metrics
 
 
 @dataclasses.dataclass
 class Loading:
     """Reading and decoding of examples on the host."""
 
-    split: str = setting("train")
-    """The split trained on, given to the experiment's `source`."""
+    split: str = setting("train")  # the split trained on, given to the experiment's `source`
     in_memory_bytes: int = setting(2 << 30, minimum=0, may_change=True)
-    """A split of at most this size once decoded is decoded once and served from memory; a larger one is read again
-    every epoch."""
+    """Largest split, once decoded, that is decoded once and kept in memory; a larger one is read again every epoch."""
     threads: int = setting(4, minimum=1, may_change=True)
     """Threads that read and decode batches of a split that does not fit in memory."""
     workers: int = setting(0, minimum=0, may_change=True)
@@ -179,11 +158,7 @@ class Loading:
 class Parallel:
     """The sharding of a step over a mesh with the axes data, fsdp and tensor, any of which may have size 1."""
 
-    strategy: str = setting(
-        "data",
-        choices=("data", "zero1", "fsdp", "tensor", "zero1_tensor", "fsdp_tensor", "pmap"),
-        may_change=True,
-    )
+    strategy: str = setting("data", choices=_STRATEGIES, may_change=True)
     """`data`: parameters and optimizer state replicated; `zero1`: the optimizer state sharded; `fsdp`: parameters, too;
     `tensor`: parameters and their computation sharded by rules or logical axes; the products; `pmap`: the classical
     replicated step. Batches are sharded over data and fsdp."""
@@ -204,9 +179,8 @@ class Parallel:
     over fsdp. The optimizer state is sharded like its parameters."""
     axis_rules: tuple[tuple[str, str | None], ...] = setting((), may_change=True)
     """The mesh axis over which each logical axis of a Linen model is sharded, or None. These rules come before the
-    defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. Of
-    several rules for one logical axis the first wins whose mesh axis has more than one device and shards no other
-    dimension of the array."""
+    defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. Of an
+    axis' rules the first wins whose mesh axis has more than one device and shards no other dimension of the array."""
     strict_axes: bool = setting(False, may_change=True)
     """Whether a logical axis that no rule maps is an error; else it is replicated and reported once."""
     min_shard_size: int = setting(2**12, minimum=0, may_change=True)
@@ -222,10 +196,8 @@ class Run:
 
     experiment: Experiment
     total_steps: int = setting(minimum=1, may_change=True)
-    """Updates until the run is finished. A finished run continues when it is launched again with more, unless a
-    schedule ended with it."""
-    batch_size: int = setting(128, minimum=1)
-    """Examples per update, over all devices and microbatches."""
+    """Updates of the run. A finished run continues if launched again with more, unless a schedule ended with it."""
+    batch_size: int = setting(128, minimum=1)  # examples per update, over all devices and microbatches
     microbatches: int = setting(1, minimum=1)
     """Microbatches into which each batch is cut to save memory (gradient accumulation); their sums are divided once.
     BatchNorm normalizes each microbatch by itself, so with it their number changes the result."""
