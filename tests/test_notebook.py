@@ -45,6 +45,7 @@ class Kernel:
 
     def interrupt(self) -> None:
         """Does what the button "interrupt the kernel" does."""
+        assert self._client.km is not None
         asyncio.run(self._client.km.interrupt_kernel())
 
 

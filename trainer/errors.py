@@ -25,7 +25,7 @@ class DivergedError(CollectiveError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown `name`: the closest of the `known` names, and all if there are few."""
+    """The text to append to an error about an unknown `name`: the closest of the `known` names, and all if few."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -35,12 +35,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
-    """Turns an exception of a model while it is traced into one line, which names the line of the model and the batch.
+    """Turns an exception of a model during tracing into a one-line `UserError` with its source location and the batch.
 
     Args:
       spec: shapes and dtypes of the batch, by name.
     """
-    import flax.errors  # a second, which `--help` and mistyped flags need not wait for
+    import flax.errors  # takes a second, for which `--help` and mistyped flags need not wait
 
     try:
         yield

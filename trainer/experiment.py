@@ -28,8 +28,8 @@ def replica_axis() -> str | None:
 
 
 @contextmanager
-def replica_axis_is(name: str | None) -> Iterator[None]:
-    """Sets what `replica_axis` returns while a step is traced."""
+def set_replica_axis(name: str | None) -> Iterator[None]:
+    """Sets the result of `replica_axis` while a step is traced."""
     token = _replica_axis.set(name)
     try:
         yield
@@ -42,7 +42,7 @@ class RandomAccessSource(Protocol):
     """Examples by index, as Grain, PyTorch and `tfds.data_source` have them.
 
     An example is a mapping from name to array or number, alike in names, shapes and dtypes over the whole source.
-    A `__getitems__(indices)` that returns many examples at once is used where there is one.
+    If a source has `__getitems__(indices)`, which returns many examples at once, the harness calls that instead.
     """
 
     def __len__(self) -> int: ...
@@ -57,8 +57,8 @@ class Experiment(Protocol):
     A batch has the example's own entries, stacked along a new first axis of size B, and two that the harness adds:
 
     - `mask`, float32 [B]: 1 for an example, 0 for padding of the last batch of an evaluation;
-    - `example_key`, PRNG keys [B], while training only: a key for each example of the global batch, whatever the number
-      of devices and microbatches, from which random augmentation draws.
+    - `example_key`, PRNG keys [B], while training only: one key for each example, from which random augmentation draws.
+      The keys do not depend on the number of devices or microbatches.
     """
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
@@ -70,8 +70,8 @@ class Experiment(Protocol):
     ) -> tuple[Metrics, Collections]:
         """Metrics of one batch, "loss" among them, and the mutable collections after it.
 
-        A model may sow "intermediates", which are dropped. Another sown collection, such as "losses", is popped here
-        and added to the loss, and left out of what `init` returns.
+        The harness drops the sown collection "intermediates". This method must pop every other sown collection, such as
+        "losses", and add it to the loss; `init` must leave it out.
 
         Args:
           variables: "params" and the collections.

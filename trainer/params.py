@@ -19,7 +19,7 @@ from trainer.sharding.specs import ParamSpec
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One parameter."""
+    """One parameter, a row of the table."""
 
     path: str  # names of modules and the parameter, joined by slashes
     shape: tuple[int, ...]  # of the global array

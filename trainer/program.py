@@ -46,12 +46,12 @@ class Program:
     eval_spec: BatchSpec
     params: ParamTable
     groups: Mapping[str, ParamGroup | None]  # the parameter group of each label; None where it is frozen
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # turns gradients into updates
     strategy: Strategy  # how the steps spread over the devices
-    state: TrainState  # shapes, dtypes and shardings
+    state: TrainState  # abstract: a `jax.ShapeDtypeStruct` with its sharding for each array
     init: Callable[[], TrainState]  # makes the first state on the devices
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # compiled; donates the state
-    eval_step: Callable[[TrainState, Batch], Metrics]  # compiled
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # jitted; donates the state
+    eval_step: Callable[[TrainState, Batch], Metrics]  # jitted
 
     def due(self, step: Any) -> Due:
         """What is due after a step, counted from 1; `step` may be traced, and then so is the answer."""
@@ -71,11 +71,11 @@ def due(run: config.Run, step: Any) -> Due:
 
 
 def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
-    """The program of a resolved run. XLA compiles each step when it is first called.
+    """The program of a resolved run: both steps are traced and checked here, and XLA compiles each at its first call.
 
     Args:
-      run: the description.
-      devices: those to compile for, which need not be there; by default those that `run.parallel` chooses here.
+      run: as `config.resolve` returns it.
+      devices: the devices to compile for, which need not exist; by default `run.parallel` chooses from those of JAX.
 
     Raises:
       UserError: data that is not there, batches that do not divide over the devices, labels that do not cover the
@@ -110,7 +110,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         ema_decay=run.optimizer.ema_decay,
         frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
         statistics=build_statistics(groups, labels, run.optimizer.clip_norm),
-        logs=lambda step: due(run, step).log,
+        is_logged=lambda step: due(run, step).log,
     )
 
     def init() -> TrainState:

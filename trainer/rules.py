@@ -41,8 +41,8 @@ def assign(rules: Rules, tree: Any, *, what: str = "rule") -> Any:
     for i, regex in enumerate(compiled):
         if i not in matches:
             taken = [name for name in names if regex.fullmatch(name)]
-            rest = f" that is left: earlier rules match {_some(taken)}" if taken else f"; paths look like {_some(names)}"
-            raise UserError(f"{what} {regex.pattern!r} matches no parameter{rest}")
+            found = f" that is left: earlier rules match {_some(taken)}" if taken else f"; some paths: {_some(names)}"
+            raise UserError(f"{what} {regex.pattern!r} matches no parameter{found}")
     return jax.tree.unflatten(jax.tree.structure(tree), [rules[i][1] for i in matches if i is not None])
 
 

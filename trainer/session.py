@@ -73,7 +73,7 @@ class Session:
         self.recorder.add(step, metrics)
 
     def due(self, step: int) -> Due:
-        """What is due after a step; a signal makes it the last one. Ask once a step."""
+        """The work that is due after a step; a signal makes it the last. Call once a step: the processes agree here."""
         due = self.program.due(step)
         self._evaluated, self._signum = None, self.preemption.stops_after(step)
         return due if self._signum is None else due._replace(save=True, stop=True)
@@ -100,7 +100,7 @@ class Session:
         """Waits for the last save; raises `Interrupted` if a signal ended the run."""
         self.store.wait()
         if self._signum is not None:
-            # A process that got no signal only knows that there was one; SIGINT has the smallest number.
+            # A process that got no signal assumes SIGTERM. SIGINT, if any process got it, wins: its number is smaller.
             signals = distributed.gather("signal", str(int(self._signum)))
             raise Interrupted(self.recorder.flush(), min(map(int, signals)))
 
@@ -148,7 +148,7 @@ def open_session(
         stack.callback(profiler.close)
         # Until here there is nothing to save, and Ctrl-C may act at once.
         preemption = stack.enter_context(Preemption(handle_signals))
-        # Once more, last: an exception on this process alone must not wait for the others in a close above.
+        # Entered last, so left first: an exception on this process alone must not reach the exits above, which wait.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         session = Session(program, start, *sources, store, log, recorder, profiler, preemption)
@@ -166,7 +166,7 @@ def _newest(program: Program, store: Store) -> tuple[int, list[str]]:
     if not steps:
         return 0, []
     changes = check_metadata(store.metadata(steps[-1]), program.params)
-    notes = [f"note: {change} since the checkpoint; the numbers may differ in their last bits" for change in changes]
+    notes = [f"note: since the checkpoint, {change}; the numbers may differ in their last bits" for change in changes]
     done = " (finished: nothing is left to do)" if steps[-1] >= program.run.total_steps else ""
     return steps[-1], [*notes, f"resumed from step {steps[-1]}{done}"]
 

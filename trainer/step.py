@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.errors import UserError
-from trainer.experiment import Batch, Collections, Experiment, replica_axis_is
+from trainer.experiment import Batch, Collections, Experiment, set_replica_axis
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, global_norm
 from trainer.sharding.reduction import sum_in_float32
@@ -39,7 +39,7 @@ class StepSettings:
     frozen: Any = False  # a tree of bools like the parameters, or a prefix of one: those that stay as they are
     statistics: Statistics | None = None  # per-label numbers, from gradients, new parameters and new optimizer state
     # Whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
-    logs: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)
+    is_logged: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)
 
 
 def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -60,7 +60,7 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     def loss(trainable: Any, collections: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Any]:
         params = jax.tree.map(lambda p, new: p if new is None else new, state.params, trainable)
         variables = {"params": params, **collections}
-        with replica_axis_is(axis):
+        with set_replica_axis(axis):
             metrics, collections = _checked(settings.experiment.loss(variables, batch, key=key, train=True))
         return metrics["loss"].total, (metrics, _carried(state.collections, collections))
 
@@ -86,7 +86,7 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     own = {"grad_norm": global_norm(jax.tree.leaves(grads)), "learning_rate": settings.learning_rate(state.step)}
     metrics = {**metrics, **{name: Mean.single(value) for name, value in own.items()}}
     if settings.statistics is not None:
-        metrics |= _only_if(settings.logs(state.step + 1), settings.statistics, grads, params, opt_state)
+        metrics |= _only_if(settings.is_logged(state.step + 1), settings.statistics, grads, params, opt_state)
     return TrainState(state.step + 1, params, collections, opt_state, ema), metrics
 
 
@@ -99,7 +99,7 @@ def eval_step(experiment: Experiment, replica_axis: str | None, state: TrainStat
     if state.ema is not None:
         params = jax.tree.map(lambda p, ema: ema.astype(p.dtype), params, state.ema)
     variables = {"params": params, **state.collections}
-    with replica_axis_is(replica_axis):
+    with set_replica_axis(replica_axis):
         metrics, _ = _checked(experiment.loss(variables, batch, key=jax.random.key(0), train=False))
     metrics = {**metrics, "examples": Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))}
     return metrics if replica_axis is None else jax.lax.psum(metrics, replica_axis)
@@ -193,7 +193,7 @@ def _summed_in(reduce_dtype: str, gradient: Callable) -> Callable:
 
 
 def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
-    if reduce_dtype == "float32":  # to which they were cast
+    if reduce_dtype == "float32":  # `_summed_in` has cast the gradients to it
         return jax.lax.psum(grads, axis)
     narrow = jax.lax.psum(jax.tree.map(lambda g: g.astype(reduce_dtype), grads), axis)
     return jax.tree.map(lambda g, s: s.astype(g.dtype), grads, narrow)
