@@ -1,4 +1,4 @@
-"""AdaBelief in NumPy's float64, one line per formula, and what a comparison with it needs.
+"""AdaBelief in NumPy's float64, one line per formula, and helpers for comparisons with it.
 
 AdaBelief is Algorithm 2 of arXiv:2010.07468, AMSGrad the maximum of arXiv:1904.09237, rectification Algorithm 2 of
 arXiv:1908.03265, whose rho is N here. Where the papers leave a choice, it is that of adabelief-pytorch 0.2.1.
@@ -128,18 +128,18 @@ def adam(
     """Optax's Adam, or its RAdam or AMSGrad, with AdaBelief's arguments: comparisons have to tell it from AdaBelief."""
     del sgd_fallback  # RAdam always falls back
     if rectify:
-        scaling = optax.scale_by_radam(b1, b2, eps, eps_root, nesterov=nesterov)
+        rule = optax.scale_by_radam(b1, b2, eps, eps_root, nesterov=nesterov)
     elif amsgrad:
-        scaling = optax.scale_by_amsgrad(b1, b2, eps, eps_root)
+        rule = optax.scale_by_amsgrad(b1, b2, eps, eps_root)
     else:
-        scaling = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+        rule = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
     rate, decayed = (
         optax.scale_by_learning_rate(learning_rate),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
     )
     negative = optax.scale(-1.0)
     return {
-        "coupled": optax.chain(decayed, scaling, rate),
-        "decoupled": optax.chain(scaling, decayed, rate),
-        "fixed": optax.chain(scaling, rate, negative, decayed, negative),
+        "coupled": optax.chain(decayed, rule, rate),
+        "decoupled": optax.chain(rule, decayed, rate),
+        "fixed": optax.chain(rule, rate, negative, decayed, negative),
     }[decay]

@@ -26,7 +26,7 @@ def falling(peak: float) -> Callable[[Any], Any]:
     return lambda count: peak / (1 + 0.01 * count)
 
 
-# What can be set, and the ways to set it: those of two rows make a pair, in which the later row wins.
+# The options and the ways to set each: two ways from different rows make a pair, in which the later row wins.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "nesterov": {"nesterov": {"nesterov": True}},
     "rectify": {"rectify": {"rectify": True}, "rectify-still": {"rectify": True, "sgd_fallback": False}},
@@ -182,7 +182,7 @@ def test_mask_of_any_form_leaves_the_rest_as_it_is_without_decay(mask, decay):
     grads = jax.tree.map(jnp.ones_like, params)
 
     def second(**options: Any) -> Any:
-        """Updates of the second step: those of the first would not show coupled decay, which they normalize away."""
+        """Updates of the second step: the first step normalizes coupled decay away."""
         optimizer = adabelief(0.01, **options)
         _, state = optimizer.update(grads, optimizer.init(params), params)
         return optimizer.update(jax.tree.map(jnp.zeros_like, grads), state, params)[0]
@@ -276,9 +276,9 @@ def test_prints_what_optax_documents():
 
 def test_scaling_alone_gives_the_direction_before_rate_and_sign():
     grads = jnp.array([1.0, -2.0, 3.0])
-    scaling, optimizer = scale_by_belief(nesterov=True), adabelief(1.0, nesterov=True)
+    rule, optimizer = scale_by_belief(nesterov=True), adabelief(1.0, nesterov=True)
     params = jnp.zeros(3)
-    scaled, _ = step(scaling, grads, scaling.init(params), params)
+    scaled, _ = step(rule, grads, rule.init(params), params)
     stepped, _ = step(optimizer, grads, optimizer.init(params), params)
     np.testing.assert_array_equal(scaled, -stepped)
     assert np.all(scaled * grads > 0)

@@ -1,4 +1,4 @@
-"""AdaBelief at the ends of its ranges: what comes out, and what is refused."""
+"""AdaBelief at the ends of its ranges: its updates, and its errors."""
 
 import functools
 import inspect
@@ -30,7 +30,7 @@ OPTIMIZERS = {name: adabelief(RATE, **way) for name, way in WAYS.items()}
 
 
 def one(optimizer: Any, grads: Any, params: Any, **state: Any) -> tuple[Any, Any]:
-    """The updates and the state after one update, from the first state with those fields in it."""
+    """The updates and the state after one update, from the first state with `state` as some of its fields."""
     return jax.jit(optimizer.update)(grads, optimizer.init(params)._replace(**state), params)
 
 
@@ -134,7 +134,7 @@ HUGE = [1e30, 1e30, 1.0, -3e38, 0.0, 1.0, -1.0, 2e19]
 
 
 def test_squares_that_overflow_leave_updates_finite():
-    """1e30² is not a float32. Whoever divides by infinity moves nothing, and infinity less infinity would be NaN."""
+    """1e30² is not a float32. A division by infinity would move nothing, and infinity less infinity would be NaN."""
     found = updates(OPTIMIZERS | {"coupled": adabelief(RATE, weight_decay=0.1, decay="coupled")}, HUGE)
     assert {name: bool(np.all(np.isfinite(u))) for name, u in found.items()} == dict.fromkeys(found, True)
 
@@ -156,7 +156,7 @@ def test_direction_of_the_largest_squares_is_that_of_smaller_ones(way):
 
 @pytest.mark.parametrize("way", ["plain", "nesterov", "amsgrad", "rectify"])
 def test_tiny_gradients_make_tiny_updates(way):
-    """1e-30 is 0 when squared, and what divides is √(eps_root / (1 − b2)), about."""
+    """1e-30 is 0 when squared, and the divisor is about √(eps_root / (1 − b2))."""
     grads = 1e-30 * np.random.default_rng(0).uniform(0.5, 1.5, 20)
     found = updates({"ours": OPTIMIZERS[way]}, grads)["ours"]
     expected = np.diff(reference(np.zeros(()), grads, RATE, **WAYS[way]), prepend=0)

@@ -50,7 +50,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize(("optimizer", "bytes_each"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_update_has_no_temporaries_and_no_more_traffic_than_a_fusion_for_each_result(optimizer, bytes_each):
-    """New m: read g, m. New s: read g, m, s. New p: read m, s, p. With 4 bytes each and what is written, 44."""
+    """New mu: reads g, mu. New nu: reads g, mu, nu. New p: reads mu, nu, p. Each writes one: 11 × 4 bytes are 44."""
     step = compiled(optimizer)
     assert step.memory_analysis().temp_size_in_bytes < 1024
     assert step.cost_analysis()["bytes accessed"] / SIZE < bytes_each + 0.5

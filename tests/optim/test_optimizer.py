@@ -66,7 +66,7 @@ def test_paths_of_the_state_are_readable():
 
 
 def optimizer_of(kernel: config.Group, bias: config.Group | None = None, **fields: Any) -> config.Optimizer:
-    """Adam unless told otherwise: its first steps are easy to say, ± learning rate."""
+    """Adam by default: its first steps are ± the learning rate."""
     groups = {"decayed": kernel, "plain": bias or config.Group()}
     defaults: dict[str, Any] = {"name": "adam", "eps": 0.0, "eps_root": 1e-30, "schedule": config.Schedule(peak=0.5)}
     return config.Optimizer(groups=groups, **defaults | fields)
@@ -123,6 +123,17 @@ def test_frozen_group_keeps_its_bits_and_has_no_moments(name):
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
+def test_frozen_group_may_have_no_gradient():
+    """As in a run, whose step computes none."""
+    transform = built(optimizer_of(config.Group(frozen=True)))
+    state = transform.init(params())
+    updates, after = transform.update(ONES, state, params())
+    without, same = transform.update(ONES | {"kernel": None}, state, params())
+    assert without["kernel"] is None
+    np.testing.assert_array_equal(without["bias"], updates["bias"])
+    jax.tree.map(np.testing.assert_array_equal, same, after)
+
+
 def test_clipping_is_by_the_norm_of_the_group_and_then_only_down():
     grads = {"kernel": jnp.asarray([3.0, 0.0, 4.0]), "bias": jnp.asarray([0.3, 0.0, 0.4])}
     (updates,), _ = walk(optimizer_of(config.Group(clip_norm=1.0), config.Group(clip_norm=1.0), name="sgd"), grads, 1)
@@ -169,7 +180,7 @@ def test_groups_with_other_optimizers_are_updated_as_by_those():
     transform = built(optimizer_of(config.Group(optimizer="sgd"), name="adam", b1=0.8, eps=1e-3, eps_root=0.0))
     theirs = optax.partition({"s": optax.sgd(0.5, momentum=0.8), "a": optax.adam(0.5, 0.8, 0.999, 1e-3)}, OTHERS)
     rng = np.random.default_rng(0)
-    with jax.enable_x64(True):  # in float32 Optax's 1 − b2^t is what differs
+    with jax.enable_x64(True):  # in float32 Optax's 1 − b2^t is less exact
         start = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), jax.device_get(params()))
         ours, other = start, start
         ours_state, theirs_state = transform.init(start), theirs.init(start)

@@ -1,6 +1,6 @@
-"""AdaBelief in 16 bits: what is computed, what is stored, and how bfloat16 moments are rounded.
+"""AdaBelief in 16 bits: the dtypes of updates and moments, and the rounding of bfloat16 moments.
 
-Where Optax goes wrong the same test shows it, so that what is gained can be seen.
+Where Optax goes wrong, the same test shows it.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.optim.reference import reference
 from trainer.optim.adabelief import ScaleByBeliefState, adabelief, scale_by_belief
-from trainer.optim.precision import _carry_but_for_nan, _hash, key_of, store
+from trainer.optim.precision import _carry_but_for_nan, _hash, round_to_storage, rounding_bits
 
 HALF = ["bfloat16", "float16"]
 LOW: dict[str, Any] = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
@@ -30,7 +30,7 @@ def dtypes(tree: Any) -> Any:
 
 
 def moments(state: Any) -> ScaleByBeliefState:
-    """Those of our state, or of Optax's."""
+    """The moments of our state, or of Optax's."""
     return ScaleByBeliefState(*(optax.tree.get(state, name) for name in ("count", "mu", "nu")))
 
 
@@ -85,7 +85,7 @@ def test_first_update_of_float16_parameters_is_right():
 
 @functools.cache
 def half(dtype: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Gradients, and what becomes of them with parameters of `dtype`, and with those parameters in float32."""
+    """Gradients, and the updates they give for parameters of `dtype` and for the same parameters in float32."""
     rng = np.random.default_rng(0)
     sign, noise = rng.choice([-1.0, 1.0], 50), rng.uniform(-1, 1, (100, 50))
     grads = np.asarray(jnp.asarray(1e-3 * sign * (1 + 0.8 * noise), dtype))
@@ -100,10 +100,10 @@ def half(dtype: str) -> tuple[np.ndarray, dict[str, Any]]:
 @pytest.mark.parametrize("dtype", HALF)
 def test_16_bit_updates_are_the_reference_to_the_rounding_of_their_dtype(dtype):
     grads, found = half(dtype)
-    direction = np.diff(reference(np.zeros(50), grads, 0.5, nesterov=True), axis=0, prepend=0)
-    expected, rounding = direction + found["decay"][0], float(jnp.finfo(dtype).eps) / 2
+    update = np.diff(reference(np.zeros(50), grads, 0.5, nesterov=True), axis=0, prepend=0)
+    expected, rounding = update + found["decay"][0], float(jnp.finfo(dtype).eps) / 2
     np.testing.assert_allclose(found["ours"][0].astype(np.float64), expected, rtol=rounding * 1.01, atol=1e-5)
-    errors = np.abs(found["optax"][0].astype(np.float64) - direction) / np.abs(direction)
+    errors = np.abs(found["optax"][0].astype(np.float64) - update) / np.abs(update)
     assert not np.max(errors) < 10 * rounding
 
 
@@ -293,13 +293,13 @@ def test_bytes_of_state_per_parameter(options, bytes_each):
 
 
 def keys(seed: int, counts: jax.Array, stream: int) -> jax.Array:
-    return jax.vmap(lambda count: key_of(seed, count, stream))(counts)
+    return jax.vmap(lambda count: rounding_bits(seed, count, stream))(counts)
 
 
 @jax.jit
 def rounded(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """What is stored of x at each count."""
-    return jax.vmap(lambda count: store(x, jnp.bfloat16, key_of(0, count, 0)))(counts)
+    """x as it is stored at each count."""
+    return jax.vmap(lambda count: round_to_storage(x, jnp.bfloat16, rounding_bits(0, count, 0)))(counts)
 
 
 def bits(x: Any) -> np.ndarray:
@@ -313,7 +313,7 @@ def ulp(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def samples() -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of every size and both signs, and what is stored of them at 2^14 counts."""
+    """Numbers of every size and both signs, and the same as they are stored at 2^14 counts."""
     rng = np.random.default_rng(0)
     x = (rng.uniform(1, 2, 60) * 2.0 ** rng.integers(-120, 120, 60) * rng.choice([-1, 1], 60)).astype(np.float32)
     return x.astype(np.float64), np.asarray(rounded(x, jnp.arange(2**14)), np.float64)
@@ -364,13 +364,13 @@ def test_rounding_on_other_platforms_leaves_every_nan_nan(pattern):
     """0x7FFFFFFF is the NaN of NVIDIA's devices."""
     x = np.full(64, pattern, np.uint32).view(np.float32)
     for count in range(20):
-        found = np.asarray(_carry_but_for_nan(jnp.asarray(x), key_of(0, jnp.int32(count), 0)), np.float32)
+        found = np.asarray(_carry_but_for_nan(jnp.asarray(x), rounding_bits(0, jnp.int32(count), 0)), np.float32)
         assert np.isnan(found).all()
 
 
 def test_rounding_on_other_platforms_is_the_same_for_numbers():
-    x, key = jnp.linspace(-3, 3, 1000), key_of(0, jnp.int32(5), 0)
-    np.testing.assert_array_equal(_carry_but_for_nan(x, key), store(x, jnp.bfloat16, key))
+    x, key = jnp.linspace(-3, 3, 1000), rounding_bits(0, jnp.int32(5), 0)
+    np.testing.assert_array_equal(_carry_but_for_nan(x, key), round_to_storage(x, jnp.bfloat16, key))
 
 
 def test_rounding_takes_denormals_to_a_neighbour():
@@ -379,13 +379,13 @@ def test_rounding_takes_denormals_to_a_neighbour():
     np.testing.assert_array_less(np.abs(found - x), 2.0**-133)
 
 
-# What its random numbers depend on.
+# The dependences of its random numbers.
 
 
 def stored(seed: int = 0, count: int = 0, stream: int = 0) -> np.ndarray:
     """Of 4096 numbers half-way between two bfloat16: a bit of each random number."""
     x = jnp.full((64, 64), 1 + 1 / 256, jnp.float32)
-    return bits(store(x, jnp.bfloat16, key_of(seed, jnp.int32(count), stream)))
+    return bits(round_to_storage(x, jnp.bfloat16, rounding_bits(seed, jnp.int32(count), stream)))
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"count": 1}, {"stream": 1}], ids=str)
@@ -399,7 +399,7 @@ def test_rounding_is_the_same_inside_jit_and_vmap():
     x = jnp.full((64, 64), 1 + 1 / 256, jnp.float32)
 
     def inside(x: jax.Array) -> jax.Array:
-        return store(x, jnp.bfloat16, key_of(jnp.int32(3), jnp.int32(5), 7))
+        return round_to_storage(x, jnp.bfloat16, rounding_bits(jnp.int32(3), jnp.int32(5), 7))
 
     np.testing.assert_array_equal(bits(jax.jit(inside)(x)), expected)
     np.testing.assert_array_equal(bits(jax.jit(jax.vmap(inside))(jnp.stack([x, x]))), np.stack([expected, expected]))
@@ -519,7 +519,7 @@ def test_errors_of_an_array_sum_to_no_more_than_those_of_independent_numbers(sha
     assert np.mean(errors**2) < 1.1 * np.sum(shares * (1 - shares))
 
 
-# What comes of it.
+# Training with stored bfloat16 moments.
 
 
 def test_first_step_is_that_of_float32_moments_but_for_one_rounding():
@@ -529,7 +529,7 @@ def test_first_step_is_that_of_float32_moments_but_for_one_rounding():
     np.testing.assert_array_less(np.abs(m - 0.1 * grads[0]), 1.001 * ulp(m))
     expected = 0.001 * (grads[0] - m) ** 2
     np.testing.assert_array_less(np.abs(s - expected), 1.001 * ulp(expected))
-    # The update is that of what is stored.
+    # The update is made of the stored moments.
     np.testing.assert_allclose(updates[0], -(m / 0.1) / np.sqrt(s / 0.001), rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of an update, by label, against float64 NumPy and against what the update really did."""
+"""Statistics of an update, by label, against float64 NumPy and against the change of the parameters."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ def stored(path: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def paths(make: Callable[..., optax.GradientTransformation]) -> dict[str, np.ndarray]:
-    """What an optimizer does in every case."""
+    """The parameters of every case after each stored step of an optimizer."""
     with jax.enable_x64(True):
         optimizers = {name: make(**settings(name, jnp.asarray)) for name in EXPECTED}
         return {name: stored(path) for name, (path, _) in run(optimizers, START, GRADS).items()}

@@ -118,11 +118,11 @@ def times(factors: list[float], tree: Any) -> Any:
     return jax.tree.map(lambda x: np.reshape(factors, (-1,) + (1,) * (x.ndim - 1)) * x, tree)
 
 
-# What it looks like.
+# Signature and documentation.
 
 
 def test_annotations_are_those_of_optax():
-    """The objects, not their names: whoever makes a command line of a signature looks at them."""
+    """The objects, not their names: libraries that turn a signature into a command line look at them."""
     parameters = inspect.signature(adabelief).parameters
     assert parameters["learning_rate"].annotation is optax.ScalarOrSchedule
     assert parameters["weight_decay"].annotation == optax.ScalarOrSchedule | None
@@ -265,7 +265,7 @@ def test_two_accumulated_gradients_are_their_mean(options):
 @pytest.mark.parametrize("mask", [None, *MASKS])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_optax_tells_parameters_of_the_state_from_the_rest(mask, amsgrad):
-    """As whoever shards a state does."""
+    """As code that shards a state does."""
     params, _ = problem()
     optimizer: Any = adabelief(RATE, **DECAYING, weight_decay_mask=MASKS.get(mask), amsgrad=amsgrad)
     kinds: Any = optax.tree_map_params(
@@ -379,7 +379,7 @@ def test_derivatives_are_those_of_optax():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), *both)
 
 
-# What update is given.
+# Arguments of update.
 
 
 def test_other_keyword_arguments_are_accepted():

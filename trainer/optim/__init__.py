@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from trainer import config
 from trainer.optim.adabelief import Belief
-from trainer.optim.fused import GroupStep, ParamGroup, ScaleByBeliefState, flatten, fused, group_steps, prepare
+from trainer.optim.fused import GroupStep, ParamGroup, ScaleByBeliefState, flatten, fused, group_steps, prepare_leaf
 from trainer.optim.precision import global_norm, one_minus_power, square
 from trainer.optim.schedules import build_schedule
 from trainer.optim.update_rules import Adam, Momentum
@@ -67,8 +67,8 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
     For each label that is not frozen:
 
     - `grad_norm/LABEL`: the norm of the gradient, before clipping;
-    - `update_ratio/LABEL`: the norm of the update over that of the new parameters; the update before it was rounded to
-      the parameters' dtype, and the last one for a label that is not updated at every step;
+    - `update_ratio/LABEL`: the norm of the update over that of the new parameters. The update is not yet rounded to the
+      parameters' dtype. For a label that is not updated at every step it is the last update;
     - `belief/LABEL`: the mean of √(nu/v) over all elements, where v = nu + mu², all corrected, is the second moment of
       the gradient about zero. Near 1 gradients are noise, and AdaBelief does what Adam would do; near 0 they are as
       predicted, and its steps are larger by 1/belief. Momentum has none;
@@ -77,9 +77,7 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
     Nothing is stored for them: the update is computed again from the moments.
     """
 
-    def statistics(
-        grads: optax.Updates, params: optax.Params, state: ScaleByBeliefState
-    ) -> dict[str, Float[Array, ""]]:
+    def statistics(grads: optax.Updates, params: optax.Params, state: ScaleByBeliefState) -> dict[str, Array]:
         leaves, _ = flatten(labels, grads, state, params)
         steps = group_steps(groups, leaves, state.count - 1, clip_norm)
         updated: dict[str, Any] = {label: groups[label] for label in steps}
@@ -95,7 +93,7 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
                 found[f"learning_rate/{label}"] = step.learning_rate
             if callable(group.weight_decay):
                 found[f"weight_decay/{label}"] = step.weight_decay
-            if group.rule.nu_about is not None:
+            if group.rule.nu_center is not None:
                 total = sum((jnp.sum(_belief(group, step, *leaf, state.count)) for leaf in own), jnp.zeros(()))
                 found[f"belief/{label}"] = total / sum(p.size for _, _, p in own)
         return {name: value.astype(jnp.float32) for name, value in found.items()}
@@ -104,8 +102,8 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
 
 
 def _displacement(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Array) -> Array:
-    """The new parameter minus the old one: p − p' = (u + λp') / (1 − λ), since p' = (1 − λ)p − u."""
-    step, g, mu, nu, nu_max, p = prepare(group, step, g, moments, p)
+    """The new parameter p' minus the old one p: p' − p = −(u + λp') / (1 − λ), since p' = (1 − λ)p − u."""
+    step, g, mu, nu, nu_max, p = prepare_leaf(group, step, g, moments, p)
     nu = nu if nu_max is None else nu_max
     moved = -group.rule.update(g, mu, nu, step.bias_corrections, step.learning_rate)
     if step.weight_decay is None:
@@ -114,11 +112,11 @@ def _displacement(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, 
 
 
 def _belief(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Array, count: Array) -> Array:
-    _, _, mu, nu, _, _ = prepare(group, step, g, moments, p)
+    _, _, mu, nu, _, _ = prepare_leaf(group, step, g, moments, p)
     t = (count - 1) // group.every + 1
     mean_squared = square(mu / one_minus_power(group.rule.b1, t).astype(nu.dtype))
     nu = nu / one_minus_power(group.rule.b2, t).astype(nu.dtype)
-    if group.rule.nu_about == "mean":
+    if group.rule.nu_center == "mean":
         about_mean, about_zero = nu, nu + mean_squared
     else:
         about_mean, about_zero = jnp.maximum(nu - mean_squared, 0), nu

@@ -22,7 +22,7 @@ class BiasCorrections(NamedTuple):
     mu: Array  # of the first moment
     g: Array | None = None  # of the gradient that Nesterov's method adds to it
     nu: Array | None = None  # of the second moment, under the root
-    undivided: Array | None = None  # whether the root does not divide at all, under rectification
+    intractable: Array | None = None  # under rectification: whether the update is the mean, not divided by the root
 
     def mean(self, g: Any, mu: Any, scale: Any) -> Any:
         """`scale` times the mean gradient without bias."""
@@ -54,7 +54,7 @@ class Belief:
     rectify: bool = False
     sgd_fallback: bool = True
 
-    nu_about = "mean"
+    nu_center = "mean"  # nu is the second moment about the mean; about "zero" or None, without nu, in other rules
 
     def update_mu(self, g: Inexact[Array, "*s"], mu: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
         """The mean gradient."""
@@ -63,8 +63,8 @@ class Belief:
     def update_nu(self, g: Inexact[Array, "*s"], mu: Inexact[Array, "*s"], nu: Inexact[Array, "*s"]) -> Any:
         """The mean squared error of the new `mu` as a prediction of `g`."""
         # A step towards error² is more exact than b2 · nu + (1 − b2) · error²: in float32 the two weights do not add
-        # up to 1. And the last operation adds two arrays: XLA:CPU computes an array plus a scalar (Optax's
-        # `nu + eps_root`) again in each fusion that reads it, from copies of the old moments.
+        # up to 1. And the last operation adds two arrays. If it added a scalar to an array (Optax's `nu + eps_root`),
+        # XLA:CPU would compute the sum again in each fusion that reads it, from copies of the old moments.
         return (1 - self.b2) * (square(squarable(g - mu)) - nu) + (nu + self.eps_root)
 
     def bias_corrections(self, t: Int32[Array, ""]) -> BiasCorrections:
@@ -80,8 +80,8 @@ class Belief:
     def update(self, g: Any, mu: Any, nu: Any, corrections: BiasCorrections, scale: Any) -> Any:
         """`scale` times u, from the new moments."""
         root = jnp.sqrt(nu if corrections.nu is None else nu * corrections.nu) + self.eps
-        if corrections.undivided is not None:
-            root = jnp.where(corrections.undivided, jnp.ones_like(root), root)
+        if corrections.intractable is not None:
+            root = jnp.where(corrections.intractable, jnp.ones_like(root), root)
         return corrections.mean(g, mu, scale) / root
 
 
@@ -161,7 +161,8 @@ def adabelief(
     if decay not in ("decoupled", "fixed", "coupled"):
         raise ValueError(f"decay is {decay!r}; it must be 'decoupled', 'fixed' or 'coupled'")
     if isinstance(weight_decay_mask, jax.Array):
-        raise ValueError("weight_decay_mask is an array, give optax.inject_hyperparams static_args='weight_decay_mask'")
+        name = "weight_decay_mask"
+        raise ValueError(f"{name} is an array: with optax.inject_hyperparams pass it static_args={name!r}")
     plain = ParamGroup(rule, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     groups = {"plain": plain, "decayed": dataclasses.replace(plain, weight_decay=weight_decay, decay=decay)}
     mask = True if weight_decay is None or weight_decay_mask is None else weight_decay_mask

@@ -27,7 +27,7 @@ class DecayResult:
 
     @property
     def holds(self) -> bool:
-        """Whether the parameters do what the label says, and that is a decay."""
+        """Whether the parameters were multiplied by `factor`, and that is a decay."""
         return not self.wrong and not self.lost and (self.factor is None or self.factor > 0)
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ def check_decay(
     optimizer: optax.GradientTransformation,
     total_steps: int,
 ) -> list[DecayResult]:
-    """Makes one step with zero gradients and fresh moments for every label, and compares its parameters around it.
+    """For every label, makes a step with zero gradients and fresh moments, and compares parameters before and after.
 
     The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype, and must keep
     every bit of parameters without decay and of frozen ones. It is the step in which the label decays most: under a
@@ -112,5 +112,5 @@ def _shrunk(old: np.ndarray, new: np.ndarray, shrink: float) -> bool:
     if shrink == 0:
         return old.tobytes() == new.tobytes()
     expected = old.astype(np.float64) * (1 - shrink)
-    # Half a place from rounding, and as much again from the arithmetic of the share that is subtracted.
+    # Rounding errs by half an ulp, and the arithmetic of the share that is subtracted by as much again.
     return bool(np.all(np.abs(new.astype(np.float64) - expected) <= np.abs(np.spacing(np.abs(old)).astype(np.float64))))

@@ -10,49 +10,34 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from trainer.optim.precision import check_precision, global_norm, key_of, storage_dtype, store
+from trainer.optim.precision import check_precision, global_norm, round_to_storage, rounding_bits, storage_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParamGroup:
     """How the parameters of one label are updated.
 
-    Attributes:
-      rule: the update rule, `trainer.optim.adabelief.Belief` or another class with its methods.
-      learning_rate: a number, an array, or a schedule of the number of updates already made.
-      weight_decay: likewise; None for none.
-      decay: "decoupled" adds weight_decay · p to the rule's update; "fixed" does not multiply it by the learning rate;
-        "coupled" adds it to the gradient.
-      clip_norm: largest norm of the gradient of the whole group; None for any.
-      every: the group is updated at counts 0, every, 2·every, …; the gradients between are not used.
-      mu_dtype: dtype of mu in the state; None for the parameter's, but at least float32.
-      nu_dtype: dtype of nu in the state, likewise.
+    `decay` "decoupled" adds weight_decay · p to the rule's update; "fixed" does not multiply it by the learning rate;
+    "coupled" adds it to the gradient.
     """
 
-    rule: Any
-    learning_rate: Any
-    weight_decay: Any = None
+    rule: Any  # the update rule, `trainer.optim.adabelief.Belief` or another class with its methods
+    learning_rate: Any  # a number, an array, or a schedule of the number of updates already made
+    weight_decay: Any = None  # likewise; None for no decay
     decay: str = "decoupled"
-    clip_norm: float | None = None
-    every: int = 1
-    mu_dtype: Any = None
-    nu_dtype: Any = None
+    clip_norm: float | None = None  # largest norm of the gradient of the whole group; None for no limit
+    every: int = 1  # the group is updated at counts 0, every, 2·every, …; the gradients between are not used
+    mu_dtype: Any = None  # dtype of mu in the state; None for the parameter's, but at least float32
+    nu_dtype: Any = None  # dtype of nu in the state, likewise
 
 
 class ScaleByBeliefState(NamedTuple):
-    """Moments of the gradients.
+    """Moments of the gradients, in trees like the parameters."""
 
-    Attributes:
-      count: updates made; stays at the largest int32 when it gets there.
-      mu: mean of the gradients, like the parameters; `optax.MaskedNode` for a frozen leaf.
-      nu: mean of the squared prediction errors, like the parameters but real; `MaskedNode` also where none is kept.
-      nu_max: the largest `nu` so far, under `amsgrad`; else None.
-    """
-
-    count: Int32[Array, ""]
-    mu: Any
-    nu: Any
-    nu_max: Any = None
+    count: Int32[Array, ""]  # updates made; stays at the largest int32 when it gets there
+    mu: Any  # mean of the gradients; `optax.MaskedNode` for a frozen leaf
+    nu: Any  # mean of the squared prediction errors, real; `MaskedNode` also where none is kept
+    nu_max: Any = None  # the largest `nu` so far, under `amsgrad`; else None
 
 
 class GroupStep(NamedTuple):
@@ -83,17 +68,17 @@ def fused(
       groups: by label; None for a label whose leaves are frozen.
       labels: a tree of labels like the parameters, a prefix of one, or a function of the parameters that returns one.
       amsgrad: whether leaves are divided by the root of their largest second moment so far.
-      clip_norm: largest norm of the gradient of all leaves that are not frozen; None for any.
+      clip_norm: largest norm of the gradient of all leaves that are not frozen; None for no limit.
       seed: of the stochastic rounding of bfloat16 moments.
     """
 
     def init(params: optax.Params) -> ScaleByBeliefState:
-        # `optax.tree_map_params` calls with a node that has no leaf, to find where in the state parameters are.
+        # `optax.tree_map_params` calls this with a placeholder without leaves, to find the parameters in the state.
         names = _label_tree(labels, params) if jax.tree.leaves(params) else params
 
         def zeros(label: str, p: Any, *, second: bool) -> Any:
             group, dtype = groups[label], jnp.result_type(p)
-            if group is None or (second and group.rule.nu_about is None):
+            if group is None or (second and group.rule.nu_center is None):
                 return optax.MaskedNode()
             check_precision(dtype, group.rule, group.mu_dtype, group.nu_dtype)
             return jnp.zeros_like(p, storage_dtype(dtype, group.nu_dtype if second else group.mu_dtype, real=second))
@@ -131,7 +116,7 @@ def _update_leaf(
 ) -> tuple[Array, Any, Any, Any]:
     """The update of one leaf, and its new mu, nu and nu_max as they are stored."""
     rule, dtype, (stored_mu, stored_nu, stored_max) = group.rule, (g if p is None else p).dtype, moments
-    step, g, mu, nu, nu_max, p = prepare(group, step, g, moments, p)
+    step, g, mu, nu, nu_max, p = prepare_leaf(group, step, g, moments, p)
     stored_mu = store_new(rule.update_mu(g, mu), stored_mu, second=False)
     # From here on the moments are as they are stored: the next update reads nothing else.
     mu = stored_mu.astype(mu.dtype)
@@ -149,17 +134,16 @@ def _update_leaf(
     return u, stored_mu, stored_nu, stored_max
 
 
-def prepare(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
+def prepare_leaf(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
     """Step, gradient, mu, nu, nu_max and parameter in the dtype of the computation; moments that are not kept are None.
 
-    The gradient is clipped, and coupled decay is added to it; other weight decay becomes the share of p to subtract.
+    The gradient is clipped. Coupled decay is added to it; else `step.weight_decay` becomes the share of p to subtract.
     """
     arrays = [None if isinstance(x, optax.MaskedNode) else x for x in (g, *moments, p)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
     real = jnp.finfo(dtype).dtype
-    dtypes = (dtype, dtype, real, real, dtype)
-    values: list[Any] = [None if x is None else x.astype(to) for x, to in zip(arrays, dtypes, strict=True)]
-    g, mu, nu, nu_max, p = values
+    cast: Any = zip(arrays, (dtype, dtype, real, real, dtype), strict=True)
+    g, mu, nu, nu_max, p = (None if x is None else x.astype(to) for x, to in cast)
     step = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(real), step)
     if step.clip is not None:
         g = g * step.clip
@@ -208,14 +192,13 @@ def flatten(labels: Any, updates: Any, state: Any, params: Any) -> tuple[list[tu
     """(label, gradient, (mu, nu, nu_max), parameter) of each leaf, and the structure of the tree; None is a leaf."""
     if not isinstance(state, ScaleByBeliefState):
         raise ValueError(
-            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.adabelief.from_optax makes "
-            "one of a state of optax.adabelief"
+            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.adabelief.from_optax converts "
+            "a state of optax.adabelief"
         )
     gradients, structure = jax.tree.flatten(updates, is_leaf=_is_none)
     trees = (state.mu, state.nu, state.nu_max, params)
-    mu, nu, nu_max, params = (
-        [None] * len(gradients) if tree is None else structure.flatten_up_to(tree) for tree in trees
-    )
+    none = [None] * len(gradients)
+    mu, nu, nu_max, params = (none if tree is None else structure.flatten_up_to(tree) for tree in trees)
     names = jax.tree.leaves(_label_tree(labels, updates), is_leaf=_is_none)
     # Python numbers are parameters, too.
     gradients, params = ([None if x is None else jnp.asarray(x) for x in column] for column in (gradients, params))
@@ -230,8 +213,8 @@ def _label_tree(labels: Any, tree: Any) -> Any:
 def _store_new(due: Any, seed: Any, count: Array, number: int, x: Array, old: Array, *, second: bool) -> Array:
     """A new moment of leaf `number` in the dtype of the old one, or the old one where the group is not due."""
     if old.dtype == jnp.bfloat16:
-        x = store(x, old.dtype, key_of(seed, count, 2 * number + second))
-    else:  # no key is needed, and tracing one for every leaf takes its time
+        x = round_to_storage(x, old.dtype, rounding_bits(seed, count, 2 * number + second))
+    else:  # no bits are needed, and tracing one for every leaf takes its time
         x = x.astype(old.dtype)
     return x if due is None else jnp.where(due, x, old)
 

@@ -121,7 +121,7 @@ def _name(dtype: Any) -> str:
         return repr(dtype)
 
 
-def key_of(seed: int | Integer[Array, ""], count: Int32[Array, ""], stream: int) -> UInt32[Array, ""]:
+def rounding_bits(seed: int | Integer[Array, ""], count: Int32[Array, ""], stream: int) -> UInt32[Array, ""]:
     """32 bits that look random, for one array in one update: a function of seed, count and the array's number."""
     key = jnp.asarray(seed).astype(jnp.uint32)
     for part in (count.astype(jnp.uint32), jnp.uint32(stream)):
@@ -129,12 +129,12 @@ def key_of(seed: int | Integer[Array, ""], count: Int32[Array, ""], stream: int)
     return key
 
 
-def store(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, ""]) -> Shaped[Array, "*shape"]:
+def round_to_storage(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, ""]) -> Shaped[Array, "*shape"]:
     """`x` in `dtype`; rounded stochastically if that is bfloat16, with the expectation x.
 
     Rounding to nearest would lose every change below 2⁻⁹ of the value, and with b2 = 0.999 a moment changes by about
-    2⁻¹⁰ of its value. The direction depends only on `key` and on the element's index in the array, so the result is the
-    same on every topology, and the same again when a run is resumed.
+    2⁻¹⁰ of its value. Rounding up or down depends only on `key` and on the element's index in the array, so the result
+    is the same on every topology, and the same again when a run is resumed.
     """
     if dtype != jnp.bfloat16 or x.dtype == jnp.bfloat16:
         return x.astype(dtype)
@@ -143,8 +143,8 @@ def store(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, ""]) -> Sha
 
 @jax.custom_jvp
 def _round(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Float[Array, "*shape"]:
-    # The carry would turn the largest NaNs into zeros. CPU and TPU compute no such NaN, and a test for it would cost up
-    # to a fifth of the update there; on NVIDIA devices it is the NaN that arithmetic gives.
+    # `_carry` would turn the largest NaNs into zeros. Arithmetic on CPU and TPU never gives such a NaN, and a test for
+    # it would cost up to a fifth of the update. Arithmetic on NVIDIA devices does give it.
     return lax.platform_dependent(x, key, cpu=_carry, tpu=_carry, default=_carry_but_for_nan)
 
 
@@ -171,7 +171,7 @@ def _hash(shape: tuple[int, ...], key: UInt32[Array, ""]) -> UInt32[Array, "*sha
     One multiplication is all that a CPU has time for. The numbers of one element in different updates are as
     independent as the keys of these updates; rounding without bias over time needs no more. In one update the numbers
     of neighbours are correlated (by up to 0.7), like the points of a lattice: sums over an array err less than with
-    independent numbers. XLA computes a flat iota for nothing, on a mesh too; an iota for each dimension would become a
+    independent numbers. XLA computes a flat iota at no cost, on a mesh too; an iota for each dimension would become a
     small kernel each on TPU.
     """
     numbers = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)

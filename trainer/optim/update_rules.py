@@ -20,7 +20,7 @@ class Adam:
     eps_root: Any = 0.0
     nesterov: bool = False
 
-    nu_about = "zero"
+    nu_center = "zero"
 
     def update_mu(self, g: Any, mu: Any) -> Any:
         """The mean gradient."""
@@ -49,7 +49,7 @@ class Momentum:
     b1: Any = 0.9
     nesterov: bool = False
 
-    nu_about = None
+    nu_center = None
 
     def update_mu(self, g: Any, mu: Any) -> Any:
         """The sum of past gradients, decayed."""
