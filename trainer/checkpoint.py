@@ -29,22 +29,14 @@ def make_metadata(run: config.Run, params: ParamTable, step: int) -> dict[str, A
 
 
 def check_metadata(metadata: dict[str, Any], params: ParamTable) -> list[str]:
-    """One text for each version that has changed since the checkpoint.
-
-    Raises:
-      UserError: the parameters of the model, or their labels, differ from those of the checkpoint.
-    """
+    """One text for each version changed since the checkpoint; raises `UserError` if parameters or labels differ."""
     if metadata["params"] != params.fingerprint():
         raise UserError(
             f"the code has changed since the checkpoint at step {metadata['step']}: its parameter table (params.txt in "
             "the workdir) is not that of the model now (see `inspect`); choose another --workdir"
         )
-    now = versions()
-    return [
-        f"{package} was {old}, is {now.get(package, 'missing')}"
-        for package, old in metadata["versions"].items()
-        if now.get(package) != old
-    ]
+    now, old = versions(), metadata["versions"]
+    return [f"{name} was {was}, is {now.get(name, 'missing')}" for name, was in old.items() if now.get(name) != was]
 
 
 def versions() -> dict[str, str]:
@@ -57,35 +49,23 @@ def versions() -> dict[str, str]:
 
 
 class Store:
-    """The checkpoints of one run.
-
-    A save copies the state to the host and returns; the files are written in the background. An interrupted save leaves
-    a folder that is not taken for a checkpoint later.
-    """
+    """The checkpoints of one run. An interrupted save leaves a folder that is not taken for a checkpoint later."""
 
     def __init__(self, directory: Folder, settings: config.Checkpoint, *, read_only: bool = False) -> None:
         """Opens `directory`, and makes it unless `read_only`."""
         self._directory, self._keeps_best = directory, settings.best_metric is not None
         kept: list[Any] = [policies.LatestN(settings.keep_last)]
-        best: dict[str, Any] = {}
+        options: dict[str, Any] = {"create": not read_only, "read_only": read_only}
         if self._keeps_best:
             metric, reverse = _best_metric(settings), settings.best_mode == "min"
-            best_one = policies.BestN(
-                get_metric_fn=metric, reverse=reverse, n=1, keep_checkpoints_without_metrics=False
-            )
-            kept.append(best_one)
+            kept += [policies.BestN(get_metric_fn=metric, reverse=reverse, n=1, keep_checkpoints_without_metrics=False)]
             # Without best_fn, Orbax forgets the metrics when the directory is opened again.
-            best = {"best_fn": metric, "best_mode": settings.best_mode}
+            options |= {"best_fn": metric, "best_mode": settings.best_mode}
         self._manager = ocp.CheckpointManager(
             directory.absolute() if isinstance(directory, Path) else directory,
             # Named, so that metadata can be read before anything was saved or restored.
             item_handlers={"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                create=not read_only,
-                read_only=read_only,
-                **best,
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), **options),
         )
 
     def steps(self) -> list[int]:
@@ -97,19 +77,13 @@ class Store:
         return self._manager.best_step() if self._keeps_best else None
 
     def choose(self, step: int | str) -> int:
-        """The step that a number, "latest" or "best" means.
-
-        Raises:
-          UserError: there is no such checkpoint.
-        """
-        steps = self.steps()
-        if not steps:
+        """The step that a number, "latest" or "best" means; raises `UserError` if there is no such checkpoint."""
+        if not (steps := self.steps()):
             raise UserError("there is no checkpoint yet")
         if step == "latest":
             return steps[-1]
         if step == "best":
-            best = self.best_step()
-            if best is None:
+            if (best := self.best_step()) is None:
                 raise UserError("no best checkpoint is kept: the run has no checkpoint.best_metric")
             return best
         if not str(step).isdecimal() or int(step) not in steps:
@@ -118,13 +92,9 @@ class Store:
         return int(step)
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Starts to save `state` under the metadata's step; the best checkpoint is chosen by `metrics`."""
-        self._manager.save(
-            metadata["step"],
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)),
-            metrics=metrics,
-            force=True,  # the loop decides when
-        )
+        """Copies `state` to the host, and starts to write it under the metadata's step; `metrics` choose the best."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+        self._manager.save(metadata["step"], args=items, metrics=metrics, force=True)  # the loop decides when
 
     def wait(self) -> None:
         """Returns when every save is on disk; raises the error of a save that failed in the background."""
@@ -140,16 +110,14 @@ class Store:
             return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
 
     def restore(self, like: TrainState, step: int) -> TrainState:
-        """The state at `step`, with the shardings of `like` (arrays or `jax.ShapeDtypeStruct`).
-
-        Raises:
-          UserError: the checkpoint's leaves are not those of `like` in path, shape or dtype.
-        """
+        """The state at `step`, sharded as `like` (arrays or `jax.ShapeDtypeStruct`); `UserError` if leaves differ."""
         with self._read_errors(step):
-            saved = _leaves(self._manager.item_metadata(step)["state"].tree)
-        # Orbax would cast another dtype and accept a missing leaf without an error.
-        _check_like(step, _leaves(like), saved)
-        with self._read_errors(step):
+            wanted, saved = _leaves(like), _leaves(self._manager.item_metadata(step)["state"].tree)
+            for path in [*wanted, *saved]:  # Orbax would cast another dtype and accept a missing leaf without an error
+                there, here = saved.get(path, "missing"), wanted.get(path, "missing")
+                if there != here:
+                    misfit = f"{path} is {there} there, {here} here"
+                    raise UserError(f"the checkpoint at step {step} does not fit this run: {misfit}")
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
 
     @contextmanager
@@ -194,12 +162,3 @@ class _LateReadsDropped:
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
     return {path_of(keys): (tuple(leaf.shape), str(leaf.dtype)) for keys, leaf in leaves}
-
-
-def _check_like(step: int, wanted: dict[str, Any], saved: dict[str, Any]) -> None:
-    for path in [*wanted, *saved]:
-        there, here = saved.get(path, "missing"), wanted.get(path, "missing")
-        if there != here:
-            raise UserError(
-                f"the checkpoint at step {step} does not fit this run: {path} is {there} there, {here} here"
-            )

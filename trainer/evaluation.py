@@ -1,10 +1,9 @@
 """Evaluation: every example of a split once, whatever the batch size and the devices."""
 
 import dataclasses
-from collections import defaultdict, deque
+from collections import defaultdict
 from contextlib import closing
 from os import PathLike
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from trainer.data import load
 from trainer.data.stream import once, prefetch
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
-from trainer.metrics import Mean, Metrics
+from trainer.metrics import Mean
 from trainer.program import Program, compile_program
 from trainer.state import TrainState
 from trainer.workdir import Workdir
@@ -23,15 +22,9 @@ from trainer.workdir import Workdir
 
 @distributed.fail_fast()
 def evaluate(
-    workdir: str | PathLike[str],
-    run: config.Run | None = None,
-    *,
-    step: int | str = "latest",
-    split: str | None = None,
+    workdir: str | PathLike[str], run: config.Run | None = None, *, step: int | str = "latest", split: str | None = None
 ) -> dict[str, float]:
-    """Evaluates a checkpoint of a run on every example of a split. Writes nothing.
-
-    All processes of a run call it.
+    """Evaluates a checkpoint of a run on every example of a split. Writes nothing. All processes of a run call it.
 
     Args:
       workdir: the folder of the run.
@@ -39,12 +32,8 @@ def evaluate(
       step: that of the checkpoint, or "latest", or "best" by `checkpoint.best_metric`.
       split: the split given to the experiment's `source`; None for `evaluation.split`.
 
-    Returns:
-      The metrics by name, such as "test/loss", then "test/examples", how many examples there are, and "step", that of
-      the checkpoint.
-
-    Raises:
-      UserError: the workdir holds no such checkpoint, or one of another run, or there is no such split.
+    Returns the metrics by name, such as "test/loss", "test/examples" (their number), and "step", the checkpoint's.
+    Raises `UserError` if the workdir holds no such checkpoint, or one of another run, or there is no such split.
     """
     folder = Workdir(workdir)
     with distributed.collective_errors("the run"):
@@ -67,34 +56,18 @@ def evaluate(
 
 
 def evaluate_split(program: Program, state: TrainState, source: RandomAccessSource) -> dict[str, float]:
-    """The metrics of a split by name, such as "test/accuracy", and "test/examples", how many examples there are.
-
-    Args:
-      program: the run.
-      state: its parameters are evaluated.
-      source: the examples of the split, usually loaded into memory.
-    """
+    """The metrics of `source` by name, such as "test/accuracy", and "test/examples", how many examples there are."""
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
-    strategy, in_flight = program.strategy, deque[Metrics]()
+    strategy, size = program.strategy, program.eval_spec["mask"].shape[0]
     # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
     fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
-    limit = 0 if fake else 2
-    size = program.eval_spec["mask"].shape[0]
     batches = once(source, size, local_examples=strategy.local_examples(size), threads=program.run.loading.threads)
-    for batch in prefetch(batches, strategy.shard_batch):
-        in_flight.append(program.eval_step(state, batch))
-        if len(in_flight) > limit:
-            _add(sums, in_flight.popleft())
-    for metrics in in_flight:
-        _add(sums, metrics)
+    on_devices = prefetch(batches, strategy.shard_batch)
+    for metrics in prefetch(on_devices, lambda batch: program.eval_step(state, batch), 0 if fake else 2):
+        for name, mean in jax.device_get(metrics).items():
+            sums[name] += (float(mean.total), float(mean.weight))
     seen = round(sums.pop("examples")[0])
     if seen != len(source):
         raise UserError(f"the evaluation saw {seen} examples of {len(source)}")
     split = program.run.evaluation.split
-    means: dict[str, Any] = {f"{split}/{name}": Mean(*sums[name]).compute() for name in sorted(sums)}
-    return means | {f"{split}/examples": seen}
-
-
-def _add(sums: dict[str, np.ndarray], metrics: Metrics) -> None:
-    for name, mean in jax.device_get(metrics).items():
-        sums[name] += (float(mean.total), float(mean.weight))
+    return {f"{split}/{name}": Mean(*sums[name]).compute() for name in sorted(sums)} | {f"{split}/examples": seen}

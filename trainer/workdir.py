@@ -26,12 +26,9 @@ class Mirror:
     """A folder of this machine to write in: the place itself or, for a bucket, one whose files are copied there."""
 
     def __init__(self, place: Folder) -> None:
-        self._place, self._scratch = place, None
-        if isinstance(place, Path):
-            self.folder = place
-        else:
-            self._scratch = tempfile.TemporaryDirectory(prefix="trainer-")
-            self.folder = Path(self._scratch.name)
+        self._place = place
+        self._scratch = None if isinstance(place, Path) else tempfile.TemporaryDirectory(prefix="trainer-")
+        self.folder = Path(self._scratch.name if self._scratch is not None else place)
 
     def push(self) -> None:
         """Copies every file to the bucket, if the place is one."""
@@ -54,9 +51,8 @@ class Workdir:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Folder = epath.Path(path) if is_bucket(path) else Path(path)
-        self.config = self.path / "config.json"
-        self.params = self.path / "params.txt"
-        self.checkpoints = self.path / "checkpoints"
+        names = ("config.json", "params.txt", "checkpoints")
+        self.config, self.params, self.checkpoints = (self.path / name for name in names)
 
     def run(self) -> config.Run | None:
         """The resolved run kept here, or None; raises `UserError` if its JSON or a class that it names has changed."""
@@ -117,8 +113,7 @@ class Workdir:
 
 def _way_out(run: config.Run, changes: Sequence[str]) -> str:
     """The flags by which a longer run keeps its schedules, or the reason why it cannot keep them."""
-    matches = [re.match(r"(optimizer\..*)\.run_steps was (\d+),", text) for text in changes]
-    kept = {match[1]: int(match[2]) for match in matches if match}
+    kept = {m[1]: int(m[2]) for c in changes if (m := re.match(r"(optimizer\..*)\.run_steps was (\d+),", c))}
     if not kept:
         return ""
     run = copy.deepcopy(run)

@@ -52,9 +52,7 @@ def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
 
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
     """The examples of any source at `indices`, stacked along a new first axis, in the dtypes that JAX uses."""
-    if isinstance(source, ArraySource):
-        return source.take(indices)
-    return _stack(_read(source, [int(i) for i in indices]))
+    return source.take(indices) if isinstance(source, ArraySource) else _stack(_read(source, [int(i) for i in indices]))
 
 
 def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
@@ -70,11 +68,7 @@ def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
 
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
-    """Whether the decoded source takes at most `limit_bytes`.
-
-    Raises:
-      UserError: it does, and its first examples differ when they are read again. In memory they would never change.
-    """
+    """Whether the decoded source takes at most `limit_bytes`; raises `UserError` if so, but a second read differs."""
     if isinstance(source, ArraySource):
         return True
     if len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) > limit_bytes:
@@ -118,7 +112,6 @@ def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {name: stack(name) for name in examples[0]}
 
 
-def _narrow(array: np.ndarray) -> np.ndarray:
+def _narrow(x: np.ndarray) -> np.ndarray:
     # Python's int and most label features are int64, which JAX would cast to int32 at every transfer.
-    numeric = array.dtype.kind in "iufcb"
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if numeric else array
+    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False) if x.dtype.kind in "iufcb" else x

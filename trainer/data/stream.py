@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -11,16 +13,16 @@ from trainer.data import ArraySource, take
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _READ_BYTES = 1 << 20  # copied at once from arrays in memory, if a batch is smaller
 
 
 class Order:
-    """The index of the example at each position of an endless training run, in which each epoch has its own order."""
+    """The index of one of `examples` at each position of an endless run; (seed, e) decides the order of epoch e."""
 
     def __init__(self, examples: int, seed: int) -> None:
-        """`examples` is the length of the source; the order of epoch e is a function of (seed, e)."""
-        self.examples = examples
-        self.seed = seed
+        self.examples, self.seed = examples, seed
         self._epochs: dict[int, np.ndarray] = {}
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
@@ -39,30 +41,20 @@ class Order:
         return order
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
     """Batches by index. Batch i of size B holds positions i·B … (i+1)·B − 1 of the order in which examples are read."""
 
-    def __init__(
-        self,
-        source: RandomAccessSource,
-        *,
-        seed: int | None,
-        batch_size: int,
-        steps: int,
-        local_examples: np.ndarray | None = None,
-    ) -> None:
-        """The first `steps` batches.
+    source: RandomAccessSource
+    _: KW_ONLY
+    seed: int | None  # None for the order of the source, which ends with masked copies of the last example
+    batch_size: int  # B, over all processes
+    steps: int  # how many batches there are
+    local_examples: np.ndarray | None = None  # places in each batch that this process reads, in that order; None: all
 
-        Args:
-          source: the examples.
-          seed: that of a training run; None for the order of the source, which ends with masked copies of the last one.
-          batch_size: B, over all processes.
-          steps: how many batches there are.
-          local_examples: the places in each batch that this process reads, in that order; None for all.
-        """
-        self.source, self.batch_size, self.steps = source, batch_size, steps
-        self.order = None if seed is None else Order(len(source), seed)
-        self.local_examples = np.arange(batch_size) if local_examples is None else local_examples
+    def __post_init__(self) -> None:
+        self.order = None if self.seed is None else Order(len(self.source), self.seed)
+        self.places = np.arange(self.batch_size) if self.local_examples is None else self.local_examples
 
     def __len__(self) -> int:
         return self.steps
@@ -78,7 +70,7 @@ class Batches:
             indices, mask = np.minimum(positions, len(self.source) - 1), positions < len(self.source)
         else:
             indices, mask = self.order(start, end), np.ones(end - start)
-        indices, mask = (x.reshape(-1, self.batch_size)[:, self.local_examples] for x in (indices, mask))
+        indices, mask = (x.reshape(-1, self.batch_size)[:, self.places] for x in (indices, mask))
         batches = take(self.source, indices.reshape(-1)) | {"mask": mask.astype(np.float32).reshape(-1)}
         arrays = {name: array.reshape(*indices.shape, *array.shape[1:]) for name, array in batches.items()}
         for i in range(len(indices)):
@@ -118,7 +110,7 @@ def _read(batches: Batches, start: int, threads: int, workers: int) -> Iterator[
     """The batches from `start` on, read ahead unless they lie in memory."""
     if isinstance(batches.source, ArraySource):
         # Several batches at once: on CPUs every microsecond of Python is taken from the step.
-        batch_bytes = len(batches.local_examples) * sum(x[:1].nbytes for x in batches.source.arrays.values())
+        batch_bytes = len(batches.places) * sum(x[:1].nbytes for x in batches.source.arrays.values())
         many = min(max(_READ_BYTES // batch_bytes, 1), 64)
         firsts = range(start, len(batches), many)
         return chain.from_iterable(batches.read(first, min(first + many, len(batches))) for first in firsts)
@@ -127,11 +119,11 @@ def _read(batches: Batches, start: int, threads: int, workers: int) -> Iterator[
     return read_in_workers(dataset, workers) if workers else iter(dataset)
 
 
-def prefetch(batches: Iterable[Batch], shard_batch: Callable[[Batch], Batch], depth: int = 2) -> Iterator[Batch]:
-    """The batches on the devices; `depth` more are being transferred while one is in use."""
-    waiting: deque[Batch] = deque()
-    for batch in batches:
-        waiting.append(shard_batch(batch))
+def prefetch(items: Iterable[_Item], start: Callable[[_Item], _Result], depth: int = 2) -> Iterator[_Result]:
+    """The results of `start`, such as a transfer to the devices; `depth` more are in work while one is in use."""
+    waiting: deque[_Result] = deque()
+    for item in items:
+        waiting.append(start(item))
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting

@@ -21,22 +21,19 @@ class TfdsSource:
           features: the entries to decode; the others are skipped.
           data_dir: the folder of data sets; None for TFDS's own default, TFDS_DATA_DIR or ~/tensorflow_datasets.
 
-        Raises:
-          NotPreparedError: the data set is not there.
-          UserError: the split or a feature is unknown, or the format has no random access.
+        Raises `NotPreparedError` if the data set is not there, `UserError` if the split or a feature is unknown or the
+        format has no random access.
         """
-        builder = _prepared(name, data_dir)
-        if builder is None:
-            raise NotPreparedError(
-                f"data set {name!r} is not prepared in {data_dir or str(tfds.core.constants.DATA_DIR)}"
-            )
+        if (builder := _prepared(name, data_dir)) is None:
+            raise NotPreparedError(f"data set {name!r} is not prepared in {data_dir or tfds.core.constants.DATA_DIR}")
         known = dict(builder.info.features or {})
         _check_known(name, "split", split.split("[")[0].split("+"), builder.info.splits)
         _check_known(name, "feature", features, known)
         skipped = {feature: tfds.decode.SkipDecoding() for feature in known if feature not in features}
         try:
             self._source = builder.as_data_source(split=split, decoders=skipped or None)
-            length = len(self._source)
+            if not len(self._source):
+                raise UserError(f"data set {name!r}, split {split!r}, has no example")
         except NotImplementedError as error:
             raise UserError(
                 f"data set {name!r} lies in {builder.data_dir} as {builder.info.file_format.name}, which has no random "
@@ -44,8 +41,6 @@ class TfdsSource:
             ) from error
         except ValueError as error:
             raise UserError(f"data set {name!r}, split {split!r}: {str(error).splitlines()[0]}") from error
-        if not length:
-            raise UserError(f"data set {name!r}, split {split!r}, has no example")
         self._features = tuple(features)
 
     def __len__(self) -> int:

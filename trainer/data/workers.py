@@ -16,24 +16,17 @@ from absl import flags
 
 from trainer.experiment import Batch
 
-_SECONDS = 300.0  # far more than a start or a batch takes
 _CLOSING_SECONDS = 60.0  # Grain kills a worker that does not end in half of this time
 
 
-def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float = _SECONDS) -> Iterator[Batch]:
+def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float = 300.0) -> Iterator[Batch]:
     """The batches of `dataset`, in order, made in worker processes that end with this one.
 
     The first batch comes after a few seconds. The workers import the program, so `if __name__ == "__main__":` must
-    guard it.
+    guard it. `dataset` must be picklable. Each of the `workers`, 1 or more, makes every `workers`-th batch, two ahead.
 
-    Args:
-      dataset: what to read; it must be picklable.
-      workers: how many processes, 1 or more; each makes every `workers`-th batch, two ahead.
-      seconds: how long to wait for a batch before giving up.
-
-    Raises:
-      RuntimeError: a worker was killed or did not start, or no batch came in time.
-      Exception: the source raised it in a worker.
+    Raises `RuntimeError` if a worker was killed or did not start, or no batch came in `seconds`, far more than one
+    takes, and any error that the source raises in a worker.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags of its own, which nobody sets here
@@ -86,9 +79,8 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
             thread.join(_CLOSING_SECONDS)
 
 
-def _begin(worker: int, workers: int) -> None:
+def _begin(*_: int) -> None:
     """Runs first in each worker."""
-    del worker, workers
     jax.config.update("jax_platforms", "cpu")  # a source that uses JAX must not take the accelerators
 
     def end_with_the_parent() -> None:

@@ -44,10 +44,8 @@ def is_primary() -> bool:
 def gather(name: str, value: str = "", *, seconds: float = _BARRIER_SECONDS) -> list[str]:
     """Returns the values of all processes, in their order, once all have called it with this name.
 
-    A name can be used again: the nth call in one process belongs to the nth call in the others.
-
-    Raises:
-      TimeoutError: not all called it within `seconds`; the message names the missing processes.
+    A name can be used again: the nth call in one process belongs to the nth call in the others. Raises `TimeoutError`,
+    which names the missing processes, if not all called it within `seconds`.
     """
     client = global_state.client
     if client is None:
@@ -68,10 +66,9 @@ def gather(name: str, value: str = "", *, seconds: float = _BARRIER_SECONDS) -> 
 
 @contextmanager
 def collective_errors(name: str) -> Iterator[None]:
-    """Raises a `UserError` of any process in all of them at the end of the block; a process alone raises it as it is.
+    """Raises a `UserError` of any process in all of them at the end of the block, as a `CollectiveUserError`.
 
-    Raises:
-      CollectiveUserError: in every process; in the first process that found a mistake, caused by that mistake.
+    In the first process that found a mistake it is caused by that mistake. A process alone raises its error as it is.
     """
     error: UserError | None = None
     try:
@@ -140,16 +137,14 @@ class Preemption:
 
     def __init__(self, handle_signals: bool = True) -> None:
         """`handle_signals=False` installs no handler and reports no signal."""
-        self._enabled = handle_signals
+        self._enabled, self._group = handle_signals, count() > 1
         self._signum: int | None = None
-        self._group = count() > 1
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if self._enabled and threading.current_thread() is threading.main_thread():
             left_alone = {signal.SIGINT: _in_jupyter(), signal.SIGTERM: self._group}
-            handled = [signum for signum, is_left in left_alone.items() if not is_left]
-            self._previous = {signum: signal.signal(signum, self._handle) for signum in handled}
+            self._previous = {s: signal.signal(s, self._handle) for s, is_left in left_alone.items() if not is_left}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,9 +153,9 @@ class Preemption:
         self._previous.clear()
 
     def stops_after(self, step: int) -> int | None:
-        """The signal that ends the run after `step`; None if none came. Call it once a step, in every process.
+        """The signal that ends the run after `step`, the same step in every process; None if none came.
 
-        All processes get a signal after the same step; a process that received none itself gets SIGTERM.
+        Call it once a step, in every process. A process that received no signal itself gets SIGTERM.
         """
         if not self._group or not self._enabled:
             return self._signum

@@ -32,12 +32,9 @@ class Group:
         with socket.create_server(("127.0.0.1", 0)) as server:  # to find a free port
             address = f"127.0.0.1:{server.getsockname()[1]}"
         flags = (f"--coordinator={address}", f"--processes={processes}", f"--heartbeat={_HEARTBEAT_SECONDS}")
-        xla_flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={devices}".strip(),
-            "PYTHONUNBUFFERED": "1",
-        }
+        flag = "--xla_force_host_platform_device_count"
+        xla_flags = re.sub(rf"{flag}=\S+", "", os.environ.get("XLA_FLAGS", "")) + f" {flag}={devices}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags.strip(), "PYTHONUNBUFFERED": "1"}
         self._processes = [_start([*command, *flags, f"--process={i}"], environment) for i in range(processes)]
 
     def __enter__(self) -> Self:
@@ -60,8 +57,7 @@ class Group:
     def wait(self) -> int:
         """Shows the output of the processes until all have ended; kills the others soon after one has failed.
 
-        Returns:
-          The exit code of the first process to fail, 128 + N if signal N killed it; 0 if none failed.
+        Returns the exit code of the first process to fail, 128 + N if signal N killed it; 0 if none failed.
         """
         failed: int | None = None  # the first process to fail
         deadline = float("inf")

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import jax
 from jax._src.clusters import ClusterEnv  # JAX's public API detects and connects in one call: no room for `rendezvous`
@@ -37,24 +38,16 @@ def initialize(
       heartbeat_seconds: how long after the death of a process the others end, at least 2.
       preemptible: whether `distributed.Preemption` handles SIGTERM; otherwise it kills, as usual.
 
-    Raises:
-      UserError: a process did not come in time, or the environment and the arguments do not describe the group.
+    Raises `UserError` if a process did not come in time, or environment and arguments do not describe the group.
     """
-    group = _find(coordinator, process, processes, wait_seconds)
-    if group is None:
+    if (group := _find(coordinator, process, processes, wait_seconds)) is None:
         return
     address, index, count, local_devices = group
     rendezvous(address, index, count, wait_seconds, next((os.environ[n] for n in _HOSTS if n in os.environ), ""))
     jax.config.update("jax_enable_preemption_service", preemptible)
-    jax.distributed.initialize(
-        address,
-        count,
-        index,
-        local_devices,
-        cluster_detection_method="deactivate",  # `_find` has done it
-        initialization_timeout=max(wait_seconds, 60),
-        heartbeat_timeout_seconds=heartbeat_seconds,
-    )
+    timeouts: Any = {"initialization_timeout": max(wait_seconds, 60), "heartbeat_timeout_seconds": heartbeat_seconds}
+    # `_find` has detected the cluster.
+    jax.distributed.initialize(address, count, index, local_devices, cluster_detection_method="deactivate", **timeouts)
     jax.devices()  # here, as all processes exchange theirs: a process that fails earlier would leave the others waiting
 
 
@@ -62,8 +55,7 @@ def _find(
     coordinator: str | None, process: int | None, processes: int | None, seconds: int
 ) -> tuple[str, int, int, Sequence[int] | None] | None:
     """Address, process, processes, and the local devices of this process (None: all); None for a process alone."""
-    devices: Sequence[int] | None = None
-    method = None
+    devices, method = None, None
     if None in (coordinator, processes, process):
         platforms = jax.config.jax_platforms  # pyrefly: ignore[missing-attribute] - JAX adds it when imported
         method = _launcher(dict(os.environ), platforms or "")
@@ -105,10 +97,8 @@ def _launcher(environment: dict[str, str], platforms: str) -> str | None:
 def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str = "") -> None:
     """Returns in every process once all of them are there; JAX's own wait aborts those that came, and names no other.
 
-    Process 0 listens at `address` (HOST:PORT), which is free again afterwards; `hosts` is for the error only.
-
-    Raises:
-      UserError: a process did not come in time or expects another count; process 0 cannot listen at the port.
+    Process 0 listens at `address` (HOST:PORT), which is free again afterwards; `hosts` is for the error only. Raises
+    `UserError` if a process did not come in time or expects another count, or process 0 cannot listen at the port.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -153,8 +143,7 @@ def _report(address: tuple[str, int], where: str, index: int, count: int, second
     """Any other process: reports to process 0 until it replies."""
     deadline = time.monotonic() + seconds
     while True:
-        problem = "did not answer"
-        reply = ""
+        problem, reply = "did not answer", ""
         left = max(deadline - time.monotonic(), 0.001)
         # An OSError: process 0 does not listen yet, or its host has no address yet.
         with suppress(OSError), socket.create_connection(address, timeout=left) as connection:

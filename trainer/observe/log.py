@@ -85,22 +85,14 @@ class MetricsLog:
 class NoLog:
     """The log of a process that writes no metrics."""
 
-    def write(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+    def write(self, *_: object) -> None:
         """Writes nothing."""
 
-    def sync(self) -> None:
-        """Has nothing to put on disk."""
-
-    def close(self) -> None:
-        """Has nothing to close."""
+    sync = close = write
 
 
 def read_rows(file: Folder) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; an incomplete last line, which a killed run leaves, is skipped.
-
-    Raises:
-      UserError: a line before the last is not valid JSON.
-    """
+    """The rows of a JSON-lines file; skips an incomplete last line, and raises `UserError` for any other bad line."""
     lines = file.read_text().splitlines() if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -108,19 +100,17 @@ def read_rows(file: Folder) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise UserError(f"{file}, line {number}, is not valid JSON: {error}") from error
-            return
+            return  # a killed run left it
         if not isinstance(row, dict) or "step" not in row:
             raise UserError(f"{file}, line {number}, is not a row of metrics")
         yield row
 
 
 def _truncate(file: Path, after_step: int) -> None:
-    if not file.exists():
-        return
-    kept = [row for row in read_rows(file) if row["step"] <= after_step]
+    kept = [json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= after_step]
     replacement = file.with_suffix(".tmp")
     with replacement.open("w") as output:
-        output.writelines(json.dumps(row) + "\n" for row in kept)
+        output.writelines(kept)
         output.flush()
         os.fsync(output.fileno())
     replacement.replace(file)
@@ -144,25 +134,21 @@ class Recorder:
         self._limit = _IN_FLIGHT_ON_ONE_CPU if one_cpu else _IN_FLIGHT
         # All processes must find at the same step that a run diverged, so they cannot go by what is computed already.
         self._polls = distributed.count() == 1
-        self._in_flight: deque[tuple[int, Metrics]] = deque()
+        self._in_flight: deque[tuple[int, Any]] = deque()  # steps and their metrics
         self._newest = self._clock_step = self._began_step = start
-        self._first = start + 1
+        self._first, self._seconds_per_step = start + 1, math.nan
         self._clock = self._began = time.perf_counter()
-        self._seconds_per_step = math.nan
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched."""
-        pending, self._newest = self._in_flight, step
-        pending.append((step, metrics))
-        while len(pending) > 1 and (len(pending) > self._limit or (self._polls and _is_ready(pending[0][1]))):
-            self.flush(keep=len(pending) - 1)
+        queue, self._newest = self._in_flight, step
+        queue.append((step, metrics))
+        # A loss is ready with all other results of its step.
+        while len(queue) > 1 and (len(queue) > self._limit or (self._polls and queue[0][1]["loss"].total.is_ready())):
+            self.flush(keep=len(queue) - 1)
 
     def flush(self, *, keep: int = 0) -> int:
-        """Waits for all steps in flight but the newest `keep`, and writes the rows that are due.
-
-        Returns:
-          The newest step that was dispatched.
-        """
+        """Waits for all steps but the newest `keep`, and writes the rows that are due; returns the newest of all."""
         while len(self._in_flight) > keep:
             step, metrics = self._in_flight.popleft()
             self._write(step, self._read(step, metrics), {})
@@ -208,11 +194,6 @@ class Recorder:
         if values or evaluated:
             rate = {"examples_per_second": self._run.batch_size / self._seconds_per_step} if values else {}
             self._log.write(step, values | evaluated, rate)
-
-
-def _is_ready(metrics: Metrics) -> bool:
-    loss: Any = metrics["loss"].total
-    return loss.is_ready()  # and with it all results of the step
 
 
 def _check_finite(step: int, metrics: Metrics) -> None:

@@ -10,12 +10,8 @@ class Progress:
 
     def __init__(self, total_steps: int, stream: TextIO | None = None, *, seconds: float = 0.1) -> None:
         """Writes to `stream`, None for standard output; redraws the line on a terminal at most every `seconds`."""
-        self._total = total_steps
-        self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
-        self._seconds = seconds
-        self._drawn_at = -float("inf")
-        self._width = 0
+        self._total, self._stream, self._seconds = total_steps, stream or sys.stdout, seconds
+        self._live, self._drawn_at, self._width = self._stream.isatty(), -float("inf"), 0
 
     def update(self, step: int, loss: float, examples_per_second: float, seconds_left: float) -> None:
         """Shows the metrics of a step."""
@@ -33,14 +29,12 @@ class Progress:
     def message(self, text: str) -> None:
         """Writes `text` in lines of its own, which stay."""
         self.end_line()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        print(text, file=self._stream, flush=True)
 
     def end_line(self) -> None:
         """Ends the progress line, so that other output begins on a new line."""
         if self._width:
-            self._stream.write("\n")
-            self._stream.flush()
+            print(file=self._stream, flush=True)
             self._width = 0
 
 
