@@ -21,7 +21,7 @@ from benchmarks import header
 from experiments.image_classification import ImageClassification
 from trainer import config
 from trainer.data import ArraySource
-from trainer.data.stream import stream
+from trainer.data.stream import train_batches
 from trainer.experiment import RandomAccessSource
 from trainer.loop import train
 from trainer.observe.progress import Progress
@@ -65,7 +65,7 @@ def bare_loop(run: config.Run) -> float:
     """Seconds a step of a loop that does nothing else."""
     program = compile_program(config.resolve(run))
     batches = list(
-        stream(program.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps)
+        train_batches(program.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps)
     )
     state = program.init()
     for batch in batches[:EVERY]:

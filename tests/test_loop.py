@@ -243,7 +243,7 @@ def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_p
         quietly(make_run(6, **settings(optimizer=optimizer)), tmp_path / "run")
     schedule = dataclasses.replace(optimizer.schedule, run_steps=4)
     longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
-    with pytest.raises(UserError, match=r"^optimizer.schedule is 0 from step 5 to the end of the run, 6"):
+    with pytest.raises(UserError, match=r"^optimizer.schedule is 0 from step 5 to the last step, 6"):
         quietly(longer, tmp_path / "run")
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.data import take
-from trainer.data.stream import stream
+from trainer.data.stream import train_batches
 from trainer.program import Program, compile_program
 from trainer.state import update_ema
 
@@ -63,7 +63,7 @@ def trained(task: type[Task]) -> tuple[Program, Any, list[Any]]:
     settings: dict[str, Any] = {"experiment": task(), "optimizer": optimizer}
     program = compile_program(config.resolve(make_run(UPDATES, parallel=config.Parallel(devices=1), **settings)))
     state, history = program.init(), []
-    for batch in stream(program.train_source, seed=0, batch_size=16, start=0, stop=UPDATES):
+    for batch in train_batches(program.train_source, seed=0, batch_size=16, start=0, stop=UPDATES):
         state, _ = program.train_step(state, program.strategy.shard_batch(batch))
         history.append(jax.device_get(state.params))
     return program, state, history

@@ -34,7 +34,7 @@ def with_schedules(steps: int, rate: config.Schedule, decay: config.Schedule | N
 def test_way_out_names_every_schedule_that_follows_the_length_and_leads_to_a_run_that_works(decay, tmp_path):
     folder = holding(tmp_path / "run", with_schedules(4, SHALLOW, decay))
     longer = with_schedules(6, SHALLOW, decay)
-    with pytest.raises(UserError, match=r"\(it follows total_steps: .* keeps the schedule as it was\)") as error:
+    with pytest.raises(UserError, match=r"\(run_steps follows total_steps: .* keeps the schedule as it was\)") as error:
         folder.check(config.resolve(longer))
     flags = re.findall(r"--config\.(\S+)\.run_steps=4", str(error.value))
     assert flags == ["optimizer.schedule", "optimizer.groups.decayed.decay_schedule"][: 1 + (decay is not None)]
@@ -49,7 +49,7 @@ def test_way_out_that_would_train_at_a_rate_of_0_is_not_given(tmp_path):
         folder.check(config.resolve(with_schedules(6, DESCENT)))
     held = f"workdir {tmp_path}/run holds a run with other settings: optimizer.schedule.run_steps was 4, is 6 "
     reason = (
-        "(it follows total_steps, and cannot be kept: optimizer.schedule is 0 from step 5 to the end of the run, 6,"
+        "(run_steps follows total_steps, and its old value cannot be kept: optimizer.schedule is 0 from step 5 to the last step, 6,"
     )
     assert str(error.value).startswith(held + reason)
     assert "--config" not in str(error.value)

@@ -123,8 +123,8 @@ class Store:
     @contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
         """Raises one line in place of the many that Orbax and TensorStore write when files are damaged or missing."""
-        if not isinstance(sys.unraisablehook, _LateReadsDropped):  # before a read can fail
-            sys.unraisablehook = _LateReadsDropped(sys.unraisablehook)
+        if not isinstance(sys.unraisablehook, _DropLateReadErrors):  # before a read can fail
+            sys.unraisablehook = _DropLateReadErrors(sys.unraisablehook)
         try:
             yield
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -148,8 +148,8 @@ def _best_metric(settings: config.Checkpoint) -> Callable[[dict[str, float]], fl
     return metric
 
 
-class _LateReadsDropped:
-    """Drops the errors of reads that TensorStore ends after the first one failed and Orbax closed its event loop."""
+class _DropLateReadErrors:
+    """Drops errors of TensorStore reads that end after an earlier read failed and Orbax closed their event loop."""
 
     def __init__(self, report: Callable[[Any], Any]) -> None:
         self._report = report

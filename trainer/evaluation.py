@@ -11,7 +11,7 @@ import numpy as np
 from trainer import config, distributed
 from trainer.checkpoint import Store, check_metadata
 from trainer.data import load
-from trainer.data.stream import once, prefetch
+from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.metrics import Mean
@@ -42,7 +42,7 @@ def evaluate(
             raise UserError(f"workdir {folder.path} holds no {'run' if run is None else 'checkpoint'}")
         folder.check(run)
         evaluation = dataclasses.replace(run.evaluation, split=run.evaluation.split if split is None else split)
-        # Without the best metric, which this split may not have; the checkpoints are still those of the run's settings.
+        # `compile_program` would raise if this split lacked the best metric. The store below keeps the run's settings.
         checkpoint = dataclasses.replace(run.checkpoint, best_metric=None)
         program = compile_program(dataclasses.replace(run, evaluation=evaluation, checkpoint=checkpoint))
         source = load(program.eval_source, run.loading.in_memory_bytes)
@@ -61,7 +61,7 @@ def evaluate_split(program: Program, state: TrainState, source: RandomAccessSour
     strategy, size = program.strategy, program.eval_spec["mask"].shape[0]
     # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
     fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
-    batches = once(source, size, local_examples=strategy.local_examples(size), threads=program.run.loading.threads)
+    batches = eval_batches(source, size, local_examples=strategy.local_examples(size), threads=program.run.loading.threads)
     on_devices = prefetch(batches, strategy.shard_batch)
     for metrics in prefetch(on_devices, lambda batch: program.eval_step(state, batch), 0 if fake else 2):
         for name, mean in jax.device_get(metrics).items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from trainer import distributed
 from trainer.checkpoint import Store, check_metadata, make_metadata
 from trainer.data import load
-from trainer.data.stream import prefetch, stream
+from trainer.data.stream import prefetch, train_batches
 from trainer.distributed import Interrupted, Preemption
 from trainer.errors import DivergedError, UserError
 from trainer.evaluation import evaluate_split
@@ -53,7 +53,7 @@ class Session:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step that is left, counted from 1, with its batch on the devices."""
         run, strategy = self.program.run, self.program.strategy
-        batches = stream(
+        batches = train_batches(
             self.train_source,
             seed=run.seed,
             batch_size=run.batch_size,

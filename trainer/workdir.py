@@ -23,7 +23,7 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 class Mirror:
-    """A folder of this machine to write in: the place itself or, for a bucket, one whose files are copied there."""
+    """A local folder to write in: the place itself or, for a bucket, a temporary folder that `push` copies there."""
 
     def __init__(self, place: Folder) -> None:
         self._place = place
@@ -122,6 +122,6 @@ def _way_out(run: config.Run, changes: Sequence[str]) -> str:
     try:
         config.resolve(run)
     except UserError as error:
-        return f" (it follows total_steps, and cannot be kept: {error})"
+        return f" (run_steps follows total_steps, and its old value cannot be kept: {error})"
     flags = " ".join(f"--config.{path}.run_steps={steps}" for path, steps in kept.items())
-    return f" (it follows total_steps: {flags} keeps the schedule as it was)"
+    return f" (run_steps follows total_steps: {flags} keeps the schedule as it was)"

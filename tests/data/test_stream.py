@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.data import ArraySource
-from trainer.data.stream import Batches, Order, once, prefetch, stream
+from trainer.data.stream import Batches, Order, eval_batches, prefetch, train_batches
 
 EXAMPLES, BATCH, STEPS = 23, 8, 12  # the stream ends in its fifth epoch, and no epoch ends where a batch does
 
@@ -32,7 +32,7 @@ def arrays(examples: int = EXAMPLES) -> dict[str, np.ndarray]:
 
 
 def whole(source: Any, *, seed: int = 0, start: int = 0, **settings: Any) -> list[Any]:
-    return list(stream(source, seed=seed, batch_size=BATCH, start=start, stop=STEPS, **settings))
+    return list(train_batches(source, seed=seed, batch_size=BATCH, start=start, stop=STEPS, **settings))
 
 
 def assert_same(found: list[Any], expected: list[Any]) -> None:
@@ -125,9 +125,9 @@ def test_a_stream_of_some_places_is_those_places_of_every_batch(source, places):
 
 @pytest.mark.parametrize("places", PLACES)
 def test_once_of_some_places_is_those_places_of_every_batch_and_of_its_mask(source, places):
-    expected = [{name: array[places] for name, array in batch.items()} for batch in once(source, BATCH)]
+    expected = [{name: array[places] for name, array in batch.items()} for batch in eval_batches(source, BATCH)]
     assert len(expected) == 3
-    assert_same(list(once(source, BATCH, local_examples=np.array(places))), expected)
+    assert_same(list(eval_batches(source, BATCH, local_examples=np.array(places))), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -164,7 +164,7 @@ def test_a_source_that_fails_fails_the_stream_with_its_own_error():
 
 @pytest.mark.parametrize("batch_size", [1, 5, EXAMPLES, EXAMPLES + 9])
 def test_once_gives_every_example_once_in_order_and_masks_the_rest(source, batch_size):
-    batches = list(once(source, batch_size))
+    batches = list(eval_batches(source, batch_size))
     mask = np.concatenate([batch["mask"] for batch in batches])
     np.testing.assert_array_equal(mask, np.arange(len(mask)) < EXAMPLES)
     for name, expected in arrays().items():
@@ -173,7 +173,7 @@ def test_once_gives_every_example_once_in_order_and_masks_the_rest(source, batch
 
 @pytest.mark.parametrize("batch_size", [1, 5, EXAMPLES, EXAMPLES + 9])
 def test_all_batches_of_once_have_one_shape_and_the_fewest_batches_do(source, batch_size):
-    batches = list(once(source, batch_size))
+    batches = list(eval_batches(source, batch_size))
     assert {batch["x"].shape for batch in batches} == {(batch_size, 3)}
     assert {(batch["mask"].shape, batch["mask"].dtype) for batch in batches} == {((batch_size,), np.dtype("float32"))}
     assert len(batches) == -(-EXAMPLES // batch_size)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from trainer.data import ArraySource
-from trainer.data.stream import Batches, Order, stream
+from trainer.data.stream import Batches, Order, train_batches
 from trainer.data.workers import read_in_workers
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ class Source:
 
 
 def whole(start: int = 0, **settings: Any) -> list[Any]:
-    return list(stream(Source(), seed=0, batch_size=BATCH, start=start, stop=STEPS, **settings))
+    return list(train_batches(Source(), seed=0, batch_size=BATCH, start=start, stop=STEPS, **settings))
 
 
 def dataset(source: Source) -> grain.IterDataset:
@@ -73,7 +73,7 @@ def test_workers_give_the_batches_of_threads_from_any_start_bit_for_bit_and_end_
 def test_places_that_processes_read_with_workers_make_up_the_global_batch(processes):
     # Each process reads every other place, as for the chips of a torus, and not one range.
     places = [np.arange(first, BATCH, processes) for first in range(processes)]
-    read = [stream(Source(), seed=0, batch_size=BATCH, start=0, stop=5, local_examples=p, workers=1) for p in places]
+    read = [train_batches(Source(), seed=0, batch_size=BATCH, start=0, stop=5, local_examples=p, workers=1) for p in places]
     for parts, expected in zip(zip(*read, strict=True), whole()[:5], strict=True):
         for name, array in expected.items():
             joined = np.empty_like(array)
@@ -84,7 +84,7 @@ def test_places_that_processes_read_with_workers_make_up_the_global_batch(proces
 
 def test_arrays_in_memory_are_read_without_workers():
     source = ArraySource({"number": np.arange(EXAMPLES)})
-    next(stream(source, seed=0, batch_size=BATCH, start=0, stop=STEPS, workers=2))
+    next(train_batches(source, seed=0, batch_size=BATCH, start=0, stop=STEPS, workers=2))
     assert workers() == []
 
 

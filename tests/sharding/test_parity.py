@@ -14,7 +14,7 @@ import pytest
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.data import take
-from trainer.data.stream import stream
+from trainer.data.stream import train_batches
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_split
 from trainer.program import Program, compile_program
@@ -83,7 +83,7 @@ def program_of(strategy: str, devices: int, dropout: float, **settings: Any) -> 
 
 def batches(program: Program):
     """The batches of the run. Each lacks some examples, and the last its second half, so all of some replicas."""
-    for i, batch in enumerate(stream(program.train_source, seed=0, batch_size=BATCH, start=0, stop=STEPS)):
+    for i, batch in enumerate(train_batches(program.train_source, seed=0, batch_size=BATCH, start=0, stop=STEPS)):
         mask = np.arange(BATCH) < BATCH // 2 if i == STEPS - 1 else np.arange(BATCH) % 7 != i % 7
         yield program.strategy.shard_batch({**batch, "mask": mask.astype(np.float32)})
 

@@ -16,7 +16,7 @@ from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.data import ArraySource
-from trainer.data.stream import stream
+from trainer.data.stream import train_batches
 from trainer.loop import train
 from trainer.observe.progress import Progress
 from trainer.program import compile_program
@@ -79,7 +79,7 @@ def language_model(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
     run = make_run(10, experiment=experiment, optimizer=optimizer, parallel=parallel)
     program = compile_program(config.resolve(run))
     state, losses = program.init(), []
-    for batch in stream(program.train_source, seed=0, batch_size=16, start=0, stop=10):
+    for batch in train_batches(program.train_source, seed=0, batch_size=16, start=0, stop=10):
         state, metrics = program.train_step(state, program.strategy.shard_batch(batch))
         losses.append(float(metrics["loss"].total / metrics["loss"].weight))
     return np.array(losses), jax.device_get(state.params)

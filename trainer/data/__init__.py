@@ -10,7 +10,7 @@ from trainer.errors import UserError
 from trainer.experiment import Experiment, RandomAccessSource
 
 _READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, few beside a data set
-_READ_TWICE = 16  # examples; a fair coin for each of them falls alike both times once in 65,536 launches
+_READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
 
 
 class ArraySource:
@@ -77,9 +77,9 @@ def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
     for name in first:
         if not np.array_equal(first[name], second[name], equal_nan=True):
             raise UserError(
-                f"entry {name!r} of the data differs each time an example is read, and a split that is kept in memory "
-                "is read once, which would freeze this randomness: loading.in_memory_bytes=0 reads every epoch again, "
-                "or draw it on the device, in loss, from batch['example_key']"
+                f"entry {name!r} of the data differs each time an example is read; a split in memory is read once, which "
+                "would freeze this randomness: set loading.in_memory_bytes=0 to read the data again every epoch, or draw "
+                "random numbers on the device, in loss, from batch['example_key']"
             )
     return True
 

@@ -15,7 +15,7 @@ from trainer.experiment import Batch, RandomAccessSource
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_READ_BYTES = 1 << 20  # copied at once from arrays in memory, if a batch is smaller
+_READ_BYTES = 1 << 20  # of whole batches to copy at once from arrays in memory; a larger batch is copied alone
 
 
 class Order:
@@ -47,7 +47,7 @@ class Batches:
 
     source: RandomAccessSource
     _: KW_ONLY
-    seed: int | None  # None for the order of the source, which ends with masked copies of the last example
+    seed: int | None  # None: the order of the source; masked copies of the last example fill up the last batch
     batch_size: int  # B, over all processes
     steps: int  # how many batches there are
     local_examples: np.ndarray | None = None  # places in each batch that this process reads, in that order; None: all
@@ -77,7 +77,7 @@ class Batches:
             yield {name: array[i] for name, array in arrays.items()}
 
 
-def stream(
+def train_batches(
     source: RandomAccessSource,
     *,
     seed: int,
@@ -90,14 +90,14 @@ def stream(
 ) -> Iterator[Batch]:
     """Training batches start … stop − 1, in host memory.
 
-    Arrays in memory are indexed here. Grain reads any other source ahead, in `threads` threads: those of this process
-    or, unless `workers` is 0, those of each of that many worker processes.
+    Arrays in memory are indexed here. Grain reads any other source ahead: with `workers` 0 in `threads` threads of this
+    process, else in `workers` processes with `threads` threads each.
     """
     batches = Batches(source, seed=seed, batch_size=batch_size, steps=stop, local_examples=local_examples)
     return _read(batches, start, threads, workers)
 
 
-def once(
+def eval_batches(
     source: RandomAccessSource, batch_size: int, *, local_examples: np.ndarray | None = None, threads: int = 4
 ) -> Iterator[Batch]:
     """Every example once, in order; masked copies of the last example fill up the last batch."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from trainer.errors import NotPreparedError, UserError, nearest
+from trainer.errors import NotPreparedError, UserError, did_you_mean
 
 
 class TfdsSource:
@@ -67,7 +67,7 @@ def prepare(name: str, data_dir: str | None = None) -> None:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
-        raise UserError(f"TFDS knows no data set {name!r}{nearest(name, known)}") from error
+        raise UserError(f"TFDS knows no data set {name!r}{did_you_mean(name, known)}") from error
     except (AssertionError, ValueError) as error:  # a config or a version that the builder does not have
         raise UserError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
     builder.download_and_prepare()
@@ -87,4 +87,4 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder | Non
 def _check_known(name: str, kind: str, asked: Sequence[str], known: Collection[str]) -> None:
     for one in asked:
         if one not in known:
-            raise UserError(f"data set {name!r} has no {kind} {one!r}{nearest(one, known)}")
+            raise UserError(f"data set {name!r} has no {kind} {one!r}{did_you_mean(one, known)}")

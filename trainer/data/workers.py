@@ -22,8 +22,8 @@ _CLOSING_SECONDS = 60.0  # Grain kills a worker that does not end in half of thi
 def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float = 300.0) -> Iterator[Batch]:
     """The batches of `dataset`, in order, made in worker processes that end with this one.
 
-    The first batch comes after a few seconds. The workers import the program, so `if __name__ == "__main__":` must
-    guard it. `dataset` must be picklable. Each of the `workers`, 1 or more, makes every `workers`-th batch, two ahead.
+    The first batch comes after a few seconds. The workers import the main script, so `if __name__ == "__main__":`
+    must guard its code. `dataset` must be picklable. Each of the `workers`, 1 or more, makes every `workers`-th batch, two ahead.
 
     Raises `RuntimeError` if a worker was killed or did not start, or no batch came in `seconds`, far more than one
     takes, and any error that the source raises in a worker.
@@ -33,7 +33,7 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
     others = set(multiprocessing.active_children())
-    resource_tracker.ensure_running()  # or the first worker starts it, which unblocks signals again
+    resource_tracker.ensure_running()  # else the first worker starts it, and its start unblocks signals
     requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
 

@@ -28,7 +28,7 @@ class CollectiveUserError(UserError, CollectiveError):
 
 def count() -> int:
     """The number of processes."""
-    return jax.process_count() if jax.distributed.is_initialized() else 1  # JAX starts its backend to count
+    return jax.process_count() if jax.distributed.is_initialized() else 1  # counting would start JAX's backend
 
 
 def index() -> int:
@@ -68,7 +68,7 @@ def gather(name: str, value: str = "", *, seconds: float = _BARRIER_SECONDS) -> 
 def collective_errors(name: str) -> Iterator[None]:
     """Raises a `UserError` of any process in all of them at the end of the block, as a `CollectiveUserError`.
 
-    In the first process that found a mistake it is caused by that mistake. A process alone raises its error as it is.
+    Its cause, in the first process that found a mistake, is that mistake. A run of one process raises it unchanged.
     """
     error: UserError | None = None
     try:
@@ -95,7 +95,7 @@ def check_same(message: str, text: str) -> None:
 
 @contextmanager
 def fail_fast() -> Iterator[None]:
-    """An exception on one process only exits that process immediately; the others notice its missing heartbeat.
+    """If a single process of several raises an exception, it exits at once; the others notice its missing heartbeat.
 
     An orderly exit would hang: JAX's shutdown waits for the other processes, which wait for this one in a collective.
     A `CollectiveError` passes, since every process raises it.
@@ -128,7 +128,7 @@ class Interrupted(KeyboardInterrupt, CollectiveError):  # noqa: N818 - named lik
 
 
 class Preemption:
-    """While entered, SIGINT and SIGTERM no longer break a step, and `stops_after` reports them; a second SIGINT does.
+    """While entered, SIGINT and SIGTERM do not break a step: `stops_after` reports them. A second SIGINT breaks it.
 
     A process alone handles signals in its main thread only, as Python demands. Of several processes, JAX's preemption
     service takes a SIGTERM to any of them and informs the others; a SIGINT is handed on to the service. A Jupyter

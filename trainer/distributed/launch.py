@@ -67,7 +67,7 @@ class Group:
                     assert pipe is not None  # as `_start` opens it
                     selector.register(pipe, selectors.EVENT_READ, _Relay(index, shown.buffer))
             running = ready = True
-            while running or ready:  # not until the pipes close: a process that a process started may keep them open
+            while running or ready:  # the pipes may close later: a child of a process may keep them open
                 codes = [process.poll() for process in self._processes]
                 running = None in codes
                 if failed is None and any(codes):

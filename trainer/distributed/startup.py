@@ -48,7 +48,7 @@ def initialize(
     timeouts: Any = {"initialization_timeout": max(wait_seconds, 60), "heartbeat_timeout_seconds": heartbeat_seconds}
     # `_find` has detected the cluster.
     jax.distributed.initialize(address, count, index, local_devices, cluster_detection_method="deactivate", **timeouts)
-    jax.devices()  # here, as all processes exchange theirs: a process that fails earlier would leave the others waiting
+    jax.devices()  # processes exchange their devices here: one that fails earlier would leave the others waiting
 
 
 def _find(
@@ -95,7 +95,7 @@ def _launcher(environment: dict[str, str], platforms: str) -> str | None:
 
 
 def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str = "") -> None:
-    """Returns in every process once all of them are there; JAX's own wait aborts those that came, and names no other.
+    """Returns in every process once all are there; JAX's own wait aborts those that came and names no missing one.
 
     Process 0 listens at `address` (HOST:PORT), which is free again afterwards; `hosts` is for the error only. Raises
     `UserError` if a process did not come in time or expects another count, or process 0 cannot listen at the port.

@@ -132,7 +132,7 @@ class Recorder:
         one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
         self._run, self._logs, self._log, self._progress = run, logs, log, progress
         self._limit = _IN_FLIGHT_ON_ONE_CPU if one_cpu else _IN_FLIGHT
-        # All processes must find at the same step that a run diverged, so they cannot go by what is computed already.
+        # All processes must see a divergence at the same step, so several do not poll which steps are computed.
         self._polls = distributed.count() == 1
         self._in_flight: deque[tuple[int, Any]] = deque()  # steps and their metrics
         self._newest = self._clock_step = self._began_step = start
