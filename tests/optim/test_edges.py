@@ -252,7 +252,7 @@ def test_count_at_its_end_rounds_at_random_all_the_same(count):
         ({"eps": math.nan}, "^eps is nan; it must be a finite number"),
         ({"eps_root": math.inf}, "^eps_root is inf; it must be a finite number"),
         ({"b1": jnp.array(0)}, "^b1 is a int32 array"),
-        ({"weight_decay_mask": jnp.array(True)}, "^weight_decay_mask is an array, .* static_args"),
+        ({"weight_decay_mask": jnp.array(True)}, "^weight_decay_mask is an array: .* static_args"),
     ],
 )
 def test_arguments_that_are_none_are_named(arguments, message):

@@ -181,6 +181,6 @@ def test_each_coordinate_of_a_torus_is_its_own_axis_or_all_are_one():
     assert mesh.axis_names == ("data", "fsdp_0", "fsdp_1", "tensor")
     assert mesh.devices.shape == (1, 4, 2, 1)
     assert mesh_axes(mesh)["fsdp"] == ("fsdp_0", "fsdp_1")
-    # A dimension is sharded over both; with a depth, over the first only.
+    # A dimension is sharded over both; with max_mesh_axes=1, over the first only.
     assert named_sharding(mesh, ("fsdp", None)).spec[0] == ("fsdp_0", "fsdp_1")
-    assert named_sharding(mesh, ("fsdp", None), depth=1).spec[0] == "fsdp_0"
+    assert named_sharding(mesh, ("fsdp", None), max_mesh_axes=1).spec[0] == "fsdp_0"

@@ -8,30 +8,29 @@ import optax
 from jaxtyping import Array, Float
 
 from trainer import config
+from trainer.optim import fused
 from trainer.optim.adabelief import Belief
-from trainer.optim.fused import GroupStep, ParamGroup, ScaleByBeliefState, flatten, fused, group_steps, prepare_leaf
 from trainer.optim.precision import global_norm, one_minus_power, square
 from trainer.optim.schedules import build_schedule
 from trainer.optim.update_rules import Adam, Momentum
 
 __all__ = ["Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics", "global_norm"]
 
-Groups = Mapping[str, ParamGroup | None]
-Statistics = Callable[[optax.Updates, optax.Params, ScaleByBeliefState], dict[str, Float[Array, ""]]]
+Statistics = Callable[[optax.Updates, optax.Params, fused.ScaleByBeliefState], dict[str, Float[Array, ""]]]
 
 
 def build_schedules(run: config.Run, examples: int) -> dict[str, optax.Schedule]:
     """Every schedule of a resolved run as a function of the number of updates already made, by its path in the run."""
     schedules = config.schedules(run.optimizer).items()
-    return {path: build_schedule(config.in_steps(schedule, path, run, examples)) for path, schedule in schedules}
+    return {path: build_schedule(config.schedule_in_steps(s, path, run, examples)) for path, s in schedules}
 
 
-def build_groups(optimizer: config.Optimizer, schedules: Mapping[str, optax.Schedule]) -> dict[str, ParamGroup | None]:
+def build_groups(optimizer: config.Optimizer, schedules: Mapping[str, optax.Schedule]) -> fused.Groups:
     """The parameter group of each label; None for a label that is frozen."""
     return {label: _group(optimizer, label, schedules) for label in optimizer.groups}
 
 
-def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, optax.Schedule]) -> ParamGroup | None:
+def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, optax.Schedule]) -> fused.ParamGroup | None:
     o, group, path = optimizer, optimizer.groups[label], f"optimizer.groups.{label}"
     if group.frozen:
         return None
@@ -41,27 +40,21 @@ def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, opta
         "adam": Adam(o.b1, o.b2, o.eps, o.eps_root, o.nesterov),
         "sgd": Momentum(o.b1, o.nesterov),
     }
-    return ParamGroup(
-        rules[group.optimizer or o.name],
-        schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count),
-        # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
-        schedules.get(f"{path}.decay_schedule", group.weight_decay) or None,
-        o.decay,
-        group.clip_norm,
-        group.every_steps,
-        group.mu_dtype or o.mu_dtype,
-        group.nu_dtype or o.nu_dtype,
-    )
+    rule, dtypes = rules[group.optimizer or o.name], (group.mu_dtype or o.mu_dtype, group.nu_dtype or o.nu_dtype)
+    rate = schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count)
+    # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
+    weight_decay = schedules.get(f"{path}.decay_schedule", group.weight_decay) or None
+    return fused.ParamGroup(rule, rate, weight_decay, o.decay, group.clip_norm, group.every_steps, *dtypes)
 
 
 def build_optimizer(
-    optimizer: config.Optimizer, groups: Groups, labels: Any, seed: int
+    optimizer: config.Optimizer, groups: fused.Groups, labels: Any, seed: int
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation for all groups; `labels` is a tree like the parameters."""
-    return fused(groups, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
+    return fused.fused_groups(groups, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
 
 
-def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> Statistics:
+def build_statistics(groups: fused.Groups, labels: Any, clip_norm: float | None) -> Statistics:
     """Per-label statistics of an update, from its gradients and the parameters and state after it.
 
     For each label that is not frozen:
@@ -77,9 +70,9 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
     Nothing is stored for them: the update is computed again from the moments.
     """
 
-    def statistics(grads: optax.Updates, params: optax.Params, state: ScaleByBeliefState) -> dict[str, Array]:
-        leaves, _ = flatten(labels, grads, state, params)
-        steps = group_steps(groups, leaves, state.count - 1, clip_norm)
+    def statistics(grads: optax.Updates, params: optax.Params, state: fused.ScaleByBeliefState) -> dict[str, Array]:
+        leaves, _ = fused.flatten(labels, grads, state, params)
+        steps = fused.group_steps(groups, leaves, state.count - 1, clip_norm)
         updated: dict[str, Any] = {label: groups[label] for label in steps}
         several_rates = len({group.learning_rate for group in updated.values()}) > 1
         found: dict[str, Any] = {}
@@ -101,9 +94,9 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
     return statistics
 
 
-def _displacement(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Array) -> Array:
+def _displacement(group: fused.ParamGroup, step: fused.GroupStep, g: Array, moments: tuple, p: Array) -> Array:
     """The new parameter p' minus the old one p: p' − p = −(u + λp') / (1 − λ), since p' = (1 − λ)p − u."""
-    step, g, mu, nu, nu_max, p = prepare_leaf(group, step, g, moments, p)
+    step, g, mu, nu, nu_max, p = fused.prepare_leaf(group, step, g, moments, p)
     nu = nu if nu_max is None else nu_max
     moved = -group.rule.update(g, mu, nu, step.bias_corrections, step.learning_rate)
     if step.weight_decay is None:
@@ -111,8 +104,8 @@ def _displacement(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, 
     return (moved - step.weight_decay * p) / (1 - step.weight_decay)
 
 
-def _belief(group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Array, count: Array) -> Array:
-    _, _, mu, nu, _, _ = prepare_leaf(group, step, g, moments, p)
+def _belief(group: fused.ParamGroup, step: fused.GroupStep, g: Array, moments: tuple, p: Array, count: Array) -> Array:
+    _, _, mu, nu, _, _ = fused.prepare_leaf(group, step, g, moments, p)
     t = (count - 1) // group.every + 1
     mean_squared = square(mu / one_minus_power(group.rule.b1, t).astype(nu.dtype))
     nu = nu / one_minus_power(group.rule.b2, t).astype(nu.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Inexact, Int32
 
-from trainer.optim.fused import ParamGroup, ScaleByBeliefState, fused
+from trainer.optim.fused import ParamGroup, ScaleByBeliefState, fused_groups
 from trainer.optim.precision import average, one_minus_power, rectification, squarable, square
 from trainer.rules import path_of
 
@@ -161,8 +161,9 @@ def adabelief(
     if decay not in ("decoupled", "fixed", "coupled"):
         raise ValueError(f"decay is {decay!r}; it must be 'decoupled', 'fixed' or 'coupled'")
     if isinstance(weight_decay_mask, jax.Array):
-        name = "weight_decay_mask"
-        raise ValueError(f"{name} is an array: with optax.inject_hyperparams pass it static_args={name!r}")
+        raise ValueError(
+            "weight_decay_mask is an array: optax.inject_hyperparams needs static_args='weight_decay_mask'"
+        )
     plain = ParamGroup(rule, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     groups = {"plain": plain, "decayed": dataclasses.replace(plain, weight_decay=weight_decay, decay=decay)}
     mask = True if weight_decay is None or weight_decay_mask is None else weight_decay_mask
@@ -171,7 +172,7 @@ def adabelief(
         tree = mask(params) if callable(mask) else mask
         return jax.tree.map(lambda keep: "decayed" if keep else "plain", tree)
 
-    return fused(groups, labels, amsgrad=amsgrad, seed=seed)
+    return fused_groups(groups, labels, amsgrad=amsgrad, seed=seed)
 
 
 def scale_by_belief(

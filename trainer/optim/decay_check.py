@@ -1,7 +1,7 @@
 """The decay check: do parameters decay as their labels say in one step with zero gradients?"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from trainer.observe import table
-from trainer.optim.fused import ParamGroup
+from trainer.optim.fused import Groups, ParamGroup
 from trainer.rules import paths
 
 
@@ -27,7 +27,7 @@ class DecayResult:
 
     @property
     def holds(self) -> bool:
-        """Whether the parameters were multiplied by `factor`, and that is a decay."""
+        """Whether the step multiplied the parameters by `factor`, if that is known, and `factor` is above 0."""
         return not self.wrong and not self.lost and (self.factor is None or self.factor > 0)
 
     def __str__(self) -> str:
@@ -44,11 +44,7 @@ class DecayResult:
 
 
 def check_decay(
-    params: Any,
-    labels: Sequence[str],
-    groups: Mapping[str, ParamGroup | None],
-    optimizer: optax.GradientTransformation,
-    total_steps: int,
+    params: Any, labels: Sequence[str], groups: Groups, optimizer: optax.GradientTransformation, total_steps: int
 ) -> list[DecayResult]:
     """For every label, makes a step with zero gradients and fresh moments, and compares parameters before and after.
 

@@ -31,6 +31,9 @@ class ParamGroup:
     nu_dtype: Any = None  # dtype of nu in the state, likewise
 
 
+Groups = Mapping[str, ParamGroup | None]  # by label; None for a label whose leaves are frozen
+
+
 class ScaleByBeliefState(NamedTuple):
     """Moments of the gradients, in trees like the parameters."""
 
@@ -50,13 +53,8 @@ class GroupStep(NamedTuple):
     due: Array | None  # whether the group is updated at all; None for always
 
 
-def fused(
-    groups: Mapping[str, ParamGroup | None],
-    labels: Any,
-    *,
-    amsgrad: bool = False,
-    clip_norm: float | None = None,
-    seed: Any = 0,
+def fused_groups(
+    groups: Groups, labels: Any, *, amsgrad: bool = False, clip_norm: float | None = None, seed: Any = 0
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that updates each leaf as the group of its label says.
 
@@ -142,8 +140,9 @@ def prepare_leaf(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: 
     arrays = [None if isinstance(x, optax.MaskedNode) else x for x in (g, *moments, p)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
     real = jnp.finfo(dtype).dtype
-    cast: Any = zip(arrays, (dtype, dtype, real, real, dtype), strict=True)
-    g, mu, nu, nu_max, p = (None if x is None else x.astype(to) for x, to in cast)
+    cast = zip(arrays, (dtype, dtype, real, real, dtype), strict=True)
+    values: list[Any] = [None if x is None else x.astype(to) for x, to in cast]
+    g, mu, nu, nu_max, p = values
     step = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(real), step)
     if step.clip is not None:
         g = g * step.clip
@@ -158,7 +157,7 @@ def prepare_leaf(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: 
 
 
 def group_steps(
-    groups: Mapping[str, ParamGroup | None], leaves: Sequence[tuple], count: Int32[Array, ""], clip_norm: float | None
+    groups: Groups, leaves: Sequence[tuple], count: Int32[Array, ""], clip_norm: float | None
 ) -> dict[str, GroupStep]:
     """The scalars of each group that has a gradient, in the update after `count` others; leaves are from `flatten`."""
     gradients = [(label, g) for label, g, _, _ in leaves if g is not None and groups[label] is not None]
@@ -192,14 +191,14 @@ def flatten(labels: Any, updates: Any, state: Any, params: Any) -> tuple[list[tu
     """(label, gradient, (mu, nu, nu_max), parameter) of each leaf, and the structure of the tree; None is a leaf."""
     if not isinstance(state, ScaleByBeliefState):
         raise ValueError(
-            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.adabelief.from_optax converts "
-            "a state of optax.adabelief"
+            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.adabelief.from_optax "
+            "converts a state of optax.adabelief"
         )
-    gradients, structure = jax.tree.flatten(updates, is_leaf=_is_none)
+    gradients, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     trees = (state.mu, state.nu, state.nu_max, params)
     none = [None] * len(gradients)
     mu, nu, nu_max, params = (none if tree is None else structure.flatten_up_to(tree) for tree in trees)
-    names = jax.tree.leaves(_label_tree(labels, updates), is_leaf=_is_none)
+    names = jax.tree.leaves(_label_tree(labels, updates), is_leaf=lambda x: x is None)
     # Python numbers are parameters, too.
     gradients, params = ([None if x is None else jnp.asarray(x) for x in column] for column in (gradients, params))
     return list(zip(names, gradients, zip(mu, nu, nu_max, strict=True), params, strict=True)), structure
@@ -207,7 +206,7 @@ def flatten(labels: Any, updates: Any, state: Any, params: Any) -> tuple[list[tu
 
 def _label_tree(labels: Any, tree: Any) -> Any:
     """The label of each leaf, in a tree like `tree`; None where that has None."""
-    return jax.tree.broadcast(labels(tree) if callable(labels) else labels, tree, is_leaf=_is_none)
+    return jax.tree.broadcast(labels(tree) if callable(labels) else labels, tree, is_leaf=lambda x: x is None)
 
 
 def _store_new(due: Any, seed: Any, count: Array, number: int, x: Array, old: Array, *, second: bool) -> Array:
@@ -217,7 +216,3 @@ def _store_new(due: Any, seed: Any, count: Array, number: int, x: Array, old: Ar
     else:  # no bits are needed, and tracing one for every leaf takes its time
         x = x.astype(old.dtype)
     return x if due is None else jnp.where(due, x, old)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

@@ -8,7 +8,7 @@ from trainer import config
 
 
 def build_schedule(exact: config.Schedule) -> optax.Schedule:
-    """The schedule that `config.in_steps` returned, as a traceable function of an int32 count of updates."""
+    """The schedule that `config.schedule_in_steps` returned, as a traceable function of an int32 count of updates."""
     peak, final = exact.peak, exact.final
     warmup, end, descent = int(exact.warmup), int(exact.end or 0), int(exact.descent or 0)
     pieces: list[tuple[int, optax.Schedule]] = []  # (first count, function of the counts since then)

@@ -17,12 +17,11 @@ def build_strategy(parallel: config.Parallel, params: Any, devices: Sequence[jax
 
     Args:
       parallel: the settings.
-      params: the parameters in shapes, with the boxes that name logical axes, if there are any.
+      params: the parameters, abstract or not, with the boxes that name logical axes, if there are any.
       devices: the devices to use; by default all, or the first `parallel.devices`.
 
     Raises:
-      UserError: devices that are not there, sizes that do not divide the devices, a rule that does not fit the
-        parameters.
+      UserError: missing devices, sizes that do not divide the devices, or a rule that does not fit the parameters.
     """
     kind = Pmapped if parallel.strategy == "pmap" else Sharded
     return kind(parallel, _devices(parallel) if devices is None else devices, params)
@@ -48,7 +47,5 @@ def check_divides(run: config.Run, shards: int) -> None:
         ("evaluation.batch_size", run.evaluation.batch_size or run.batch_size, "", 1),
     ):
         if size // parts % shards:
-            raise UserError(
-                f"{name} {size}{text} does not divide over {shards} batch shards: it must be a multiple of "
-                f"{shards * parts}"
-            )
+            must = f"it must be a multiple of {shards * parts}"
+            raise UserError(f"{name} {size}{text} does not divide over {shards} batch shards: {must}")

@@ -16,6 +16,7 @@ from trainer.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 REPLICA_AXIS = "replica"  # the one axis of the mesh of `pmap`, all of it data
+SpecEntry = str | tuple[str, ...] | None  # the axes over which a dimension of an array is sharded
 TorusAxis = tuple[tuple[int, int], ...]  # dimensions of a torus, as (size, index of the coordinate)
 
 
@@ -23,7 +24,7 @@ class StrategyAxes(NamedTuple):
     """The axes over which a strategy shards parameters with their EMA, and the optimizer state."""
 
     params: tuple[str, ...]
-    opt_state: tuple[str, ...]  # whose sizes can be set
+    opt_state: tuple[str, ...]  # also the axes whose sizes a config may set
 
 
 STRATEGIES = {
@@ -83,21 +84,22 @@ def mesh_axes(mesh: Mesh) -> dict[str, tuple[str, ...]]:
     return {"data": names[:1], "fsdp": names[1:-1], "tensor": names[1:][-1:]}
 
 
-def named_sharding(mesh: Mesh, spec: Iterable[str | tuple[str, ...] | None], depth: int | None = None) -> NamedSharding:
+def named_sharding(mesh: Mesh, spec: Iterable[SpecEntry], max_mesh_axes: int | None = None) -> NamedSharding:
     """The sharding of an array whose dimensions are each sharded over one of `AXES`, over several, or not.
 
-    With a depth, only the first `depth` axes of the mesh are used of each of `AXES`.
+    With `max_mesh_axes`, each of `AXES` uses only the first `max_mesh_axes` of the mesh axes that it is made of.
     """
 
-    def names(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def names(axes: SpecEntry) -> tuple[str, ...] | None:
         wanted = (axes,) if isinstance(axes, str) else axes or ()
-        return tuple(name for axis in wanted for name in mesh_axes(mesh)[axis][:depth] if mesh.shape[name] > 1) or None
+        used = [name for axis in wanted for name in mesh_axes(mesh)[axis][:max_mesh_axes]]
+        return tuple(name for name in used if mesh.shape[name] > 1) or None
 
     return NamedSharding(mesh, PartitionSpec(*map(names, spec)))
 
 
 def _slices(parallel: config.Parallel, devices: Sequence[jax.Device]) -> list[list[Any]]:
-    """The devices of each slice: as the devices say, or in equal parts on CPUs, which do not say."""
+    """The devices of each slice: by their `slice_index`, or equal parts of CPU devices, which have none."""
     slices: dict[int, list[Any]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -112,10 +114,10 @@ def _slices(parallel: config.Parallel, devices: Sequence[jax.Device]) -> list[li
 
 
 def torus_axes(devices: Sequence[Any], fsdp: int, tensor: int) -> tuple[TorusAxis, TorusAxis, TorusAxis] | None:
-    """Whole dimensions of the torus for data, fsdp and tensor, or None if there is no torus or no such choice.
+    """Whole dimensions of the torus for data, fsdp and tensor; None without a torus or if none give these sizes.
 
-    Fsdp takes the longest and has them in descending order: XLA:TPU reduces and scatters along a dimension of 4, but
-    sums everything along a dimension of 2.
+    Fsdp takes the longest dimensions, in descending order: XLA:TPU makes a reduce-scatter along a dimension of size 4,
+    but an all-reduce along a dimension of size 2.
     """
     coordinates = np.array([getattr(device, "coords", ()) for device in devices])  # [devices, dimensions]
     extent = [int(n) for n in coordinates.max(0) - coordinates.min(0) + 1]

@@ -1,8 +1,9 @@
 """The dtype in which gradients are summed: over the examples of a device, and over devices.
 
 A model that computes in bfloat16 with float32 parameters, such as `nn.Dense(dtype=jnp.bfloat16)`, casts its parameters.
-Their gradient is summed over examples in bfloat16 and cast afterwards. Under `jax.jit` XLA sums over devices where the
-sum over examples ends, so in bfloat16, too; under `jax.pmap` the step sums the gradients after the cast, in float32.
+Their gradient is summed over examples in bfloat16 and cast afterwards. Under `jax.jit` XLA sums over devices right
+after the sum over examples, before the cast, so in bfloat16, too. Under `jax.pmap` the step sums the gradients after
+the cast, in float32.
 """
 
 import functools
@@ -16,19 +17,20 @@ import numpy as np
 from jax.extend import core, source_info_util
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated")
-# Sums, and operations that only move numbers. On float32 operands they give their 16-bit result before rounding.
+# Sums, and operations that only move numbers. On float32 operands they give the result, not rounded to 16 bits.
 _LINEAR = ("add_any", "reduce_sum", "scatter-add", "transpose", "reshape", "squeeze", "copy")
 _CAST = "convert_element_type"
 
 
 def sum_in_float32(gradient: Callable) -> Callable:
-    """`gradient`, a function of arrays, with the 16-bit sums that become its float32 results made in float32.
+    """`gradient`, a function of arrays, rewritten: a 16-bit sum that ends up as a float32 result is summed in float32.
 
-    The function is traced and its jaxpr rewritten. A contraction, a convolution, a sum or a scatter-add gives float32
-    itself if its 16-bit result is only cast to float32, and the cast is a result: so gradients of cast parameters are
-    computed. Operands and all other operations stay, so activations keep their dtype, and every operation keeps its
-    module name. The body of a loop, a branch or a `jax.checkpoint` is rewritten by itself: parameters must be cast
-    inside the body, as Linen modules do. A function without a 16-bit operation is called as it is.
+    The function is traced and its jaxpr rewritten. A contraction, a convolution, a sum or a scatter-add is made to
+    return float32 if its 16-bit output is only moved, scaled, added up and cast to float32 on the way to results.
+    Gradients of cast parameters are computed in this way. Operands and other operations stay, so activations keep their
+    dtype, and every operation keeps its module name. The body of a loop, a branch or a `jax.checkpoint` is
+    rewritten separately: parameters must be cast inside it, as Linen modules do. A function without a 16-bit operation
+    is called as it is.
     """
 
     @functools.wraps(gradient)
@@ -106,14 +108,14 @@ def _sums_of_results(jaxpr: core.Jaxpr) -> set[Any]:
         for var in _variables(equation.invars):
             uses[var].append(equation)
     results = set(_variables(jaxpr.outvars))
-    lead: set[Any] = set()  # to float32 results, and nowhere else
+    only_to_results: set[Any] = set()  # variables that lead to float32 results only
     for equation in reversed(jaxpr.eqns):
         if _is_linear(equation) or equation.primitive.name in _CONTRACTIONS:
             var: Any = equation.outvars[0]
             fits = uses[var] and var not in results if _is_16_bit(var.aval) else var.aval.dtype == jnp.float32
-            if fits and all(_is_linear(use) and use.outvars[0] in lead for use in uses[var]):
-                lead.add(var)
-    return {var for var in lead if _is_16_bit(var.aval)}
+            if fits and all(_is_linear(use) and use.outvars[0] in only_to_results for use in uses[var]):
+                only_to_results.add(var)
+    return {var for var in only_to_results if _is_16_bit(var.aval)}
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
@@ -121,7 +123,7 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 
 def _is_linear(equation: core.JaxprEqn) -> bool:
-    """Whether an operation on float32 operands gives its result before rounding."""
+    """Whether an operation on float32 operands gives the result, not rounded to 16 bits."""
     name = equation.primitive.name
     scales = name in ("mul", "div") and isinstance(equation.invars[1], core.Literal)
     return name in _LINEAR or scales or (name == _CAST and equation.params["new_dtype"] == jnp.float32)

@@ -44,7 +44,7 @@ def axis_rules(parallel: config.Parallel) -> AxisRules:
 
 
 def unmapped_axes(params: Any, parallel: config.Parallel) -> list[str]:
-    """The logical axes that no rule maps, which are replicated; a `UserError` with `parallel.strict_axes`."""
+    """The logical axes that no rule maps, which are replicated; `parallel.strict_axes` raises `UserError` for them."""
     known, named = list(dict(axis_rules(parallel))), {} if parallel.rules else _logical_axes(params)
     unmapped = {name: path for path, names in named.items() for name in names if name and name not in known}
     for name, path in unmapped.items() if parallel.strict_axes else ():
@@ -57,7 +57,7 @@ def param_specs(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]
     """The sharding of every parameter, in the order of the leaves.
 
     Args:
-      params: in shapes, as `init` returns them: with the boxes of `nn.with_logical_partitioning`, if there are any.
+      params: as `init` or `jax.eval_shape` returns them, with the boxes of `nn.with_logical_partitioning`, if any.
       parallel: `rules` decide if there are any, else logical axes where the model names them, else size.
       sizes: the number of devices along each axis.
 
@@ -95,7 +95,7 @@ def _logical_axes(params: Any) -> dict[str, Axes]:
 
 
 def _by_size(shape: tuple[int, ...], parallel: config.Parallel, sizes: Mapping[str, int]) -> tuple[Axes, str]:
-    """Shards the largest dimension that divides; of several, the last."""
+    """Shards the largest dimension that is a multiple of the size of fsdp; of equally large ones, the last."""
     fsdp, replicated = sizes["fsdp"], (None,) * len(shape)
     if fsdp == 1:
         return replicated, "no logical axes"

@@ -19,32 +19,23 @@ from trainer.state import TrainState
 
 
 class Strategy:
-    """How steps spread over the devices of a mesh. All strategies write the same checkpoint.
+    """How steps spread over the devices of a mesh. All strategies write the same checkpoint."""
 
-    Attributes:
-      devices: all devices, also those of other processes.
-      sizes: the number of devices along data, fsdp and tensor.
-      specs: the sharding of each parameter, by path.
-      notes: lines for the user about parameters that the rules do not cover.
-      batch_shards: the number of shards of a batch, which divides the number of examples.
-      batch_sharding: the sharding of the arrays of a global batch.
-      axis_name: the replica axis of a step, or None where a step sees global arrays.
-    """
-
-    axis_name: str | None = None
+    axis_name: str | None = None  # the replica axis of a step, or None where a step sees global arrays
 
     def __init__(self, parallel: config.Parallel, devices: Sequence[jax.Device], params: Any) -> None:
         """Checks `parallel` against the parameters, which may be abstract and boxed; computes nothing."""
         self._parallel, self._mesh = parallel, make_mesh(parallel, devices)
         self._axes, shape = mesh_axes(self._mesh), self._mesh.shape
-        self.devices: list[jax.Device] = list(self._mesh.devices.flat)
+        self.devices: list[jax.Device] = list(self._mesh.devices.flat)  # also those of other processes
+        # The number of devices along data, fsdp and tensor.
         self.sizes = {axis: math.prod(shape[name] for name in names) for axis, names in self._axes.items()}
         sizes = self.sizes if self.axis_name is None else dict.fromkeys(self.sizes, 1)  # a replica holds all
         self.specs: Mapping[str, ParamSpec] = {spec.path: spec for spec in param_specs(params, parallel, sizes)}
         unmapped = ", ".join(unmapped_axes(params, parallel))
-        self.notes = (
-            (f"logical axes that parallel.axis_rules does not map, replicated: {unmapped}",) if unmapped else ()
-        )
+        note = f"logical axes that parallel.axis_rules does not map, replicated: {unmapped}"
+        self.notes = (note,) if unmapped else ()  # lines for the user
+        # The number of shards of a batch; the number of examples is a multiple of it.
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
         self.batch_sharding = named_sharding(self._mesh, (BATCH_AXES,))
         self._replicated = named_sharding(self._mesh, ())
@@ -52,7 +43,7 @@ class Strategy:
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each array of a state, of which only paths and shapes are used.
 
-        An array with the path and shape of a parameter is sharded like the parameter, such as a moment.
+        An array, such as a moment, whose path ends in that of a parameter of its shape is sharded like the parameter.
         """
         strategy, replicated = STRATEGIES[self._parallel.strategy], jax.tree.map(lambda _: self._replicated, state)
         state_only = set(strategy.opt_state) - set(strategy.params)
@@ -62,21 +53,21 @@ class Strategy:
             ema=self._like_params(state.ema, replicate=state_only),
         )
 
-    def _like_params(self, tree: Any, *, replicate: Collection[str] = (), depth: int | None = None) -> Any:
+    def _like_params(self, tree: Any, *, replicate: Collection[str] = (), max_mesh_axes: int | None = None) -> Any:
         def sharding(keys: Any, leaf: Any) -> NamedSharding:
             path = path_of(keys)
             while path:
                 spec = self.specs.get(path)
                 if spec is not None and spec.shape == tuple(leaf.shape):
                     axes = [None if axis in replicate else axis for axis in spec.axes]
-                    return named_sharding(self._mesh, axes, depth) if any(axes) else self._replicated
+                    return named_sharding(self._mesh, axes, max_mesh_axes) if any(axes) else self._replicated
                 path = path.partition("/")[2]
             return self._replicated
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def abstract_state(self, init: Callable[[], TrainState]) -> TrainState:
-        """The state in shapes, dtypes and shardings; nothing is computed."""
+        """The abstract state, a `jax.ShapeDtypeStruct` with its sharding for each array; nothing is computed."""
         shapes = jax.eval_shape(init)
         return jax.tree.map(_abstract, shapes, self.shardings(shapes))
 
@@ -93,7 +84,7 @@ class Strategy:
         return {name: self._shard(x) for name, x in batch.items()}
 
     def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
-        """The result of `shard_batch` for a global batch, in shapes, dtypes and shardings."""
+        """The result of `shard_batch` for a global batch, abstract: a `jax.ShapeDtypeStruct` for each array."""
         return {name: self._abstract(x) for name, x in batch.items()}
 
     def constrain_gradients(self, gradients: Any) -> Any:
@@ -101,11 +92,11 @@ class Strategy:
         return gradients
 
     def compile_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
-        """The compiled update: it donates its state, and the next has the same shardings. `state` may be abstract."""
+        """The jitted update: it donates its state, and returns one with the same shardings. `state` may be abstract."""
         return self._compile(step, state, train=True)
 
     def compile_eval(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
-        """The compiled evaluation, whose metrics are replicated. `state` may be abstract."""
+        """The jitted evaluation, whose metrics are replicated. `state` may be abstract."""
         return self._compile(step, state, train=False)
 
     def _shard(self, x: np.ndarray) -> Any:
@@ -127,8 +118,9 @@ class Sharded(Strategy):
         So XLA:TPU reduces and scatters along each dimension of a torus. Over all axes at once it would sum everything
         everywhere and drop most of the result.
         """
-        for depth in range(1, len(self._axes["fsdp"]) + 1):
-            gradients = jax.lax.with_sharding_constraint(gradients, self._like_params(gradients, depth=depth))
+        for used in range(1, len(self._axes["fsdp"]) + 1):
+            shardings = self._like_params(gradients, max_mesh_axes=used)
+            gradients = jax.lax.with_sharding_constraint(gradients, shardings)
         return gradients
 
     def _shard(self, x: np.ndarray) -> Any:
@@ -144,7 +136,7 @@ class Sharded(Strategy):
         rules = [(name, names.get(axis or "")) for name, axis in axis_rules(self._parallel)]
         rules = [("batch", self.batch_sharding.spec[0]), *rules]
 
-        def traced(state: TrainState, batch: Batch) -> Any:  # with what `nn.with_logical_constraint` in a model needs
+        def traced(state: TrainState, batch: Batch) -> Any:  # with the mesh and rules for `nn.with_logical_constraint`
             with use_abstract_mesh(self._mesh.abstract_mesh), nn.logical_axis_rules(rules):
                 return step(state, batch)
 
