@@ -61,7 +61,8 @@ def evaluate_split(program: Program, state: TrainState, source: RandomAccessSour
     strategy, size = program.strategy, program.eval_spec["mask"].shape[0]
     # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
     fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
-    batches = eval_batches(source, size, local_examples=strategy.local_examples(size), threads=program.run.loading.threads)
+    local, threads = strategy.local_examples(size), program.run.loading.threads
+    batches = eval_batches(source, size, local_examples=local, threads=threads)
     on_devices = prefetch(batches, strategy.shard_batch)
     for metrics in prefetch(on_devices, lambda batch: program.eval_step(state, batch), 0 if fake else 2):
         for name, mean in jax.device_get(metrics).items():

@@ -73,7 +73,8 @@ def test_workers_give_the_batches_of_threads_from_any_start_bit_for_bit_and_end_
 def test_places_that_processes_read_with_workers_make_up_the_global_batch(processes):
     # Each process reads every other place, as for the chips of a torus, and not one range.
     places = [np.arange(first, BATCH, processes) for first in range(processes)]
-    read = [train_batches(Source(), seed=0, batch_size=BATCH, start=0, stop=5, local_examples=p, workers=1) for p in places]
+    span: dict = {"seed": 0, "batch_size": BATCH, "start": 0, "stop": 5}
+    read = [train_batches(Source(), **span, local_examples=p, workers=1) for p in places]
     for parts, expected in zip(zip(*read, strict=True), whole()[:5], strict=True):
         for name, array in expected.items():
             joined = np.empty_like(array)

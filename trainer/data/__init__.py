@@ -77,9 +77,9 @@ def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
     for name in first:
         if not np.array_equal(first[name], second[name], equal_nan=True):
             raise UserError(
-                f"entry {name!r} of the data differs each time an example is read; a split in memory is read once, which "
-                "would freeze this randomness: set loading.in_memory_bytes=0 to read the data again every epoch, or draw "
-                "random numbers on the device, in loss, from batch['example_key']"
+                f"entry {name!r} of the data differs each time an example is read; a split in memory is read once, "
+                "which would freeze this randomness: set loading.in_memory_bytes=0 to read the data again every epoch, "
+                "or draw random numbers on the device, in loss, from batch['example_key']"
             )
     return True
 

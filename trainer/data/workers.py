@@ -23,7 +23,8 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
     """The batches of `dataset`, in order, made in worker processes that end with this one.
 
     The first batch comes after a few seconds. The workers import the main script, so `if __name__ == "__main__":`
-    must guard its code. `dataset` must be picklable. Each of the `workers`, 1 or more, makes every `workers`-th batch, two ahead.
+    must guard its code. `dataset` must be picklable. Each of the `workers`, 1 or more, makes every `workers`-th batch,
+    two ahead.
 
     Raises `RuntimeError` if a worker was killed or did not start, or no batch came in `seconds`, far more than one
     takes, and any error that the source raises in a worker.
