@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 
 POLICIES = {
     "none": None,
@@ -29,5 +29,5 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
       UserError: the policy is unknown.
     """
     if policy not in POLICIES:
-        raise UserError(f"no remat policy {policy!r}{nearest(policy, POLICIES)}")
+        raise UserError(f"no remat policy {policy!r}{did_you_mean(policy, POLICIES)}")
     return module if policy == "none" else nn.remat(module, prevent_cse=not scanned, policy=POLICIES[policy])

@@ -49,7 +49,8 @@ def test_way_out_that_would_train_at_a_rate_of_0_is_not_given(tmp_path):
         folder.check(config.resolve(with_schedules(6, DESCENT)))
     held = f"workdir {tmp_path}/run holds a run with other settings: optimizer.schedule.run_steps was 4, is 6 "
     reason = (
-        "(run_steps follows total_steps, and its old value cannot be kept: optimizer.schedule is 0 from step 5 to the last step, 6,"
+        "(run_steps follows total_steps, and its old value cannot be kept: optimizer.schedule is 0 from step 5 to the "
+        "last step, 6,"
     )
     assert str(error.value).startswith(held + reason)
     assert "--config" not in str(error.value)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.optim.adabelief import scale_by_belief as scale_by_belief
     from trainer.state import TrainState as TrainState
 else:
-    # The imports above, made when a name is first used: JAX takes a second, for which `--help` should not wait.
+    # Makes each import above when its name is first used: importing JAX takes a second, and `--help` need not wait.
     _EXPORTS = {
         "trainer.config": "Checkpoint Evaluation Group Loading Logging Optimizer Parallel Run Schedule setting",
         "trainer.data": "ArraySource",

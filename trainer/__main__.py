@@ -14,10 +14,10 @@ from trainer.commands import run
 
 def main() -> None:
     """Runs the command in `sys.argv` and exits with its code."""
-    if sys.argv[1:2] != ["prepare"]:  # an interrupt there removes files that are half written
+    if sys.argv[1:2] != ["prepare"]:  # `prepare` needs KeyboardInterrupt to remove its partial files
         signal.signal(signal.SIGINT, _exit_at_once)  # until training begins: `distributed.Preemption` replaces it
     devices = [path for name in ("accel*", "vfio/[0-9]*", "nvidia*", "kfd") for path in Path("/dev").glob(name)]
-    if not devices and importlib.util.find_spec("libtpu"):  # which `plan` needs
+    if not devices and importlib.util.find_spec("libtpu"):  # `plan` needs it
         # Else libtpu would search for a second and print a page of errors before JAX takes the CPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(run(sys.argv[1:]))

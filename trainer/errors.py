@@ -24,7 +24,7 @@ class DivergedError(CollectiveError):
     """The loss, the gradient or the state of a step is not finite."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text to append to an error about an unknown `name`: the closest of the `known` names, and all if few."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from trainer import config
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 from trainer.observe import table
 from trainer.optim.precision import storage_dtype
 from trainer.rules import assign, paths
@@ -110,7 +110,7 @@ def label_tree(params: Any, rules: Sequence[tuple[str, str]], groups: Mapping[st
     """
     for _, label in rules:
         if label not in groups:
-            raise UserError(f"label {label!r} has no group in optimizer.groups{nearest(label, groups)}")
+            raise UserError(f"label {label!r} has no group in optimizer.groups{did_you_mean(label, groups)}")
     labels = assign(rules, params, what="label rule")
     for name in groups:
         if name not in jax.tree.leaves(labels):

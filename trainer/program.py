@@ -12,7 +12,7 @@ import optax
 
 from trainer import config
 from trainer.data import batch_spec, open_source
-from trainer.errors import UserError, model_errors, nearest
+from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
 from trainer.metrics import Metrics
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
@@ -156,7 +156,7 @@ def _check_steps(program: Program) -> None:
         metrics = jax.eval_shape(program.eval_step, state, strategy.abstract_batch(program.eval_spec))
     best, known = run.checkpoint.best_metric, [f"{run.evaluation.split}/{name}" for name in metrics]
     if best is not None and best not in known:
-        raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{nearest(best, known)}")
+        raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")
 
 
 def _zeros(spec: BatchSpec) -> Batch:

@@ -146,7 +146,7 @@ def test_config_file_that_is_not_as_it_was_is_one_line(what, command, folder, ca
     workdir.write(parsed(), "")
     if what == "changed":
         (folder / "own.py").write_text(ONE_FILE + "\n")
-        reason = "own.py, which has changed: to use it as it is, give --config=own.py"
+        reason = "own.py, which has changed since: give --config=own.py to use the file as it is now"
     elif what == "missing":
         (folder / "own.py").unlink()
         reason = f"own.py, which is missing in the current folder, {folder}"

@@ -217,7 +217,7 @@ MISTAKES = {
     ),
     "field-of-none": (
         ["train", DIGITS, "--config.optimizer.groups.plain.schedule.peak=1"],
-        "config.optimizer.groups.plain.schedule is None and has no field 'peak'; give it first, in the config file or ",
+        "config.optimizer.groups.plain.schedule is None and has no field 'peak'; create it first: in the config file, ",
     ),
     "type-of-item": (["train", DIGITS, "--config.experiment.widths=a"], "experiment.widths is ('a',); tuple[int, ...]"),
     "type-of-group": (

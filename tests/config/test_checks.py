@@ -348,8 +348,9 @@ def test_learning_rate_that_is_0_for_the_rest_of_the_run_is_refused_with_the_way
     with pytest.raises(UserError) as error:
         config.resolve(longer(config.Schedule(name, run_steps=12, **DESCENTS[name]), path))
     assert str(error.value) == (
-        f"{path} is 0 from step 13 to the end of the run, 20, as its run_steps is 12: for a longer {name} choose a new "
-        "--workdir and leave run_steps out; a final above 0, or an end, says that the rate is meant"
+        f"{path} is 0 from step 13 to the last step, 20, because its run_steps is 12: to stretch the {name} over all "
+        "steps, choose a new --workdir and leave run_steps out; to keep run_steps, set a final above 0, or an end if 0 "
+        "is meant"
     )
 
 
@@ -378,8 +379,8 @@ def optimizer_with(**fields: Any) -> config.Run:
         ({"eps_root": 1e-40}, "optimizer.eps_root is 1e-40, which is 0 in float32"),
         ({"eps": 0.0, "eps_root": 0.0}, "optimizer.eps and optimizer.eps_root are both 0: "),
         ({"rectify": True, "amsgrad": True}, "optimizer.rectify and optimizer.amsgrad cannot be combined"),
-        ({"sgd_fallback": False}, "optimizer.sgd_fallback is False, which says something about optimizer.rectify only"),
-        ({"rectify": True, "name": "adam"}, "optimizer.rectify is for adabelief; there is adam, too"),
+        ({"sgd_fallback": False}, "optimizer.sgd_fallback is False, which has an effect only if optimizer.rectify"),
+        ({"rectify": True, "name": "adam"}, "optimizer.rectify works with adabelief only, but the run uses adam"),
         ({"mu_dtype": "float16"}, "optimizer.mu_dtype is 'float16'"),
         ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0; it must be above 0"),
         ({"ema_decay": 1.0}, "optimizer.ema_decay is 1.0; it must be below 1"),
@@ -419,7 +420,7 @@ def test_group_settings_that_contradict_each_other_are_refused(group, message):
 
 def test_amsgrad_of_a_group_with_another_optimizer_is_refused():
     groups = {"decayed": config.Group(), "plain": config.Group(optimizer="sgd")}
-    with pytest.raises(UserError, match=r"^optimizer\.amsgrad is for adabelief; there is sgd, too"):
+    with pytest.raises(UserError, match=r"^optimizer\.amsgrad works with adabelief only, but the run uses sgd"):
         config.resolve(optimizer_with(amsgrad=True, groups=groups))
 
 

@@ -250,9 +250,12 @@ def refusal(schedule: config.Schedule) -> str:
     [
         (
             make("constant", unit="epochs", warmup=0.001),
-            "warmup has 0.001 epochs, which is no step (in steps: 10 per epoch)",
+            "warmup has 0.001 epochs, which rounds to 0 steps (in steps: 10 per epoch)",
         ),
-        (make("linear", unit="epochs", end=0.04), "end has 0.04 epochs, which is no step (in steps: 10 per epoch)"),
+        (
+            make("linear", unit="epochs", end=0.04),
+            "end has 0.04 epochs, which rounds to 0 steps (in steps: 10 per epoch)",
+        ),
     ],
 )
 def test_epochs_that_are_rounded_to_no_step_are_refused(schedule, message):
@@ -264,11 +267,11 @@ def test_epochs_that_are_rounded_to_no_step_are_refused(schedule, message):
     [
         (
             make("wsd", unit="examples", descent=7),
-            "descent has 7 examples, which is no step (in steps: 0.0625 per example)",
+            "descent has 7 examples, which rounds to 0 steps (in steps: 0.0625 per example)",
         ),
         (
             make("step", unit="percent", boundaries=(0.2, 5)),
-            "boundaries has 0.2 percent, which is no step (in steps: 2 per percent)",
+            "boundaries has 0.2 percent, which rounds to 0 steps (in steps: 2 per percent)",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """The commands, one file each: the only readers of flags and of the terminal.
 
-A command's module has a `DESCRIPTION`, `add_options(parser)` and `main(arguments)`, and imports JAX in `main` alone.
+A module has `DESCRIPTION`, `add_options(parser)`, and `main(arguments)` or, if its child processes read the config,
+`start(options, overrides)`. It imports JAX only in these.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from trainer.commands.arguments import find_run, make_parser, parse_flags
-from trainer.errors import NotPreparedError, UserError, nearest
+from trainer.errors import NotPreparedError, UserError, did_you_mean
 
 _USAGE = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
 _COMMANDS = {
@@ -24,7 +25,7 @@ _COMMANDS = {
     "inspect": "show the settings, the parameter table and the checkpoints of a run",
     "prepare": "write the data of a run to disk",
     "rehearse": "train in several processes on this machine, as hosts of a pod would",
-    "plan": "compile a run for TPUs that are not there: memory, communication, what fits",
+    "plan": "compile a run for TPUs that you do not have: memory, communication, what fits",
 }
 
 
@@ -47,7 +48,7 @@ def _run(argv: list[str]) -> int:
     command, rest = argv[0], argv[1:]
     try:
         if command not in _COMMANDS:
-            raise UserError(f"no command {command!r}{nearest(command, _COMMANDS)}")
+            raise UserError(f"no command {command!r}{did_you_mean(command, _COMMANDS)}")
         module = importlib.import_module(f"trainer.commands.{command}")
         parser = make_parser(command, module.DESCRIPTION)
         module.add_options(parser)
@@ -78,7 +79,7 @@ def _run(argv: list[str]) -> int:
 
 @contextmanager
 def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractContextManager]]:
-    """Connects the processes of a command that takes their flags; yields `collective_errors`, or else `nullcontext`."""
+    """Connects the processes and yields `collective_errors`; for a command without `--coordinator`, `nullcontext`."""
     if "coordinator" not in options:
         yield nullcontext
         return

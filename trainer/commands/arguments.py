@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # these import JAX, which takes a second that `--help` and mistyped flags need not wait for
     from trainer.config import Run
@@ -57,7 +57,7 @@ def add_group_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
     seconds: dict[str, Any] = {"metavar": "SECONDS", "type": int}
     group.add_argument("--wait", default=300, help="how long to wait for the others (default 300)", **seconds)
-    killed = "how long after one was killed the others end (default 100)"
+    killed = "if a process is killed, the others end after this time (default 100)"
     group.add_argument("--heartbeat", default=100, help=killed, **seconds)
 
 
@@ -68,13 +68,13 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
         if _OVERRIDE.match(argument):
             overrides.append(argument)
         elif _OVERRIDE.match(previous) and "=" not in previous and not argument.startswith("-"):
-            overrides[-1] += f"={argument}"  # a value in an argument of its own
+            overrides[-1] += f"={argument}"  # a value that is a separate argument
         else:
             own.append(argument)
     options, unknown = parser.parse_known_args(own)
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown flag {flag}{nearest(flag, set(re.findall('--[a-z_-]+', parser.format_help())))}")
+        raise UserError(f"unknown flag {flag}{did_you_mean(flag, set(re.findall('--[a-z_-]+', parser.format_help())))}")
     return options, overrides
 
 
@@ -150,7 +150,7 @@ def load_config(text: str) -> Any:
     path = Path(name)
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"no config file {name!r}{nearest(name, siblings)}")
+        raise UserError(f"no config file {name!r}{did_you_mean(name, siblings)}")
     if path.suffix != ".py":
         raise UserError(f"config file {name!r} is not a Python file")
     module = config.import_file(path)

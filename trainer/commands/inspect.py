@@ -4,7 +4,7 @@ import argparse
 from contextlib import closing
 
 from trainer.commands.arguments import Arguments
-from trainer.commands.plan import print_here
+from trainer.commands.plan import print_local_plan
 
 DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdir alone is enough. Writes nothing."
 
@@ -12,7 +12,7 @@ DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdi
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--probe` and `--compile`."""
     probe = "only check in a step with zero gradients whether each label decays as stated; exit code 1 if not"
-    both = "also compile both steps for the devices that are there: memory, communication, operations"
+    both = "also compile both steps for the devices of this machine: memory, communication, operations"
     parser.add_argument("--probe", action="store_true", help=probe)
     parser.add_argument("--compile", action="store_true", help=both)
 
@@ -37,13 +37,13 @@ def main(arguments: Arguments) -> int:
         return 0 if all(result.holds for result in results) else 1
     print(config.to_json(run), program.params, sep="\n")
     devices = program.strategy.devices
-    there = f"{len(devices)} × {devices[0].device_kind}"
-    print(f"devices: {there}, strategy {run.parallel.strategy}, jax {jax.__version__}")
+    kind = f"{len(devices)} × {devices[0].device_kind}"
+    print(f"devices: {kind}, strategy {run.parallel.strategy}, jax {jax.__version__}")
     print(f"examples: {len(program.train_source):,} to train on, {len(program.eval_source):,} to evaluate on")
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if arguments.options.compile:
-        print_here(program)
+        print_local_plan(program)
     else:
         print("memory and operations of the two steps: inspect --compile")
     if workdir is not None and workdir.checkpoints.is_dir():

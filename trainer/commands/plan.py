@@ -1,4 +1,4 @@
-"""`plan`: memory and communication of a run on TPUs that are not there."""
+"""`plan`: memory and communication of a run on TPUs that you do not have."""
 
 import argparse
 from typing import Any
@@ -13,7 +13,7 @@ DESCRIPTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the topologies, the strategies, the batch and the effort."""
-    slices = "slices to plan for, such as v5e:4x4,v4:2x2x4,v5p:2x2x2,v6e:4x4; parallel.num_slices of each"
+    slices = "slices to plan for, such as v5e:4x4,v4:2x2x4,v5p:2x2x2,v6e:4x4; the run uses parallel.num_slices of each"
     parser.add_argument("--topology", metavar="NAME[,NAME...]", help=slices)
     parser.add_argument("--strategies", metavar="all|NAME[,NAME...]", help="instead of the config's own")
     examples = "examples on each chip instead of the config's batch_size"
@@ -33,7 +33,7 @@ def main(arguments: Arguments) -> int:
     return plan(arguments.run, arguments.options)
 
 
-def print_here(program: Any) -> None:
+def print_local_plan(program: Any) -> None:
     """Prints the table of a program that was compiled for the devices of this process."""
     from trainer.plan import planning, report
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from trainer.errors import UserError
 
 DESCRIPTION = (
-    "Runs a command in several JAX processes on this machine, connected as the hosts of a pod are, and shows what each "
-    "prints behind its number. When one dies, all are ended."
+    "Runs a command in several JAX processes on this machine, connected as the hosts of a pod are, and shows what they "
+    "print, each line after the number of its process. When one fails, all are ended."
 )
 
 

@@ -69,7 +69,7 @@ def _steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-class _Trial(Progress):
+class _SilentProgress(Progress):
     """Keeps the losses and the latest message instead of showing them, with the times at which they came."""
 
     losses: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def _dry_run(run: "Run") -> str:
 
     if distributed.count() > 1:
         raise UserError("--dry-run tries a run in one process; rehearse tries several")
-    trial, times = _Trial(3, io.StringIO()), [time.perf_counter()]
+    trial, times = _SilentProgress(3, io.StringIO()), [time.perf_counter()]
     with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
         program = agreed_program(_first_steps(run), folder)
         examples = len(program.train_source), len(program.eval_source)
@@ -125,7 +125,7 @@ def _dry_run(run: "Run") -> str:
 
 
 def _first_steps(run: "Run") -> "Run":
-    """A copy of a resolved run that ends after its first 3 steps and does not change them."""
+    """A copy of a resolved run that ends after 3 steps; these equal the first 3 steps of the run itself."""
     from trainer.config import schedules
 
     short = copy.deepcopy(run)

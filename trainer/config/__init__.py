@@ -5,7 +5,7 @@ A config file's `get_config()` returns a `Run`. Fields are overridden on the com
 """
 
 # isort: off
-from trainer.config.checks import check_types as check_types, in_steps as in_steps, resolve as resolve
+from trainer.config.checks import check_types as check_types, resolve as resolve, schedule_in_steps as schedule_in_steps
 from trainer.config.checks import schedules as schedules, setting_at as setting_at, type_name as type_name
 from trainer.config.encoding import differences as differences, from_json as from_json, import_file as import_file
 from trainer.config.encoding import to_json as to_json

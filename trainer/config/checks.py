@@ -14,7 +14,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from trainer.config.encoding import to_json
 from trainer.config.settings import Optimizer, Run, Schedule
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Experiment
 
 _SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
@@ -35,7 +35,7 @@ def resolve(run: Run) -> Run:
     check_types(run)
     _check_optimizer(run.optimizer)
     for path, schedule in schedules(run.optimizer).items():
-        in_steps(schedule, path, run)
+        schedule_in_steps(schedule, path, run)
         to_the_end = schedule.name in _DESCENTS and schedule.end is None
         steps = schedule.run_steps or run.total_steps
         times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
@@ -43,9 +43,9 @@ def resolve(run: Run) -> Run:
             schedule.run_steps = steps
         falls_to_0 = to_the_end and schedule.peak and not schedule.final and not path.endswith(".decay_schedule")
         if falls_to_0 and steps < run.total_steps:
-            idle = f"is 0 from step {steps + 1} to the end of the run, {run.total_steps}, as its run_steps is {steps}"
-            longer = f"for a longer {schedule.name} choose a new --workdir and leave run_steps out"
-            raise UserError(f"{path} {idle}: {longer}; a final above 0, or an end, says that the rate is meant")
+            idle = f"is 0 from step {steps + 1} to the last step, {run.total_steps}, because its run_steps is {steps}"
+            longer = f"to stretch the {schedule.name} over all steps, choose a new --workdir and leave run_steps out"
+            raise UserError(f"{path} {idle}: {longer}; to keep run_steps, set a final above 0, or an end if 0 is meant")
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
     if run.evaluation.batch_size is None:
@@ -63,12 +63,12 @@ def schedules(optimizer: Optimizer) -> dict[str, Schedule]:
     return {path: value for path, _, value, _ in _fields(optimizer, "optimizer.") if isinstance(value, Schedule)}
 
 
-def in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = None) -> Schedule:
+def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = None) -> Schedule:
     """The schedule at `path` of `run` with its times in whole updates, and the end of a descent written out.
 
-    `examples`, the length of the training split, gives the length of an epoch. Without it, epochs are only compared
-    with each other. Raises `UserError` if settings contradict each other, or if a time is rounded to no update or lies
-    after the end of the run.
+    `examples`, the length of the training split, gives the length of an epoch. Without it, times in epochs are not
+    converted: only their order is checked. Raises `UserError` if settings contradict each other, or if a time rounds to
+    0 updates or lies after the end of the run.
     """
     _check_used(schedule, path)
     unit, length = schedule.unit, schedule.run_steps or run.total_steps
@@ -83,7 +83,7 @@ def in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = Non
             raise UserError(f"{path}.{name} has {time:.12g} {unit}; a whole number is expected")
         count = time if scale is None else round(time * scale)
         if time and not count:
-            raise UserError(f"{path}.{name} has {time:.12g} {unit}, which is no step{measure}")
+            raise UserError(f"{path}.{name} has {time:.12g} {unit}, which rounds to 0 steps{measure}")
         return count
 
     given = {name: time for name in ("warmup", "end", "descent") if (time := getattr(schedule, name)) is not None}
@@ -101,7 +101,7 @@ def in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = Non
 
 
 def _check_used(schedule: Schedule, path: str) -> None:
-    """A setting that does nothing is a mistake: most likely the name is."""
+    """Raises `UserError` for settings that a schedule of this name does not use, and for missing ones."""
     name, unit = schedule.name, schedule.unit
     for field in dataclasses.fields(schedule):
         users, value = _USED_BY.get(field.name), getattr(schedule, field.name)
@@ -148,11 +148,11 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     if optimizer.rectify and optimizer.amsgrad:
         raise UserError("optimizer.rectify and optimizer.amsgrad cannot be combined")
     if not optimizer.sgd_fallback and not optimizer.rectify:
-        raise UserError("optimizer.sgd_fallback is False, which says something about optimizer.rectify only")
+        raise UserError("optimizer.sgd_fallback is False, which has an effect only if optimizer.rectify is True")
     for name in ("rectify", "amsgrad"):
         if getattr(optimizer, name) and names != {"adabelief"}:
             other = ", ".join(sorted(names - {"adabelief"}))
-            raise UserError(f"optimizer.{name} is for adabelief; there is {other}, too")
+            raise UserError(f"optimizer.{name} works with adabelief only, but the run uses {other}")
     for label, group in optimizer.groups.items():
         if group.decay_schedule is not None and group.weight_decay:
             raise UserError(f"optimizer.groups.{label} has a weight_decay and a decay_schedule; give one of them")
@@ -184,7 +184,7 @@ def check_types(run: Run) -> None:
                 raise UserError(f"{path} is {value}; it must be {_BOUNDS[name]} {bound}")
         choices = field.metadata.get("choices")
         if choices and value is not None and value not in choices:
-            raise UserError(f"{path} is {value!r}{nearest(value, choices)}")
+            raise UserError(f"{path} is {value!r}{did_you_mean(value, choices)}")
 
 
 def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
@@ -216,7 +216,7 @@ def type_name(hint: Any) -> str:
 def setting_at(run: Run, path: str) -> tuple[Any, str, Any]:
     """The dataclass or dict that holds the setting at a path such as `optimizer.b1`, its name, and its declared type.
 
-    Raises `UserError`, with the nearest name, if there is no such setting.
+    Raises `UserError`, with the most similar name, if there is no such setting.
     """
     owner, name, hint, node, walked = None, "", Run, run, "config"
     for name in path.split("."):
@@ -225,10 +225,10 @@ def setting_at(run: Run, path: str) -> tuple[Any, str, Any]:
         elif isinstance(node, dict):
             known = dict.fromkeys(node, (typing.get_args(hint) or (Any,))[-1])
         else:
-            first = f"; give it first, in the config file or by --{walked}=build" if node is None else ""
+            first = f"; create it first: in the config file, or by --{walked}=build" if node is None else ""
             raise UserError(f"{walked} is {node!r} and has no field {name!r}{first}")
         if name not in known:
-            raise UserError(f"{walked} has no field {name!r}{nearest(name, known)}")
+            raise UserError(f"{walked} has no field {name!r}{did_you_mean(name, known)}")
         owner, hint, walked = node, known[name], f"{walked}.{name}"
         node = node[name] if isinstance(node, dict) else getattr(node, name)
     return owner, name, hint

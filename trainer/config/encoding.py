@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from trainer.config.settings import Run
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 
-# The keys of a dataclass in JSON: its class as "module:class", or its name with the config file that defines it.
+# JSON keys that name a dataclass: its class as "module:class"; or its class name, config file and the file's hash.
 _KEYS = _CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
 
 
@@ -76,7 +76,7 @@ def _decode(value: Any) -> Any:
         fields = {key: _decode(item) for key, item in value.items() if key not in _KEYS}
         known = {field.name for field in dataclasses.fields(kind)}
         for key in fields.keys() - known:
-            raise UserError(f"{value[_CLASS]} has no field {key!r} any more{nearest(key, known)}")
+            raise UserError(f"{value[_CLASS]} has no field {key!r} any more{did_you_mean(key, known)}")
         return kind(**fields)
     if isinstance(value, dict):
         return {key: _decode(item) for key, item in value.items()}
@@ -95,8 +95,8 @@ def _find_class(names: Mapping[str, str]) -> Any:
             where = "" if file.is_absolute() else f" in the current folder, {Path.cwd()}"
             raise UserError(f"{name} was defined in {file}, which is missing{where}")
         if hashlib.sha256(file.read_bytes()).hexdigest() != names[_SHA256]:
-            remedy = f"to use it as it is, give --config={file}"
-            raise UserError(f"{name} was defined in {file}, which has changed: {remedy}")
+            remedy = f"give --config={file} to use the file as it is now"
+            raise UserError(f"{name} was defined in {file}, which has changed since: {remedy}")
         kind: Any = import_file(file, names[_SHA256])
     else:
         kind = _import(module_name, name)
@@ -138,7 +138,7 @@ sys.meta_path.append(_ConfigFile)
 
 
 def import_file(file: Path, sha256: str | None = None) -> ModuleType:
-    """The Python file as a module; it is run unless the source with this hash was imported before."""
+    """The Python file as a module; executes it again unless the source with hash `sha256` is imported already."""
     name = _ConfigFile.prefix + str(file.resolve()).replace("%", "%25").replace(".", "%2E")
     if name in sys.modules and getattr(sys.modules[name].__loader__, "sha256", None) != sha256:
         del sys.modules[name]
@@ -146,7 +146,7 @@ def import_file(file: Path, sha256: str | None = None) -> ModuleType:
 
 
 def differences(kept: str, asked: Run) -> list[str]:
-    """One text for each setting that makes `asked` another run than the JSON of `kept`; no class is imported.
+    """One text for each setting in which `asked` may not differ from the JSON `kept` but does; imports no class.
 
     Raises `UserError` if `kept` is not the JSON of a run.
     """
@@ -178,7 +178,7 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    """The JSON of a field's default, which a run had if it was kept before there was such a field."""
+    """The JSON of a field's default: the value that applied to a run whose JSON is older than the field."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return None if default is dataclasses.MISSING else _encode(default, "")
 

@@ -12,9 +12,9 @@ _STRATEGIES = ("data", "zero1", "fsdp", "tensor", "zero1_tensor", "fsdp_tensor",
 def setting(
     default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), may_change: bool = False, **bounds: float
 ) -> Any:
-    """A dataclass field with its default, its accepted names, and the bounds `minimum`, `maximum`, `above` and `below`.
+    """A dataclass field with its default, its accepted texts, and the bounds `minimum`, `maximum`, `above` and `below`.
 
-    `may_change` says that a run may be resumed with another value. Every other setting makes it another run.
+    `may_change`: a run may be resumed with another value. Another value of any other setting makes it another run.
     """
     metadata = {"choices": choices, "may_change": may_change, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
@@ -43,8 +43,8 @@ class Schedule:
     power: float = setting(1.0, above=0)
     """Exponent of `polynomial`: peak − final is multiplied by (share of the descent that is left) ** power."""
     run_steps: int | None = setting(None, minimum=1)
-    """Length in updates of the run that the schedule is made for; None for `total_steps`. Resolving fills it in when
-    the schedule depends on it, so that more steps cannot change the values of updates already made."""
+    """Length in updates of the run that the schedule is made for; None for `total_steps`. `config.resolve` fills it
+    in if the schedule depends on it: then a larger `total_steps` cannot change the values of updates already made."""
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ class Group:
     frozen: bool = setting(False)
     """Whether the parameters never change; no gradients are computed for them, and no moments kept."""
     clip_norm: float | None = setting(None, above=0)
-    """Largest norm of the group's gradient, which is scaled down to it; None for any."""
+    """Largest norm of the group's gradient; a larger gradient is scaled down to this norm. None for no limit."""
     every_steps: int = setting(1, minimum=1)
     """Steps between updates of the group, from the first step on; the gradients between are not used."""
     mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
@@ -77,25 +77,25 @@ class Optimizer:
     name: str = setting("adabelief", choices=("adabelief", "adam", "sgd"))
     """`adabelief`, or for comparison `adam` or `sgd` with momentum b1."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)  # the learning rate
-    b1: float = setting(0.9, minimum=0, below=1)  # decay of the mean of the gradients per update
+    b1: float = setting(0.9, minimum=0, below=1)  # decay rate per update of the moving average of the gradients
     b2: float = setting(0.999, minimum=0, below=1)
-    """Decay of the mean of the squared prediction errors per update."""
+    """Decay rate per update of the moving average of the squared prediction errors; Adam: of the squared gradients."""
     eps: float = setting(1e-16, minimum=0)
     """Added to the root in the denominator. The paper's settings: 1e-8 for vision, 1e-16 or 1e-12 for LSTMs."""
     eps_root: float = setting(1e-16, minimum=0)
-    """Added to the second moment at every update, where it accumulates (AdaBelief), or inside the root (Adam)."""
+    """AdaBelief: added to the second moment at every update, where it accumulates. Adam: added inside the root."""
     nesterov: bool = setting(False)  # whether the first moment looks one update ahead
     rectify: bool = setting(False)
     """Whether the variance of AdaBelief's first steps is rectified, as in RAdam."""
     sgd_fallback: bool = setting(True)
-    """Whether rectification makes steps of SGD while the variance is intractable, or none."""
+    """Whether rectification, while the variance is intractable, makes SGD steps (True) or no steps (False)."""
     amsgrad: bool = setting(False)
     """Whether AdaBelief divides by the largest second moment so far."""
     decay: str = setting("decoupled", choices=("decoupled", "fixed", "coupled"))
     """`decoupled` subtracts learning rate · weight_decay · parameter at each update; `fixed` leaves out the learning
     rate; `coupled` adds weight_decay · parameter to the gradient."""
     clip_norm: float | None = setting(None, above=0)
-    """Largest global norm of the gradient, which is scaled down to it before groups clip theirs; None for any."""
+    """Largest global norm; a larger gradient is scaled down to it before groups clip theirs. None for no limit."""
     mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
     """Dtype in which first moments are stored; None for that of the parameters, but at least float32. Rounding to
     bfloat16 is stochastic, so that the mean over many updates is exact."""
@@ -146,12 +146,12 @@ class Loading:
 
     split: str = setting("train")  # the split trained on, given to the experiment's `source`
     in_memory_bytes: int = setting(2 << 30, minimum=0, may_change=True)
-    """Largest split, once decoded, that is decoded once and kept in memory; a larger one is read again every epoch."""
+    """Largest decoded size of a split that is kept in memory. A larger split is read and decoded again every epoch."""
     threads: int = setting(4, minimum=1, may_change=True)
     """Threads that read and decode batches of a split that does not fit in memory."""
     workers: int = setting(0, minimum=0, may_change=True)
-    """Processes that read and decode instead, each with its own threads, when one process cannot run enough Python; 0
-    for none. The order of the examples is the same."""
+    """Worker processes that read and decode in place of this process, with `threads` threads each; 0 for none. Use them
+    if Python is too slow in one process. The order of the examples is the same."""
 
 
 @dataclasses.dataclass
@@ -160,14 +160,14 @@ class Parallel:
 
     strategy: str = setting("data", choices=_STRATEGIES, may_change=True)
     """`data`: parameters and optimizer state replicated; `zero1`: the optimizer state sharded; `fsdp`: parameters, too;
-    `tensor`: parameters and their computation sharded by rules or logical axes; the products; `pmap`: the classical
-    replicated step. Batches are sharded over data and fsdp."""
+    `tensor`: parameters and their computation sharded by rules or logical axes; `zero1_tensor`, `fsdp_tensor`: both
+    shardings at once; `pmap`: the classical replicated step. Batches are sharded over data and fsdp."""
     devices: int | None = setting(None, minimum=1, may_change=True)
     """Number of devices, from the first; None for all, of all processes."""
     fsdp: int | None = setting(None, minimum=1, may_change=True)
-    """Size of the mesh axis over which `zero1` and `fsdp` shard; None for all devices of a slice that tensor leaves."""
+    """Size of the mesh axis over which `zero1` and `fsdp` shard; None for devices of a slice / size of `tensor`."""
     tensor: int | None = setting(None, minimum=1, may_change=True)
-    """Size of the mesh axis over which `tensor` shards; None for all devices of a slice, and 2 in a product."""
+    """Size of the mesh axis over which `tensor` shards; None for all of a slice, but 2 in the strategies `*_tensor`."""
     num_slices: int | None = setting(None, minimum=1, may_change=True)
     """Number of slices; None for all. Only the data axis spans them, since the network between them is slow."""
     torus: bool = setting(True, may_change=True)
@@ -175,19 +175,19 @@ class Parallel:
     dimension after the other; else one ring runs over all chips. Without a torus it changes nothing."""
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting((), may_change=True)
     """Ordered (regex, PartitionSpec) rules over whole parameter paths, with a mesh axis or None for each dimension.
-    Without rules, the model's logical axes decide; without logical axes, the largest dimension that divides is sharded
-    over fsdp. The optimizer state is sharded like its parameters."""
+    Without rules, the model's logical axes decide; without them, the largest dimension that is a multiple of
+    the size of fsdp is sharded over fsdp. The optimizer state is sharded like its parameters."""
     axis_rules: tuple[tuple[str, str | None], ...] = setting((), may_change=True)
     """The mesh axis over which each logical axis of a Linen model is sharded, or None. These rules come before the
-    defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. Of an
-    axis' rules the first wins whose mesh axis has more than one device and shards no other dimension of the array."""
+    defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. The
+    first rule of an axis applies whose mesh axis has several devices and does not shard another dimension yet."""
     strict_axes: bool = setting(False, may_change=True)
     """Whether a logical axis that no rule maps is an error; else it is replicated and reported once."""
     min_shard_size: int = setting(2**12, minimum=0, may_change=True)
     """Without rules and logical axes, parameters with fewer elements are replicated."""
     reduce_dtype: str = setting("float32", choices=("float32", "bfloat16"))
-    """Dtype in which gradients are summed over examples and devices. `float32`: always; `bfloat16`: gradients that the
-    model computes in bfloat16 are summed in it, and under `pmap` all are, which halves the communication."""
+    """Dtype in which gradients are summed over examples and devices. With `bfloat16`, gradients that the model
+    computes in bfloat16 are summed in it; under `pmap` all gradients are, which halves the communication."""
 
 
 @dataclasses.dataclass
@@ -196,11 +196,11 @@ class Run:
 
     experiment: Experiment
     total_steps: int = setting(minimum=1, may_change=True)
-    """Updates of the run. A finished run continues if launched again with more, unless a schedule ended with it."""
+    """Updates of the run. A finished run continues with a larger number, unless a learning rate without `end` is 0."""
     batch_size: int = setting(128, minimum=1)  # examples per update, over all devices and microbatches
     microbatches: int = setting(1, minimum=1)
-    """Microbatches into which each batch is cut to save memory (gradient accumulation); their sums are divided once.
-    BatchNorm normalizes each microbatch by itself, so with it their number changes the result."""
+    """Microbatches into which each batch is cut to save memory. Gradients and metrics are summed over them and divided
+    once. BatchNorm normalizes each microbatch separately: in a model with it, their number changes the result."""
     seed: int = setting(0, minimum=0, maximum=2**32 - 1)
     """Seed of everything random: initial parameters, order of the data, dropout, augmentation."""
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config import Run
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 from trainer.plan import planning, report, search, variants
 from trainer.plan.topology import Topology, find
 from trainer.sharding import STRATEGIES
@@ -23,18 +23,18 @@ def plan(run: Run, options: argparse.Namespace) -> int:
     strategies = list(STRATEGIES) if asked == "all" else asked.split(",")
     for name in strategies:
         if name not in STRATEGIES:
-            raise UserError(f"no strategy {name!r}{nearest(name, STRATEGIES)}")
+            raise UserError(f"no strategy {name!r}{did_you_mean(name, STRATEGIES)}")
     fit = []
-    for there in [find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]:
-        batch_size = options.batch_per_chip and options.batch_per_chip * there.chips
+    for topology in [find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]:
+        batch_size = options.batch_per_chip and options.batch_per_chip * topology.chips
         variant = variants.with_batch(run, batch_size, run.microbatches) if batch_size else run
-        fit.append(_print_topology(variant, there, strategies, options))
+        fit.append(_print_topology(variant, topology, strategies, options))
     print(report.SEARCH_LEGEND if options.search else report.LEGEND, end="")
     return 0 if all(fit) else 1
 
 
 def _print_topology(run: Run, topology: Topology, strategies: Sequence[str], options: argparse.Namespace) -> bool:
-    """Prints the table of one topology and the strategies that are impossible there; returns whether anything fits."""
+    """Prints the table of one topology and the strategies that are impossible on it; returns whether anything fits."""
     results: list = []
     errors: dict[str, UserError] = {}
     for strategy in strategies:

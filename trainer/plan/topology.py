@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from trainer.errors import UserError, nearest
+from trainer.errors import UserError, did_you_mean
 
 # Without these libtpu looks for chips, queries the metadata server, logs to a shared folder and takes a lock.
 _QUIET = {
@@ -105,12 +105,12 @@ def _checked(name: str) -> tuple[str, tuple[int, ...]]:
     generation, _, shape = name.partition(":")
     known = (*_FLAT_SHAPES, *_LARGEST)
     if generation not in known:
-        raise UserError(f"no TPU generation {generation!r} in topology {name!r}{nearest(generation, known)}")
+        raise UserError(f"no TPU generation {generation!r} in topology {name!r}{did_you_mean(generation, known)}")
     shapes = known_shapes(generation)
     if shape not in shapes:
         largest = "x".join(map(str, _LARGEST.get(generation, ())))
         listed = ", ".join(_SMALL_CUBES) + f", and multiples of 4 in ascending order up to {largest}"
-        hint = re.sub(r" \(known: .*", "", nearest(shape, shapes))
+        hint = re.sub(r" \(known: .*", "", did_you_mean(shape, shapes))
         raise UserError(
             f"no topology {name!r}{hint} (known for {generation}: "
             f"{', '.join(shapes) if generation in _FLAT_SHAPES else listed})"
