@@ -18,8 +18,15 @@ def files() -> dict[str, str]:
 
 def test_the_example_is_short():
     lines = [line for text in files().values() for line in text.splitlines() if line.strip()]
-    assert set(files()) == {"spirals.py", "config.py"}
+    assert set(files()) == {"spirals.py"}
     assert len(lines) < 40
+
+
+def test_the_page_is_short_and_begins_with_the_commands_and_the_example():
+    headings = re.findall(r"^## (.*)", README, re.MULTILINE)
+    assert headings == ["Your own experiment", "Kill and resume", "Labels", "Many devices", "What it is not"]
+    assert README.index("make demo") < README.index("## Your own experiment")
+    assert len(README.splitlines()) <= 180
 
 
 def test_the_label_table_is_that_of_the_demo():
@@ -31,7 +38,7 @@ def test_the_example_learns(tmp_path):
     for name, text in files().items():
         (tmp_path / name).write_text(text)
     done = subprocess.run(
-        [sys.executable, "-m", "trainer", "train", "--config=config.py", "--workdir=run"],
+        [sys.executable, "-m", "trainer", "train", "--config=spirals.py", "--workdir=run"],
         cwd=tmp_path,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
