@@ -64,7 +64,9 @@ def test_rule_that_matches_nothing_is_named_with_its_reason():
 
 
 def test_rule_shadowed_by_earlier_ones_is_named_with_its_reason():
-    with pytest.raises(UserError, match=r"rule 'head/bias' matches no parameter that is left: earlier rules match head/bias$"):
+    with pytest.raises(
+        UserError, match=r"rule 'head/bias' matches no parameter that is left: earlier rules match head/bias$"
+    ):
         assign([(r".*/kernel", "decayed"), (r".*/bias", "plain"), (r"head/bias", "head")], TREE)
 
 
