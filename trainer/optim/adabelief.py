@@ -161,9 +161,7 @@ def adabelief(
     if decay not in ("decoupled", "fixed", "coupled"):
         raise ValueError(f"decay is {decay!r}; it must be 'decoupled', 'fixed' or 'coupled'")
     if isinstance(weight_decay_mask, jax.Array):
-        raise ValueError(
-            "weight_decay_mask is an array: optax.inject_hyperparams needs static_args='weight_decay_mask'"
-        )
+        raise ValueError("weight_decay_mask is an array: give optax.inject_hyperparams static_args='weight_decay_mask'")
     plain = ParamGroup(rule, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     groups = {"plain": plain, "decayed": dataclasses.replace(plain, weight_decay=weight_decay, decay=decay)}
     mask = True if weight_decay is None or weight_decay_mask is None else weight_decay_mask
