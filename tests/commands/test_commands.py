@@ -512,7 +512,7 @@ def test_dry_run_fails_with_an_evaluation_that_fails(capsys, tmp_path):
     ("experiment", "code", "message"),
     [
         ("NarrowKernel()", 2, "the model does not fit its batch ("),
-        ("HostRandomness()", 2, "entry 'x' of the data differs each time an example is read, "),
+        ("HostRandomness()", 2, "entry 'x' of the data differs each time an example is read; "),
         ("Diverging()", 1, "the loss of step 1 is nan; the run is stopped"),
     ],
 )
