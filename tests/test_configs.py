@@ -75,7 +75,7 @@ def test_config_states_command_cost_and_expected_result(path):
 
 @each_config
 def test_table_of_parameters_is_the_reviewed_one(path, run, request):
-    golden, found = GOLDEN / f"{path.stem}.txt", str(compile_program(run).params)
+    golden, found = GOLDEN / f"{path.stem}.txt", str(compile_program(run).param_table)
     if request.config.getoption("--update-goldens"):
         golden.write_text(found)
     assert found == golden.read_text(), "if this is meant: pytest tests/test_configs.py --update-goldens"
@@ -88,7 +88,7 @@ def test_every_golden_belongs_to_a_config():
 @each_config
 def test_parameters_decay_as_the_labels_say(shrunk):
     program = compile_program(shrunk)
-    labels = [param.label for param in program.params.rows]
+    labels = [param.label for param in program.param_table.rows]
     results = check_decay(program.init().params, labels, program.groups, program.optimizer, shrunk.total_steps)
     assert [str(result) for result in results if not result.holds] == []
 

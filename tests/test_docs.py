@@ -126,7 +126,7 @@ def test_the_config_has_the_old_programs_schedule(migration, rows):
 
 
 def test_the_labels_decay_the_parameters_of_the_old_programs_mask(migration):
-    params = compile_program(resolve(migration.modules["config"].get_config())).params
+    params = compile_program(resolve(migration.modules["config"].get_config())).param_table
     mask = flatten_dict(migration.old["decay_mask"](migration.old["trained"]["params"]), sep="/")
     assert {p.path: p.weight_decay for p in params.rows} == {
         path: "0.01" if decays else "0" for path, decays in mask.items()

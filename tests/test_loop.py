@@ -196,7 +196,7 @@ class Misbehaving(Task):
     ("what", "message"),
     [
         ("plain loss", r"metric 'loss' must be a Mean, such as Mean.of\(values, batch\['mask'\]\)"),
-        ("vector", r"metric 'loss' is not a pair of sums: \(16,\), \(16,\)"),
+        ("vector", r"metric 'loss' must hold two scalars; its total and weight have shapes \(16,\), \(16,\)"),
         ("no loss", r"a metric named 'loss', not only \['nll'\]"),
         ("metrics only", r"must return a pair of mappings, \(metrics, collections\)"),
         ("generator", r"Misbehaving.source\('train'\) is a generator, which has no length"),

@@ -17,8 +17,8 @@ def main() -> None:
     if sys.argv[1:2] != ["prepare"]:  # `prepare` needs KeyboardInterrupt to remove its partial files
         signal.signal(signal.SIGINT, _exit_at_once)  # until training begins: `distributed.Preemption` replaces it
     devices = [path for name in ("accel*", "vfio/[0-9]*", "nvidia*", "kfd") for path in Path("/dev").glob(name)]
-    if not devices and importlib.util.find_spec("libtpu"):  # `plan` needs it
-        # Else libtpu would search for a second and print a page of errors before JAX takes the CPU.
+    if not devices and importlib.util.find_spec("libtpu"):  # libtpu is here for `plan` only
+        # Else libtpu would search for TPUs, which takes a second, and print a page of errors before JAX takes the CPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(run(sys.argv[1:]))
 

@@ -40,7 +40,7 @@ def check_metadata(metadata: dict[str, Any], params: ParamTable) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide the bits of a run; a package that is not installed as one is left out."""
+    """The versions that decide the bits of a run. A package that is imported without being installed is left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):  # trainer/ in a checkout that is not installed

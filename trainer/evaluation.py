@@ -49,7 +49,7 @@ def evaluate(
     with closing(Store(folder.checkpoints, run.checkpoint, read_only=True)) as store:
         with distributed.collective_errors("the checkpoint"):
             chosen = store.choose(step)
-            check_metadata(store.metadata(chosen), program.params)
+            check_metadata(store.metadata(chosen), program.param_table)
         distributed.check_same("checkpoint", f"{folder.path} at step {chosen}")
         state = store.restore(program.state, chosen)
     return evaluate_split(program, state, source) | {"step": chosen}

@@ -54,7 +54,7 @@ def train_program(
     profile: tuple[int, int] | None = None,
     handle_signals: bool = True,
 ) -> TrainState:
-    """The loop; arguments, result and errors are as of `train`."""
+    """The loop; arguments, result and errors are those of `train`, for a program in place of its run."""
     with open_session(program, workdir, progress, profile=profile, handle_signals=handle_signals) as session:
         state = session.initial_state()
         for step, batch in session.batches():

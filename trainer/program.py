@@ -37,14 +37,14 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything that a run computes, without a file of its workdir."""
+    """Everything that a run computes. A program knows no workdir: it reads and writes no file there."""
 
     run: config.Run  # resolved
     train_source: RandomAccessSource  # not loaded into memory yet
     eval_source: RandomAccessSource
     train_spec: BatchSpec  # shapes and dtypes of a global batch
     eval_spec: BatchSpec
-    params: ParamTable
+    param_table: ParamTable
     groups: Mapping[str, ParamGroup | None]  # the parameter group of each label; None where it is frozen
     optimizer: optax.GradientTransformation  # turns gradients into updates
     strategy: Strategy  # how the steps spread over the devices
@@ -59,7 +59,7 @@ class Program:
 
 
 def due(run: config.Run, step: Any) -> Due:
-    """As `Program.due`: the only place where it is decided."""
+    """As `Program.due`. Only here do the settings decide what is due; `Session.due` adds the effect of a signal."""
     last = step == run.total_steps
 
     def every(steps: int | None) -> Any:
@@ -138,7 +138,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
 
 
 def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
-    """The parameters as `init` returns them, in shapes, with the boxes that name logical axes."""
+    """The parameters of `init` as shapes and dtypes, in the boxes that name their logical axes."""
     with model_errors(spec):
         variables = jax.eval_shape(lambda: dict(experiment.init(key, _zeros(spec))))
     if not jax.tree.leaves(variables.get("params")):

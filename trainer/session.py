@@ -41,7 +41,7 @@ class Session:
     recorder: Recorder
     profile: Profile
     preemption: Preemption
-    _evaluated: dict[str, float] | None = None  # after the newest step
+    _evaluated: dict[str, float] | None = None  # metrics of the evaluation after the newest step, if there was one
     _signum: int | None = None
 
     def initial_state(self) -> TrainState:
@@ -73,9 +73,12 @@ class Session:
         self.recorder.add(step, metrics)
 
     def due(self, step: int) -> Due:
-        """The work that is due after a step; a signal makes it the last. Call once a step: the processes agree here."""
+        """The work that is due after a step. A signal makes the step the last.
+
+        Call this once a step: here the processes agree whether the step is the last.
+        """
         due = self.program.due(step)
-        self._evaluated, self._signum = None, self.preemption.stops_after(step)
+        self._evaluated, self._signum = None, self.preemption.signal_after(step)
         return due if self._signum is None else due._replace(save=True, stop=True)
 
     def evaluate(self, state: TrainState) -> None:
@@ -94,7 +97,7 @@ class Session:
             if not _all_finite(state):
                 raise DivergedError(f"the state after step {step} holds NaN or Inf")
             self.log.sync()
-            self.store.save(state, make_metadata(self.program.run, self.program.params, step), self._evaluated)
+            self.store.save(state, make_metadata(self.program.run, self.program.param_table, step), self._evaluated)
 
     def finish(self) -> None:
         """Waits for the last save; raises `Interrupted` if a signal ended the run."""
@@ -114,8 +117,8 @@ def open_session(
     profile: tuple[int, int] | None = None,
     handle_signals: bool = True,
 ) -> Iterator[Session]:
-    """Opens a workdir; all processes of a run open it together. Arguments and errors are as of `train`."""
-    folder, run, table = Workdir(workdir), program.run, str(program.params)
+    """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""
+    folder, run, table = Workdir(workdir), program.run, str(program.param_table)
     with ExitStack() as stack:
         stack.enter_context(distributed.fail_fast())
         with distributed.collective_errors("the workdir and the data"):
@@ -140,7 +143,8 @@ def open_session(
             progress.message(text)
         log: MetricsLog | NoLog = NoLog()
         if distributed.is_primary():
-            folder.write(run, table)  # not before: a checkpoint that does not fit must leave everything as it is
+            # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
+            folder.write(run, table)
             log = MetricsLog(folder.path, start)
         stack.callback(log.close)
         stack.enter_context(_naming_the_last_checkpoint(store))
@@ -148,7 +152,8 @@ def open_session(
         stack.callback(profiler.close)
         # Until here there is nothing to save, and Ctrl-C may act at once.
         preemption = stack.enter_context(Preemption(handle_signals))
-        # Entered last, so left first: an exception on this process alone must not reach the exits above, which wait.
+        # Entered last, so left first. If one process of several raises an exception, it must end here: the callbacks
+        # above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         session = Session(program, start, *sources, store, log, recorder, profiler, preemption)
@@ -165,7 +170,7 @@ def _newest(program: Program, store: Store) -> tuple[int, list[str]]:
     steps = store.steps()
     if not steps:
         return 0, []
-    changes = check_metadata(store.metadata(steps[-1]), program.params)
+    changes = check_metadata(store.metadata(steps[-1]), program.param_table)
     notes = [f"note: since the checkpoint, {change}; the numbers may differ in their last bits" for change in changes]
     done = " (finished: nothing is left to do)" if steps[-1] >= program.run.total_steps else ""
     return steps[-1], [*notes, f"resumed from step {steps[-1]}{done}"]

@@ -62,7 +62,8 @@ def update_ema(ema: Any, params: Any, step: Int32[Array, ""], decay: float) -> A
 
     def average(ema: Any, param: Any) -> Any:
         wide = param.astype(ema.dtype)
-        if param.dtype != ema.dtype:  # XLA would leave out the rounding between two casts
+        # `param` was just rounded to its dtype. XLA would drop that cast together with this one, and so the rounding.
+        if param.dtype != ema.dtype:
             info = jnp.finfo(param.dtype)
             wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
         return ema + (wide - ema) * weight.astype(ema.dtype)

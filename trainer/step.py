@@ -36,7 +36,7 @@ class StepSettings:
     # Gives gradients their sharding, before they are added up or used.
     constrain_gradients: Callable[[Any], Any] = lambda gradients: gradients
     ema_decay: float | None = None  # of the EMA params; None where none are kept
-    frozen: Any = False  # a tree of bools like the parameters, or a prefix of one: those that stay as they are
+    frozen: Any = False  # a tree of bools like the parameters, or a prefix of one: True where nothing is updated
     statistics: Statistics | None = None  # per-label numbers, from gradients, new parameters and new optimizer state
     # Whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
     is_logged: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)
@@ -154,7 +154,8 @@ def _checked(result: Any) -> tuple[Metrics, Collections]:
             kind = type(mean).__name__
             raise UserError(f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), not a {kind}")
         if jnp.shape(mean.total) or jnp.shape(mean.weight):
-            raise UserError(f"metric {name!r} is not a pair of sums: {jnp.shape(mean.total)}, {jnp.shape(mean.weight)}")
+            shapes = f"{jnp.shape(mean.total)}, {jnp.shape(mean.weight)}"
+            raise UserError(f"metric {name!r} must hold two scalars; its total and weight have shapes {shapes}")
     return metrics, collections
 
 
@@ -200,7 +201,7 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
 
 
 def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
-    """The statistics if the condition holds; otherwise means with weight 0, which cost nothing."""
+    """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
 
     def measure(*arguments: Any) -> Metrics:
         return {name: Mean.single(value) for name, value in statistics(*arguments).items()}

@@ -95,7 +95,7 @@ class Workdir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, tries to write in it, and holds its lock until the process ends; a bucket has no locks."""
+        """Makes the folder, tries to write in it, and holds its lock until the block ends. A bucket has no locks."""
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -349,8 +349,8 @@ def test_learning_rate_that_is_0_for_the_rest_of_the_run_is_refused_with_the_way
         config.resolve(longer(config.Schedule(name, run_steps=12, **DESCENTS[name]), path))
     assert str(error.value) == (
         f"{path} is 0 from step 13 to the last step, 20, because its run_steps is 12: to stretch the {name} over all "
-        "steps, choose a new --workdir and leave run_steps out; to keep run_steps, set a final above 0, or an end if 0 "
-        "is meant"
+        "steps, choose a new --workdir and leave run_steps out; to keep run_steps, set a final above 0; or, if 0 is "
+        "meant, set the end at which it is reached"
     )
 
 

@@ -87,9 +87,9 @@ def handlers() -> list:
 def test_a_signal_is_reported_and_a_second_interrupt_acts_at_once():
     before = handlers()
     with Preemption() as preemption:
-        assert preemption.stops_after(1) is None
+        assert preemption.signal_after(1) is None
         os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.stops_after(2) == signal.SIGINT
+        assert preemption.signal_after(2) == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert handlers() == before
@@ -99,7 +99,7 @@ def test_no_handler_is_installed_when_signals_are_not_to_be_handled():
     before = handlers()
     with Preemption(handle_signals=False) as preemption:
         assert handlers() == before
-        assert preemption.stops_after(1) is None
+        assert preemption.signal_after(1) is None
 
 
 def test_no_handler_is_installed_outside_of_the_main_thread():
@@ -107,7 +107,7 @@ def test_no_handler_is_installed_outside_of_the_main_thread():
 
     def enter() -> None:
         with Preemption() as preemption:
-            seen.extend([*handlers(), preemption.stops_after(1)])
+            seen.extend([*handlers(), preemption.signal_after(1)])
 
     thread = threading.Thread(target=enter)
     thread.start()

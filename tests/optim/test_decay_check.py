@@ -22,7 +22,7 @@ def compiled(**fields: Any) -> Program:
 
 def check(program: Program, optimizer: Any = None) -> list[DecayResult]:
     """With another optimizer in the place of the program's, if one is given."""
-    labels = [param.label for param in program.params.rows]
+    labels = [param.label for param in program.param_table.rows]
     optimizer = program.optimizer if optimizer is None else optimizer
     return check_decay(program.init().params, labels, program.groups, optimizer, program.run.total_steps)
 

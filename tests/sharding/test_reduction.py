@@ -261,7 +261,7 @@ def test_operations_of_a_step_name_their_module_as_often_as_those_of_jax(run, st
         step: Any = program.train_step
         compiled = step.lower(program.state, program.strategy.abstract_batch(program.train_spec)).compile()
         names = re.findall('op_name="(.*?)"', compiled.as_text())
-        modules = {name for param in program.params.rows for name in param.path.split("/")[:-1]}
+        modules = {name for param in program.param_table.rows for name in param.path.split("/")[:-1]}
         return sum(not modules.isdisjoint(re.split(r"[/()]", name)) for name in names) / len(names)
 
     assert share("float32") >= share("bfloat16") > 0  # with bfloat16 the step has the gradient of jax.grad

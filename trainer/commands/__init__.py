@@ -1,7 +1,7 @@
-"""The commands, one file each: the only readers of flags and of the terminal.
+"""The commands, one file each. Only they read flags.
 
-A module has `DESCRIPTION`, `add_options(parser)`, and `main(arguments)` or, if its child processes read the config,
-`start(options, overrides)`. It imports JAX only in these.
+A module has `DESCRIPTION` and `add_options(parser)`. It also has `main(arguments)`, which gets the run. If its child
+processes read the config, it has `start(options, overrides)` instead. It imports JAX only while one of these two runs.
 """
 
 import argparse
@@ -79,7 +79,10 @@ def _run(argv: list[str]) -> int:
 
 @contextmanager
 def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractContextManager]]:
-    """Connects the processes and yields `collective_errors`; for a command without `--coordinator`, `nullcontext`."""
+    """Connects the processes and yields `collective_errors`.
+
+    A command that has no flag `--coordinator` runs in one process: nothing is connected, and `nullcontext` is yielded.
+    """
     if "coordinator" not in options:
         yield nullcontext
         return

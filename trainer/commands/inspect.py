@@ -11,7 +11,7 @@ DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdi
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--probe` and `--compile`."""
-    probe = "only check in a step with zero gradients whether each label decays as stated; exit code 1 if not"
+    probe = "only make a step with zero gradients and check whether each label decays as stated; exit code 1 if not"
     both = "also compile both steps for the devices of this machine: memory, communication, operations"
     parser.add_argument("--probe", action="store_true", help=probe)
     parser.add_argument("--compile", action="store_true", help=both)
@@ -31,11 +31,11 @@ def main(arguments: Arguments) -> int:
         workdir.check(run)
     program = compile_program(run)
     if arguments.options.probe:
-        labels = [param.label for param in program.params.rows]
+        labels = [param.label for param in program.param_table.rows]
         results = check_decay(program.init().params, labels, program.groups, program.optimizer, run.total_steps)
         print(decay_table(results), end="")
         return 0 if all(result.holds for result in results) else 1
-    print(config.to_json(run), program.params, sep="\n")
+    print(config.to_json(run), program.param_table, sep="\n")
     devices = program.strategy.devices
     kind = f"{len(devices)} × {devices[0].device_kind}"
     print(f"devices: {kind}, strategy {run.parallel.strategy}, jax {jax.__version__}")

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Prints a table for each topology, and progress to stderr; exit code 1 if nothing fits one of the topologies."""
+    """Prints tables, and progress to stderr. Returns 1 if there is a topology on which nothing fits."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # do not touch the devices of this machine

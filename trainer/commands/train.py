@@ -73,13 +73,13 @@ class _SilentProgress(Progress):
     """Keeps the losses and the latest message instead of showing them, with the times at which they came."""
 
     losses: tuple[str, ...] = ()
-    text, trained, evaluated = "", 0.0, 0.0
+    text, trained_at, evaluated_at = "", 0.0, 0.0
 
     def update(self, step: int, loss: float, examples_per_second: float, seconds_left: float) -> None:
-        self.losses, self.trained = (*self.losses, f"{loss:.4f}"), time.perf_counter()
+        self.losses, self.trained_at = (*self.losses, f"{loss:.4f}"), time.perf_counter()
 
     def message(self, text: str) -> None:
-        self.text, self.evaluated = text, time.perf_counter()
+        self.text, self.evaluated_at = text, time.perf_counter()
 
 
 def _dry_run(run: "Run") -> str:
@@ -104,7 +104,7 @@ def _dry_run(run: "Run") -> str:
         program = dataclasses.replace(program, eval_source=ArraySource(take(program.eval_source, two_batches)))
         times.append(time.perf_counter())
         saved = train_program(program, folder, trial, handle_signals=False)
-        times += [trial.trained, trial.evaluated, time.perf_counter()]
+        times += [trial.trained_at, trial.evaluated_at, time.perf_counter()]
         evaluation = trial.text.partition(": ")[2]
         size = sum(file.stat().st_size for file in Path(folder, "checkpoints").rglob("*") if file.is_file())
         restored = train_program(program, folder, trial, handle_signals=False)

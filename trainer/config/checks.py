@@ -45,7 +45,8 @@ def resolve(run: Run) -> Run:
         if falls_to_0 and steps < run.total_steps:
             idle = f"is 0 from step {steps + 1} to the last step, {run.total_steps}, because its run_steps is {steps}"
             longer = f"to stretch the {schedule.name} over all steps, choose a new --workdir and leave run_steps out"
-            raise UserError(f"{path} {idle}: {longer}; to keep run_steps, set a final above 0, or an end if 0 is meant")
+            keep = "to keep run_steps, set a final above 0; or, if 0 is meant, set the end at which it is reached"
+            raise UserError(f"{path} {idle}: {longer}; {keep}")
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
     if run.evaluation.batch_size is None:

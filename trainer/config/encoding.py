@@ -45,7 +45,7 @@ def _encode(value: Any, path: str) -> Any:
 
 def _names(kind: type) -> dict[str, str]:
     """The keys by which JSON names a class."""
-    if not kind.__module__.startswith(_ConfigFile.prefix):
+    if not kind.__module__.startswith(_ConfigFileLoader.prefix):
         return {_CLASS: f"{kind.__module__}:{kind.__qualname__}"}
     loader: Any = sys.modules[kind.__module__].__loader__
     file, here = Path(loader.path), Path.cwd()
@@ -114,7 +114,7 @@ def _import(module: str, wanted: str) -> ModuleType:
         raise UserError(f"{wanted}: {error}: run from the folder that holds it, or set PYTHONPATH") from error
 
 
-class _ConfigFile(importlib.machinery.SourceFileLoader):
+class _ConfigFileLoader(importlib.machinery.SourceFileLoader):
     """Imports a config file by a module name that spells its path, so that another process can unpickle its classes."""
 
     prefix = "trainer.config.file:"  # then the absolute path with escaped dots, such as /home/me/vae%2Epy
@@ -122,7 +122,7 @@ class _ConfigFile(importlib.machinery.SourceFileLoader):
 
     @classmethod
     def find_spec(cls, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        """The import system asks every entry of `sys.meta_path`."""
+        """The spec of a module whose name has our prefix, else None: the import system asks all of `sys.meta_path`."""
         if not name.startswith(cls.prefix):
             return None
         return importlib.util.spec_from_loader(name, cls(name, unquote(name.removeprefix(cls.prefix))))
@@ -134,21 +134,21 @@ class _ConfigFile(importlib.machinery.SourceFileLoader):
         return self.source_to_code(source, self.path)
 
 
-sys.meta_path.append(_ConfigFile)
+sys.meta_path.append(_ConfigFileLoader)
 
 
 def import_file(file: Path, sha256: str | None = None) -> ModuleType:
     """The Python file as a module; executes it again unless the source with hash `sha256` is imported already."""
-    name = _ConfigFile.prefix + str(file.resolve()).replace("%", "%25").replace(".", "%2E")
+    name = _ConfigFileLoader.prefix + str(file.resolve()).replace("%", "%25").replace(".", "%2E")
     if name in sys.modules and getattr(sys.modules[name].__loader__, "sha256", None) != sha256:
         del sys.modules[name]
     return _import(name, f"config file {str(file)!r}")
 
 
 def differences(kept: str, asked: Run) -> list[str]:
-    """One text for each setting in which `asked` may not differ from the JSON `kept` but does; imports no class.
+    """One text for each setting that must not change but differs between the JSON `kept` and `asked`.
 
-    Raises `UserError` if `kept` is not the JSON of a run.
+    Imports no class. Raises `UserError` if `kept` is not the JSON of a run.
     """
     try:
         old = json.loads(kept)

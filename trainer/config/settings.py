@@ -14,7 +14,7 @@ def setting(
 ) -> Any:
     """A dataclass field with its default, its accepted texts, and the bounds `minimum`, `maximum`, `above` and `below`.
 
-    `may_change`: a run may be resumed with another value. Another value of any other setting makes it another run.
+    `may_change`: whether a run may be resumed with another value. If not, another value makes it another run.
     """
     metadata = {"choices": choices, "may_change": may_change, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
@@ -43,8 +43,9 @@ class Schedule:
     power: float = setting(1.0, above=0)
     """Exponent of `polynomial`: peak − final is multiplied by (share of the descent that is left) ** power."""
     run_steps: int | None = setting(None, minimum=1)
-    """Length in updates of the run that the schedule is made for; None for `total_steps`. `config.resolve` fills it
-    in if the schedule depends on it: then a larger `total_steps` cannot change the values of updates already made."""
+    """Length in updates of the run that the schedule is made for; None for `total_steps`. If the
+    schedule depends on the length of the run, `config.resolve` writes that length here. Then a larger `total_steps`
+    cannot change the values of updates already made."""
 
 
 @dataclasses.dataclass
@@ -179,15 +180,16 @@ class Parallel:
     the size of fsdp is sharded over fsdp. The optimizer state is sharded like its parameters."""
     axis_rules: tuple[tuple[str, str | None], ...] = setting((), may_change=True)
     """The mesh axis over which each logical axis of a Linen model is sharded, or None. These rules come before the
-    defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. The
-    first rule of an axis applies whose mesh axis has several devices and does not shard another dimension yet."""
+    defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. For
+    each logical axis the first rule applies whose mesh axis has several devices and shards no other dimension yet."""
     strict_axes: bool = setting(False, may_change=True)
     """Whether a logical axis that no rule maps is an error; else it is replicated and reported once."""
     min_shard_size: int = setting(2**12, minimum=0, may_change=True)
     """Without rules and logical axes, parameters with fewer elements are replicated."""
     reduce_dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Dtype in which gradients are summed over examples and devices. With `bfloat16`, gradients that the model
-    computes in bfloat16 are summed in it; under `pmap` all gradients are, which halves the communication."""
+    computes in bfloat16 are summed in bfloat16. Under `pmap`, all gradients are then summed over devices in bfloat16,
+    which halves the communication."""
 
 
 @dataclasses.dataclass
@@ -196,7 +198,8 @@ class Run:
 
     experiment: Experiment
     total_steps: int = setting(minimum=1, may_change=True)
-    """Updates of the run. A finished run continues with a larger number, unless a learning rate without `end` is 0."""
+    """Updates of the run. A finished run continues with a larger number, unless a schedule of its learning rate has no
+    `end` and falls to 0: such a schedule stays at 0 after the steps that it was made for."""
     batch_size: int = setting(128, minimum=1)  # examples per update, over all devices and microbatches
     microbatches: int = setting(1, minimum=1)
     """Microbatches into which each batch is cut to save memory. Gradients and metrics are summed over them and divided

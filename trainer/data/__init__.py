@@ -68,7 +68,10 @@ def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
 
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
-    """Whether the decoded source takes at most `limit_bytes`; raises `UserError` if so, but a second read differs."""
+    """Whether the source is in memory already, or takes at most `limit_bytes` when it is decoded.
+
+    In the second case its first examples are read twice. Raises `UserError` if the two reads differ.
+    """
     if isinstance(source, ArraySource):
         return True
     if len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) > limit_bytes:

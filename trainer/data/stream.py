@@ -19,7 +19,10 @@ _READ_BYTES = 1 << 20  # of whole batches to copy at once from arrays in memory;
 
 
 class Order:
-    """The index of one of `examples` at each position of an endless run; (seed, e) decides the order of epoch e."""
+    """The index of the example at each position of an endless sequence.
+
+    There are `examples` of them; (seed, e) decides their order in epoch e.
+    """
 
     def __init__(self, examples: int, seed: int) -> None:
         self.examples, self.seed = examples, seed
@@ -119,11 +122,14 @@ def _read(batches: Batches, start: int, threads: int, workers: int) -> Iterator[
     return read_in_workers(dataset, workers) if workers else iter(dataset)
 
 
-def prefetch(items: Iterable[_Item], start: Callable[[_Item], _Result], depth: int = 2) -> Iterator[_Result]:
-    """The results of `start`, such as a transfer to the devices; `depth` more are in work while one is in use."""
+def prefetch(items: Iterable[_Item], launch: Callable[[_Item], _Result], depth: int = 2) -> Iterator[_Result]:
+    """The result of `launch` for each item; `launch` begins some work, such as a transfer to the devices.
+
+    While the caller uses one result, the work on the next `depth` is under way.
+    """
     waiting: deque[_Result] = deque()
     for item in items:
-        waiting.append(start(item))
+        waiting.append(launch(item))
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting

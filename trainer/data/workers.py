@@ -23,11 +23,11 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
     """The batches of `dataset`, in order, made in worker processes that end with this one.
 
     The first batch comes after a few seconds. The workers import the main script, so `if __name__ == "__main__":`
-    must guard its code. `dataset` must be picklable. Each of the `workers`, 1 or more, makes every `workers`-th batch,
-    two ahead.
+    must guard its code. `dataset` must be picklable. The number of `workers` is at least 1. Each makes every
+    `workers`-th batch, and makes two before they are asked for.
 
-    Raises `RuntimeError` if a worker was killed or did not start, or no batch came in `seconds`, far more than one
-    takes, and any error that the source raises in a worker.
+    Raises `RuntimeError` if a worker was killed, if a worker did not start, or if no batch came in `seconds`, which is
+    far more than a batch takes. Raises any error that the source raises in a worker.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags of its own, which nobody sets here
@@ -76,7 +76,7 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
             yield answer
     finally:
         requests.put(False)
-        if not sys.is_finalizing():  # then threads run no more, and Grain has closed already
+        if not sys.is_finalizing():  # at finalization no thread runs, and Grain has closed already
             thread.join(_CLOSING_SECONDS)
 
 

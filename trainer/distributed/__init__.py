@@ -128,7 +128,7 @@ class Interrupted(KeyboardInterrupt, CollectiveError):  # noqa: N818 - named lik
 
 
 class Preemption:
-    """While entered, SIGINT and SIGTERM do not break a step: `stops_after` reports them. A second SIGINT breaks it.
+    """While entered, SIGINT and SIGTERM do not break a step: `signal_after` reports them. A second SIGINT breaks it.
 
     A process alone handles signals in its main thread only, as Python demands. Of several processes, JAX's preemption
     service takes a SIGTERM to any of them and informs the others; a SIGINT is handed on to the service. A Jupyter
@@ -152,7 +152,7 @@ class Preemption:
             signal.signal(signum, handler)
         self._previous.clear()
 
-    def stops_after(self, step: int) -> int | None:
+    def signal_after(self, step: int) -> int | None:
         """The signal that ends the run after `step`, the same step in every process; None if none came.
 
         Call it once a step, in every process. A process that received no signal itself gets SIGTERM.

@@ -114,7 +114,7 @@ class _Relay:
 
     def __init__(self, index: int, shown: IO[bytes]) -> None:
         self._index, self._shown = index, shown
-        self._partial, self._skips = b"", False  # the line that is not complete yet; whether Gloo's lines come
+        self._partial, self._skips = b"", False  # the incomplete last line; whether Gloo's report was last
 
     def show(self, chunk: bytes) -> bool:
         """Shows the lines that end in `chunk`; an empty one is the pipe's end, for which it returns False."""

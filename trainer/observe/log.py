@@ -123,14 +123,14 @@ class Recorder:
         self,
         run: config.Run,
         start: int,
-        logs: Callable[[int], bool],
+        is_logged: Callable[[int], bool],
         devices: Sequence[jax.Device],
         log: MetricsLog | NoLog,
         progress: Progress,
     ) -> None:
-        """Begins after step `start`; a step has a row if `logs(step)`."""
+        """Begins after step `start`; a step has a row if `is_logged(step)`."""
         one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
-        self._run, self._logs, self._log, self._progress = run, logs, log, progress
+        self._run, self._is_logged, self._log, self._progress = run, is_logged, log, progress
         self._limit = _IN_FLIGHT_ON_ONE_CPU if one_cpu else _IN_FLIGHT
         # All processes must see a divergence at the same step, so several do not poll which steps are computed.
         self._polls = distributed.count() == 1
@@ -148,7 +148,7 @@ class Recorder:
             self.flush(keep=len(queue) - 1)
 
     def flush(self, *, keep: int = 0) -> int:
-        """Waits for all steps but the newest `keep`, and writes the rows that are due; returns the newest of all."""
+        """Waits for all steps but the newest `keep`, and writes the rows that are due. Returns the newest step."""
         while len(self._in_flight) > keep:
             step, metrics = self._in_flight.popleft()
             self._write(step, self._read(step, metrics), {})
@@ -167,7 +167,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluations and saves do not count in examples per second."""
+        """Leaves the time of its block, an evaluation or a save, out of examples per second."""
         began = time.perf_counter()
         yield
         self._clock += time.perf_counter() - began
@@ -176,8 +176,8 @@ class Recorder:
         """The values of a step's row, none if no row is due; shows them."""
         _check_finite(step, metrics)
         run = self._run
-        if not self._logs(step):
-            if step == self._first:  # it was compiled, which says nothing about the speed of the others
+        if not self._is_logged(step):
+            if step == self._first:  # its time includes compilation and says nothing about the others
                 self._clock_step = self._began_step = step
                 self._clock = self._began = time.perf_counter()
             return {}

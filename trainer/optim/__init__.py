@@ -62,9 +62,9 @@ def build_statistics(groups: fused.Groups, labels: Any, clip_norm: float | None)
     - `grad_norm/LABEL`: the norm of the gradient, before clipping;
     - `update_ratio/LABEL`: the norm of the update over that of the new parameters. The update is not yet rounded to the
       parameters' dtype. For a label that is not updated at every step it is the last update;
-    - `belief/LABEL`: the mean of √(nu/v) over all elements, where v = nu + mu², all corrected, is the second moment of
-      the gradient about zero. Near 1 gradients are noise, and AdaBelief does what Adam would do; near 0 they are as
-      predicted, and its steps are larger by 1/belief. Momentum has none;
+    - `belief/LABEL`: the mean of √(nu/v) over all elements. Here nu and mu are corrected for bias, and v = nu + mu² is
+      the second moment of the gradient about zero. Near 1, gradients are noise, and AdaBelief does what Adam would do.
+      Near 0, gradients are as mu predicts, and its steps are 1/belief times those of Adam. Momentum has no belief;
     - `learning_rate/LABEL` and `weight_decay/LABEL`, where the label has a schedule of its own.
 
     Nothing is stored for them: the update is computed again from the moments.
@@ -72,47 +72,49 @@ def build_statistics(groups: fused.Groups, labels: Any, clip_norm: float | None)
 
     def statistics(grads: optax.Updates, params: optax.Params, state: fused.ScaleByBeliefState) -> dict[str, Array]:
         leaves, _ = fused.flatten(labels, grads, state, params)
-        steps = fused.group_steps(groups, leaves, state.count - 1, clip_norm)
-        updated: dict[str, Any] = {label: groups[label] for label in steps}
+        scalars_of = fused.update_scalars(groups, leaves, state.count - 1, clip_norm)
+        updated: dict[str, Any] = {label: groups[label] for label in scalars_of}
         several_rates = len({group.learning_rate for group in updated.values()}) > 1
         found: dict[str, Any] = {}
         for label, group in updated.items():
-            step, own = steps[label], [leaf[1:] for leaf in leaves if leaf[0] == label and leaf[1] is not None]
+            scalars, own = scalars_of[label], [leaf[1:] for leaf in leaves if leaf[0] == label and leaf[1] is not None]
             found[f"grad_norm/{label}"] = global_norm([g for g, _, _ in own])
             weights = global_norm([p for _, _, p in own])
-            moved = global_norm([_displacement(group, step, *leaf) for leaf in own])
+            moved = global_norm([_displacement(group, scalars, *leaf) for leaf in own])
             found[f"update_ratio/{label}"] = moved / jnp.where(weights == 0, 1.0, weights)
             if several_rates:
-                found[f"learning_rate/{label}"] = step.learning_rate
+                found[f"learning_rate/{label}"] = scalars.learning_rate
             if callable(group.weight_decay):
-                found[f"weight_decay/{label}"] = step.weight_decay
+                found[f"weight_decay/{label}"] = scalars.weight_decay
             if group.rule.nu_center is not None:
-                total = sum((jnp.sum(_belief(group, step, *leaf, state.count)) for leaf in own), jnp.zeros(()))
+                total = sum((jnp.sum(_belief(group, scalars, *leaf, state.count)) for leaf in own), jnp.zeros(()))
                 found[f"belief/{label}"] = total / sum(p.size for _, _, p in own)
         return {name: value.astype(jnp.float32) for name, value in found.items()}
 
     return statistics
 
 
-def _displacement(group: fused.ParamGroup, step: fused.GroupStep, g: Array, moments: tuple, p: Array) -> Array:
+def _displacement(group: fused.ParamGroup, scalars: fused.UpdateScalars, g: Array, moments: tuple, p: Array) -> Array:
     """The new parameter p' minus the old one p: p' − p = −(u + λp') / (1 − λ), since p' = (1 − λ)p − u."""
-    step, g, mu, nu, nu_max, p = fused.prepare_leaf(group, step, g, moments, p)
+    scalars, g, mu, nu, nu_max, p = fused.prepare_leaf(group, scalars, g, moments, p)
     nu = nu if nu_max is None else nu_max
-    moved = -group.rule.update(g, mu, nu, step.bias_corrections, step.learning_rate)
-    if step.weight_decay is None:
+    moved = -group.rule.update(g, mu, nu, scalars.bias_corrections, scalars.learning_rate)
+    if scalars.weight_decay is None:
         return moved
-    return (moved - step.weight_decay * p) / (1 - step.weight_decay)
+    return (moved - scalars.weight_decay * p) / (1 - scalars.weight_decay)
 
 
-def _belief(group: fused.ParamGroup, step: fused.GroupStep, g: Array, moments: tuple, p: Array, count: Array) -> Array:
-    _, _, mu, nu, _, _ = fused.prepare_leaf(group, step, g, moments, p)
+def _belief(
+    group: fused.ParamGroup, scalars: fused.UpdateScalars, g: Array, moments: tuple, p: Array, count: Array
+) -> Array:
+    _, _, mu, nu, _, _ = fused.prepare_leaf(group, scalars, g, moments, p)
     t = (count - 1) // group.every + 1
-    mean_squared = square(mu / one_minus_power(group.rule.b1, t).astype(nu.dtype))
+    squared_mean = square(mu / one_minus_power(group.rule.b1, t).astype(nu.dtype))
     nu = nu / one_minus_power(group.rule.b2, t).astype(nu.dtype)
     if group.rule.nu_center == "mean":
-        about_mean, about_zero = nu, nu + mean_squared
+        about_mean, about_zero = nu, nu + squared_mean
     else:
-        about_mean, about_zero = jnp.maximum(nu - mean_squared, 0), nu
+        about_mean, about_zero = jnp.maximum(nu - squared_mean, 0), nu
     # An element that never had a gradient counts as noise. (With a `where`, XLA:CPU would not fuse this into the sum.)
     tiny = jnp.finfo(nu.dtype).tiny
     return jnp.sqrt((about_mean + tiny) / (about_zero + tiny))

@@ -42,8 +42,8 @@ class Belief:
       u_t &= \hat\mu_t / (\sqrt{\hat\nu_t} + \varepsilon)
 
     With `nesterov`, the corrected mu is b1 · mu / (1 − b1^(t+1)) + (1 − b1) · g / (1 − b1^t). With `rectify`, u is
-    r · √(1 − b2^t) times the corrected mu over √nu + eps, with RAdam's factor r; until the variance is tractable, u is
-    the corrected mu with `sgd_fallback`, else 0. Attributes are as for `adabelief`.
+    r · √(1 − b2^t) · corrected mu / (√nu + eps), where r is RAdam's factor. Until the variance is tractable, u is the
+    corrected mu if `sgd_fallback`, and 0 if not. Attributes are as for `adabelief`.
     """
 
     b1: Any = 0.9
@@ -54,7 +54,7 @@ class Belief:
     rectify: bool = False
     sgd_fallback: bool = True
 
-    nu_center = "mean"  # nu is the second moment about the mean; about "zero" or None, without nu, in other rules
+    nu_center = "mean"  # what nu is the second moment about: "mean", "zero" as in Adam, or None in a rule without nu
 
     def update_mu(self, g: Inexact[Array, "*s"], mu: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
         """The mean gradient."""
@@ -140,7 +140,8 @@ def adabelief(
       eps_root: added to nu in every update, ≥ 0. With 0, derivatives through the update are NaN where nu is 0.
       weight_decay: λ, of the same kinds as the learning rate; None for none. With it, `update` needs the parameters.
       weight_decay_mask: which leaves decay: a tree of bools, a prefix of such a tree, or a function of the parameters
-        that returns one; None for all. Under `optax.inject_hyperparams` name a function in `static_args`.
+        that returns one; None for all. Under `optax.inject_hyperparams`, a function needs
+        static_args="weight_decay_mask".
       nesterov: looks one update ahead.
       decay: "decoupled", as above; "fixed", p ← p − α · u − λ · p; "coupled", λ · p is added to the gradient first.
       rectify: RAdam's rectification (see `Belief` and `trainer.optim.precision.rectification`).

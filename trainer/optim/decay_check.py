@@ -108,5 +108,5 @@ def _shrunk(old: np.ndarray, new: np.ndarray, shrink: float) -> bool:
     if shrink == 0:
         return old.tobytes() == new.tobytes()
     expected = old.astype(np.float64) * (1 - shrink)
-    # Rounding errs by half an ulp, and the arithmetic of the share that is subtracted by as much again.
+    # Rounding errs by half an ulp. The arithmetic of the share that is subtracted errs by another half.
     return bool(np.all(np.abs(new.astype(np.float64) - expected) <= np.abs(np.spacing(np.abs(old)).astype(np.float64))))

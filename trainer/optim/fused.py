@@ -17,8 +17,8 @@ from trainer.optim.precision import check_precision, global_norm, round_to_stora
 class ParamGroup:
     """How the parameters of one label are updated.
 
-    `decay` "decoupled" adds weight_decay · p to the rule's update; "fixed" does not multiply it by the learning rate;
-    "coupled" adds it to the gradient.
+    `decay` "decoupled" adds weight_decay · p to the rule's update, and the sum is multiplied by the learning rate. With
+    "fixed", the decay is not multiplied by it. With "coupled", weight_decay · p is added to the gradient.
     """
 
     rule: Any  # the update rule, `trainer.optim.adabelief.Belief` or another class with its methods
@@ -43,7 +43,7 @@ class ScaleByBeliefState(NamedTuple):
     nu_max: Any = None  # the largest `nu` so far, under `amsgrad`; else None
 
 
-class GroupStep(NamedTuple):
+class UpdateScalars(NamedTuple):
     """The scalars of one group in one update."""
 
     bias_corrections: Any  # of the update rule
@@ -92,7 +92,7 @@ def fused_groups(
         leaves, structure = flatten(labels, updates, state, params)
         if amsgrad and state.nu_max is None and jax.tree.leaves(state.nu):
             raise ValueError("amsgrad needs a state with the largest second moments, made by its own init")
-        steps = group_steps(groups, leaves, state.count, clip_norm)
+        scalars = update_scalars(groups, leaves, state.count, clip_norm)
         results: list[tuple] = []
         for number, (label, g, moments, p) in enumerate(leaves):
             if g is None:
@@ -100,8 +100,8 @@ def fused_groups(
             elif (group := groups[label]) is None:
                 results.append((jnp.full_like(g, -0.0, (g if p is None else p).dtype), *moments))
             else:
-                store_new = partial(_store_new, steps[label].due, seed, state.count, number)
-                results.append(_update_leaf(group, steps[label], g, moments, p, store_new))
+                store_new = partial(_store_new, scalars[label].due, seed, state.count, number)
+                results.append(_update_leaf(group, scalars[label], g, moments, p, store_new))
         updates, mu, nu, nu_max = (structure.unflatten([result[i] for result in results]) for i in range(4))
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ScaleByBeliefState(count, mu, nu, None if state.nu_max is None else nu_max)
@@ -110,11 +110,11 @@ def fused_groups(
 
 
 def _update_leaf(
-    group: ParamGroup, step: GroupStep, g: Array, moments: tuple, p: Any, store_new: Callable[..., Array]
+    group: ParamGroup, scalars: UpdateScalars, g: Array, moments: tuple, p: Any, store_new: Callable[..., Array]
 ) -> tuple[Array, Any, Any, Any]:
     """The update of one leaf, and its new mu, nu and nu_max as they are stored."""
     rule, dtype, (stored_mu, stored_nu, stored_max) = group.rule, (g if p is None else p).dtype, moments
-    step, g, mu, nu, nu_max, p = prepare_leaf(group, step, g, moments, p)
+    scalars, g, mu, nu, nu_max, p = prepare_leaf(group, scalars, g, moments, p)
     stored_mu = store_new(rule.update_mu(g, mu), stored_mu, second=False)
     # From here on the moments are as they are stored: the next update reads nothing else.
     mu = stored_mu.astype(mu.dtype)
@@ -124,18 +124,18 @@ def _update_leaf(
     if nu_max is not None:
         stored_max = jnp.maximum(stored_max, stored_nu)
         nu = stored_max.astype(nu_max.dtype)
-    u = rule.update(g, mu, nu, step.bias_corrections, -step.learning_rate)
-    if step.weight_decay is not None:
-        u = u - step.weight_decay * p
+    u = rule.update(g, mu, nu, scalars.bias_corrections, -scalars.learning_rate)
+    if scalars.weight_decay is not None:
+        u = u - scalars.weight_decay * p
     u = u.astype(dtype)
-    u = u if step.due is None else jnp.where(step.due, u, jnp.full_like(u, -0.0))
+    u = u if scalars.due is None else jnp.where(scalars.due, u, jnp.full_like(u, -0.0))
     return u, stored_mu, stored_nu, stored_max
 
 
-def prepare_leaf(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
-    """Step, gradient, mu, nu, nu_max and parameter in the dtype of the computation; moments that are not kept are None.
+def prepare_leaf(group: ParamGroup, scalars: UpdateScalars, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
+    """Scalars, gradient, mu, nu, nu_max and parameter in the dtype of the computation; None for a moment not kept.
 
-    The gradient is clipped. Coupled decay is added to it; else `step.weight_decay` becomes the share of p to subtract.
+    The gradient is clipped. Coupled decay is added to it; else `scalars.weight_decay` becomes the share of p that goes.
     """
     arrays = [None if isinstance(x, optax.MaskedNode) else x for x in (g, *moments, p)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
@@ -143,26 +143,26 @@ def prepare_leaf(group: ParamGroup, step: GroupStep, g: Any, moments: tuple, p: 
     cast = zip(arrays, (dtype, dtype, real, real, dtype), strict=True)
     values: list[Any] = [None if x is None else x.astype(to) for x, to in cast]
     g, mu, nu, nu_max, p = values
-    step = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(real), step)
-    if step.clip is not None:
-        g = g * step.clip
-    if step.weight_decay is not None:
+    scalars = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(real), scalars)
+    if scalars.clip is not None:
+        g = g * scalars.clip
+    if scalars.weight_decay is not None:
         if p is None:
             raise ValueError("weight decay needs the parameters: call update(gradients, state, params)")
         if group.decay == "coupled":
-            g, step = g + step.weight_decay * p, step._replace(weight_decay=None)
+            g, scalars = g + scalars.weight_decay * p, scalars._replace(weight_decay=None)
         elif group.decay == "decoupled":
-            step = step._replace(weight_decay=step.learning_rate * step.weight_decay)
-    return step, g, mu, nu, nu_max, p
+            scalars = scalars._replace(weight_decay=scalars.learning_rate * scalars.weight_decay)
+    return scalars, g, mu, nu, nu_max, p
 
 
-def group_steps(
+def update_scalars(
     groups: Groups, leaves: Sequence[tuple], count: Int32[Array, ""], clip_norm: float | None
-) -> dict[str, GroupStep]:
+) -> dict[str, UpdateScalars]:
     """The scalars of each group that has a gradient, in the update after `count` others; leaves are from `flatten`."""
     gradients = [(label, g) for label, g, _, _ in leaves if g is not None and groups[label] is not None]
     clip_all = None if clip_norm is None else _clip([g for _, g in gradients], clip_norm, None)
-    steps = {}
+    scalars = {}
     for label in dict.fromkeys(label for label, _ in gradients):
         group: Any = groups[label]
         decay = None if group.weight_decay is None else _value(group.weight_decay, count)
@@ -171,8 +171,9 @@ def group_steps(
         own = [g for other, g in gradients if other == label]
         clip = clip_all if group.clip_norm is None else _clip(own, group.clip_norm, clip_all)
         due = None if group.every == 1 else count % group.every == 0
-        steps[label] = GroupStep(group.rule.bias_corrections(t), _value(group.learning_rate, count), decay, clip, due)
-    return steps
+        corrections, rate = group.rule.bias_corrections(t), _value(group.learning_rate, count)
+        scalars[label] = UpdateScalars(corrections, rate, decay, clip, due)
+    return scalars
 
 
 def _value(number: Any, count: Int32[Array, ""]) -> Array:

@@ -25,7 +25,10 @@ def average(b: Any, mean: Inexact[Array, "*s"], x: Inexact[Array, "*s"]) -> Inex
 
 
 def squarable(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
-    """`x` within ±√max/4 of its dtype, 4.6e18 in float32: an average of squares never recovers from an infinity."""
+    """`x` clipped to ±√max/4, which is 4.6e18 in float32, where max is the largest number of its dtype.
+
+    An average of squares would never recover from an infinity.
+    """
     if jnp.iscomplexobj(x):
         return lax.complex(squarable(x.real), squarable(x.imag))
     limit = 0.25 * jnp.sqrt(jnp.finfo(x.dtype).max)
@@ -62,12 +65,12 @@ def rectification(b2: Any, t: Int32[Array, ""]) -> tuple[Array, Array]:
     L(y) = coth y − 1/y nothing cancels: N∞ = 2/δ + L(δ/2) and N = L(δ/2) + t·(1 − L(tδ/2)).
     """
     delta = -(jnp.log(b2) if isinstance(b2, jax.Array) else jnp.asarray(math.log(b2) if b2 else -math.inf))
-    first = 1 - _one_minus_langevin(delta / 2)
-    most, length = 2 / delta + first, first + t * _one_minus_langevin(t * delta / 2)
-    intractable = length < 5
+    langevin = 1 - _one_minus_langevin(delta / 2)
+    n_infinity, n = 2 / delta + langevin, langevin + t * _one_minus_langevin(t * delta / 2)
+    intractable = n < 5
     # The factor must be finite where it is not used, too: derivatives go through both branches of a `where`.
-    n, limit = jnp.maximum(length, 5.0), jnp.maximum(most, 5.0)
-    return jnp.sqrt((n - 4) * (n - 2) * limit / ((limit - 4) * (limit - 2) * n)), intractable
+    n, n_infinity = jnp.maximum(n, 5.0), jnp.maximum(n_infinity, 5.0)
+    return jnp.sqrt((n - 4) * (n - 2) * n_infinity / ((n_infinity - 4) * (n_infinity - 2) * n)), intractable
 
 
 def _one_minus_langevin(y: Array) -> Array:
@@ -143,8 +146,8 @@ def round_to_storage(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, 
 
 @jax.custom_jvp
 def _round(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Float[Array, "*shape"]:
-    # `_carry` would turn the largest NaNs into zeros. Arithmetic on CPU and TPU never gives such a NaN, and a test for
-    # it would cost up to a fifth of the update. Arithmetic on NVIDIA devices does give it.
+    # `_carry` would turn NaNs with the largest bit patterns into zeros. Arithmetic on CPU and TPU never gives such a
+    # NaN, and a test for it would cost up to a fifth of the update. Arithmetic on NVIDIA devices does give it.
     return lax.platform_dependent(x, key, cpu=_carry, tpu=_carry, default=_carry_but_for_nan)
 
 

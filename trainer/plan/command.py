@@ -12,7 +12,7 @@ from trainer.sharding import STRATEGIES
 
 
 def plan(run: Run, options: argparse.Namespace) -> int:
-    """Prints a table for each topology, and progress to stderr; exit code 1 if nothing fits one of the topologies."""
+    """Prints tables, and progress to stderr. Returns 1 if there is a topology on which nothing fits."""
     if not options.topology:
         raise UserError("give --topology=NAME, such as --topology=v5e:4x4,v4:2x2x4")
     if options.batch_per_chip is not None and options.batch_per_chip < 1:

@@ -195,7 +195,7 @@ def _gradient_bytes(program: Program) -> int:
     """Gradients have the shapes of the parameters, the shardings of the moments, and the dtype they are reduced in."""
     least = np.float32 if program.run.parallel.reduce_dtype == "float32" else None
     total = 0
-    for param in program.params.rows:
+    for param in program.param_table.rows:
         if program.run.optimizer.groups[param.label].frozen:
             continue
         dtype = jax.numpy.promote_types(param.dtype, least) if least else np.dtype(param.dtype)

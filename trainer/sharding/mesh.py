@@ -114,10 +114,11 @@ def _slices(parallel: config.Parallel, devices: Sequence[jax.Device]) -> list[li
 
 
 def torus_axes(devices: Sequence[Any], fsdp: int, tensor: int) -> tuple[TorusAxis, TorusAxis, TorusAxis] | None:
-    """Whole dimensions of the torus for data, fsdp and tensor; None without a torus or if none give these sizes.
+    """Whole dimensions of the torus for data, fsdp and tensor.
 
-    Fsdp takes the longest dimensions, in descending order: XLA:TPU makes a reduce-scatter along a dimension of size 4,
-    but an all-reduce along a dimension of size 2.
+    None without a torus, if fsdp has size 1, or if no choice of whole dimensions has these sizes. Fsdp takes the
+    longest dimensions, in descending order: XLA:TPU makes a reduce-scatter along a dimension of size 4, but an
+    all-reduce along a dimension of size 2.
     """
     coordinates = np.array([getattr(device, "coords", ()) for device in devices])  # [devices, dimensions]
     extent = [int(n) for n in coordinates.max(0) - coordinates.min(0) + 1]

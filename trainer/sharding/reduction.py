@@ -17,7 +17,8 @@ import numpy as np
 from jax.extend import core, source_info_util
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated")
-# Sums, and operations that only move numbers. On float32 operands they give the result, not rounded to 16 bits.
+# Sums, and operations that only move numbers. With float32 operands they give the same result as with 16-bit ones, but
+# not rounded to 16 bits.
 _LINEAR = ("add_any", "reduce_sum", "scatter-add", "transpose", "reshape", "squeeze", "copy")
 _CAST = "convert_element_type"
 
@@ -27,10 +28,10 @@ def sum_in_float32(gradient: Callable) -> Callable:
 
     The function is traced and its jaxpr rewritten. A contraction, a convolution, a sum or a scatter-add is made to
     return float32 if its 16-bit output is only moved, scaled, added up and cast to float32 on the way to results.
-    Gradients of cast parameters are computed in this way. Operands and other operations stay, so activations keep their
-    dtype, and every operation keeps its module name. The body of a loop, a branch or a `jax.checkpoint` is
-    rewritten separately: parameters must be cast inside it, as Linen modules do. A function without a 16-bit operation
-    is called as it is.
+    The gradient of a parameter that the model casts comes from such an output. Operands and other operations stay, so
+    activations keep their dtype, and every operation keeps its module name. The body of a loop, a branch or a
+    `jax.checkpoint` is rewritten separately: parameters must be cast inside it, as Linen modules do. A function without
+    a 16-bit operation is called as it is.
     """
 
     @functools.wraps(gradient)
@@ -54,7 +55,7 @@ def _has_16_bits(jaxpr: core.Jaxpr) -> bool:
 def _rewritten(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """The jaxpr with its sums in float32. Calls of `jax.jit` are inlined first: a sum inside may be cast outside."""
     inlined = jax.make_jaxpr(lambda *xs: _evaluate(jaxpr, xs, _inline))(*jaxpr.in_avals)
-    rewrite = functools.partial(_rewrite, wide=_sums_of_results(inlined.jaxpr))
+    rewrite = functools.partial(_rewrite, wide=_sums_to_widen(inlined.jaxpr))
     return jax.make_jaxpr(lambda *xs: _evaluate(inlined, xs, rewrite))(*inlined.in_avals)
 
 
@@ -101,7 +102,7 @@ def _rewritten_parameter(value: Any) -> Any:
     return _rewritten(value) if isinstance(value, core.ClosedJaxpr) else value
 
 
-def _sums_of_results(jaxpr: core.Jaxpr) -> set[Any]:
+def _sums_to_widen(jaxpr: core.Jaxpr) -> set[Any]:
     """The 16-bit sums that are only cast to float32, and then only added up or returned."""
     uses: dict[Any, list[Any]] = defaultdict(list)
     for equation in jaxpr.eqns:
@@ -123,7 +124,7 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 
 def _is_linear(equation: core.JaxprEqn) -> bool:
-    """Whether an operation on float32 operands gives the result, not rounded to 16 bits."""
+    """Whether an operation gives the same result with float32 operands, but not rounded to 16 bits."""
     name = equation.primitive.name
     scales = name in ("mul", "div") and isinstance(equation.invars[1], core.Literal)
     return name in _LINEAR or scales or (name == _CAST and equation.params["new_dtype"] == jnp.float32)

@@ -43,14 +43,15 @@ class Strategy:
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each array of a state, of which only paths and shapes are used.
 
-        An array, such as a moment, whose path ends in that of a parameter of its shape is sharded like the parameter.
+        An array, such as a moment, is sharded like a parameter if its path ends in the path of the parameter and if
+        both have the same shape.
         """
         strategy, replicated = STRATEGIES[self._parallel.strategy], jax.tree.map(lambda _: self._replicated, state)
-        state_only = set(strategy.opt_state) - set(strategy.params)
+        opt_state_only_axes = set(strategy.opt_state) - set(strategy.params)
         return replicated.replace(
-            params=self._like_params(state.params, replicate=state_only),
+            params=self._like_params(state.params, replicate=opt_state_only_axes),
             opt_state=self._like_params(state.opt_state),
-            ema=self._like_params(state.ema, replicate=state_only),
+            ema=self._like_params(state.ema, replicate=opt_state_only_axes),
         )
 
     def _like_params(self, tree: Any, *, replicate: Collection[str] = (), max_mesh_axes: int | None = None) -> Any:
@@ -113,7 +114,7 @@ class Sharded(Strategy):
     """`jax.jit` over a mesh: a step sees global arrays and XLA adds the communication."""
 
     def constrain_gradients(self, gradients: Any) -> Any:
-        """As the base class, over one axis of the mesh after the other.
+        """Gives the gradients the sharding of the optimizer state, over one axis of the mesh after the other.
 
         So XLA:TPU reduces and scatters along each dimension of a torus. Over all axes at once it would sum everything
         everywhere and drop most of the result.
