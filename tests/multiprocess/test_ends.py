@@ -114,7 +114,7 @@ def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_co
         ((CONFIG, "--config.batch_size=6"), "batch_size 6 does not divide over 4 batch shards"),
         (
             (CONFIG, "--config.total_steps=9", "--profile=8:10"),
-            "the profile is of steps 8 to 10; this launch makes steps 1 to 9",
+            "the profile is to end with step 10, the run ends with 9",
         ),
         (
             ("--config=configs/digits.py", "--config.experiment.data_dir=/nowhere"),
