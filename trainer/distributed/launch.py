@@ -71,7 +71,8 @@ class Group:
                 codes = [process.poll() for process in self._processes]
                 running = None in codes
                 if failed is None and any(codes):
-                    failed = next(i for i, code in enumerate(codes) if code)
+                    # Of several that ended since the last look, one killed by a signal (a negative code) is the cause.
+                    failed = min((i for i, code in enumerate(codes) if code), key=lambda i: codes[i] or 0)
                     deadline = time.monotonic() + _GRACE_SECONDS
                 if time.monotonic() > deadline:
                     self.send_signal(signal.SIGKILL)
