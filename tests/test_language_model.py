@@ -242,7 +242,7 @@ def test_the_gradient_of_a_frequent_byte_is_summed_in_float32():
 
     def gradient(dtype: str) -> np.ndarray:
         model = task(length=length, layers=1, dtype=dtype)
-        loss = lambda values: model.loss(values, batch, key=jax.random.key(0), train=True)  # noqa: E731
+        loss = lambda values: model.loss(values, batch, key=jax.random.key(0), train=True)  # noqa: E731 - one line
         total = jax.jit(jax.grad(lambda values: loss(values)[0]["loss"].total))
         return np.asarray(total(values)["params"]["embed"]["embedding"][7])
 

@@ -1,4 +1,4 @@
-"""What a task must offer to be trained: the `Experiment` protocol and its batches."""
+"""The protocol of a task, `Experiment`, with its batches and the axis over which its model may average."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

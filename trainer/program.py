@@ -27,7 +27,7 @@ BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Due(NamedTuple):
-    """What happens after a step."""
+    """The work after a step."""
 
     log: Any
     evaluate: Any
@@ -54,7 +54,7 @@ class Program:
     eval_step: Callable[[TrainState, Batch], Metrics]  # jitted
 
     def due(self, step: Any) -> Due:
-        """What is due after a step, counted from 1; `step` may be traced, and then so is the answer."""
+        """The work that is due after a step, counted from 1. If `step` is traced, the result is traced."""
         return due(self.run, step)
 
 

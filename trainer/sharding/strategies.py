@@ -1,5 +1,6 @@
 """Strategies: how the steps of a run are compiled for several devices, by `jax.jit` or by `jax.pmap`."""
 
+import abc
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from trainer.sharding.specs import ParamSpec, axis_rules, param_specs, unmapped_
 from trainer.state import TrainState
 
 
-class Strategy:
+class Strategy(abc.ABC):
     """How steps spread over the devices of a mesh. All strategies write the same checkpoint."""
 
     axis_name: str | None = None  # the replica axis of a step, or None where a step sees global arrays
@@ -100,14 +101,14 @@ class Strategy:
         """The jitted evaluation, whose metrics are replicated. `state` may be abstract."""
         return self._compile(step, state, train=False)
 
-    def _shard(self, x: np.ndarray) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _shard(self, x: np.ndarray) -> Any: ...
 
-    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct: ...
 
-    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable: ...
 
 
 class Sharded(Strategy):
