@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # isort: off
     from trainer.config import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group, Loading as Loading
-    from trainer.config import Logging as Logging, Optimizer as Optimizer, Parallel as Parallel, Run as Run
-    from trainer.config import Schedule as Schedule, setting as setting
+    from trainer.config import Logging as Logging, Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel
+    from trainer.config import Run as Run, Schedule as Schedule, Watch as Watch, setting as setting
     from trainer.data import ArraySource as ArraySource
     from trainer.data.tfds import TfdsSource as TfdsSource
     from trainer.distributed import Interrupted as Interrupted
     from trainer.errors import CollectiveError as CollectiveError, DivergedError as DivergedError
-    from trainer.errors import NotPreparedError as NotPreparedError, UserError as UserError
+    from trainer.errors import HostError as HostError, NotPreparedError as NotPreparedError, UserError as UserError
     from trainer.evaluation import evaluate as evaluate
     from trainer.experiment import Experiment as Experiment, replica_axis as replica_axis
     from trainer.loop import train as train
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 else:
     # Makes each import above when its name is first used: importing JAX takes a second, and `--help` need not wait.
     _EXPORTS = {
-        "trainer.config": "Checkpoint Evaluation Group Loading Logging Optimizer Parallel Run Schedule setting",
+        "trainer.config": "Checkpoint Evaluation Group Loading Logging Numerics Optimizer Parallel Run Schedule Watch "
+        "setting",
         "trainer.data": "ArraySource",
         "trainer.data.tfds": "TfdsSource",
         "trainer.distributed": "Interrupted",
-        "trainer.errors": "CollectiveError DivergedError NotPreparedError UserError",
+        "trainer.errors": "CollectiveError DivergedError HostError NotPreparedError UserError",
         "trainer.evaluation": "evaluate",
         "trainer.experiment": "Experiment replica_axis",
         "trainer.loop": "train",

@@ -1,4 +1,4 @@
-"""Errors: mistakes of the user, which are one line and exit code 2, and errors that all processes raise."""
+"""Errors: mistakes of the user (exit code 2), faults of a machine (3), and errors that all processes raise."""
 
 import difflib
 import traceback
@@ -14,6 +14,10 @@ class UserError(Exception):
 
 class NotPreparedError(UserError):
     """A data set that is not on disk yet; commands add how to prepare it."""
+
+
+class HostError(Exception):
+    """A fault of a machine: a full disk, a file system that is away, a process that died. Exit code 3; one line."""
 
 
 class CollectiveError(Exception):

@@ -17,9 +17,10 @@ from trainer.errors import DivergedError, UserError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Metrics
-from trainer.observe.log import MetricsLog, NoLog, Recorder
+from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
+from trainer.observe.recorder import Recorder
 from trainer.program import Due, Program
 from trainer.state import TrainState
 from trainer.workdir import Workdir

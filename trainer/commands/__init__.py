@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from trainer.commands.arguments import find_run, make_parser, parse_flags
-from trainer.errors import NotPreparedError, UserError, did_you_mean
+from trainer.errors import HostError, NotPreparedError, UserError, did_you_mean
 
 _USAGE = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
 _COMMANDS = {
@@ -30,7 +30,7 @@ _COMMANDS = {
 
 
 def run(argv: list[str]) -> int:
-    """Runs a command line and returns its exit code: 2 for a mistake of the user, which is one line on stderr."""
+    """Runs a command line and returns its exit code: 2 for a mistake of the user, 3 for a fault of the machine."""
     try:
         code = _run(argv)
         sys.stdout.flush()  # here, where a closed pipe is expected
@@ -66,12 +66,12 @@ def _run(argv: list[str]) -> int:
             with collective_errors("the command line"):
                 arguments = find_run(options, overrides)
             return module.main(arguments)
-    except UserError as error:
+    except (UserError, HostError) as error:
         if "--traceback" in rest:
             traceback.print_exc()
         hint = _prepare_hint(rest) if isinstance(error, NotPreparedError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, HostError) else 2
     except KeyboardInterrupt as error:
         print(f"\n{error}" if str(error) else "\ninterrupted", file=sys.stderr)
         return 128 + getattr(error, "signum", 2)

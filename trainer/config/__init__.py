@@ -11,4 +11,5 @@ from trainer.config.encoding import differences as differences, from_json as fro
 from trainer.config.encoding import to_json as to_json
 from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group
 from trainer.config.settings import Loading as Loading, Logging as Logging, Optimizer as Optimizer, Parallel as Parallel
-from trainer.config.settings import Run as Run, Schedule as Schedule, setting as setting
+from trainer.config.settings import Numerics as Numerics, Run as Run, Schedule as Schedule, Watch as Watch
+from trainer.config.settings import setting as setting

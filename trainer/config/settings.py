@@ -132,6 +132,16 @@ class Checkpoint:
     """Evaluation metric, such as "test/accuracy", whose best checkpoint is kept, too; None for the newest only."""
     best_mode: str = setting("max", choices=("max", "min"), may_change=True)
     """Whether the best value is the largest or the smallest."""
+    keep_every_steps: int | None = setting(None, minimum=1, may_change=True)
+    """Checkpoints whose step is a multiple of it are kept for ever; None for no such checkpoints."""
+    every_seconds: float | None = setting(None, above=0, may_change=True)
+    """Longest time between checkpoints, besides `every_steps`; None for no limit. Several processes look at the clock
+    at logged steps only."""
+    continuous: bool = setting(False, may_change=True)
+    """Whether a checkpoint is also begun as soon as the one before is on disk."""
+    on_error: str = setting("stop", choices=("stop", "continue"), may_change=True)
+    """When a save or a row of metrics cannot be written, as on a full disk: `stop` ends the run with exit code 3;
+    `continue` says so and tries again at the next checkpoint."""
 
 
 @dataclasses.dataclass
@@ -139,6 +149,34 @@ class Logging:
     """The metrics written during the run."""
 
     every_steps: int = setting(50, minimum=1, may_change=True)  # updates between rows of metrics
+
+
+@dataclasses.dataclass
+class Watch:
+    """The limits of time after which the run says what it waits for, and ends."""
+
+    grace_seconds: float = setting(20.0, above=0, may_change=True)
+    """Seconds after SIGTERM, SIGINT or SIGHUP in which the state is saved and the process ends."""
+    stall_factor: float = setting(20.0, above=1, may_change=True)
+    """A run without a new step for this many times the median time of a step prints the stack of every thread."""
+    stall_seconds: float = setting(60.0, above=0, may_change=True)  # the least such time
+    end_seconds: float | None = setting(1800.0, above=0, may_change=True)
+    """Seconds without a new step after which the run saves its last complete state and ends; None for no end."""
+    data_seconds: float = setting(300.0, above=0, may_change=True)
+    """Seconds to wait for a batch, after which the run ends and names the batch."""
+
+
+@dataclasses.dataclass
+class Numerics:
+    """The treatment of losses and gradients that are not finite, and of loss spikes."""
+
+    on_nonfinite: str = setting("stop", choices=("stop", "skip"), may_change=True)
+    """When a loss or a gradient is NaN or Inf: `stop` ends the run with exit code 1; `skip` drops the update."""
+    max_skips: int = setting(10, minimum=1, may_change=True)  # updates dropped in a row after which the run is stopped
+    spike_quantile: float | None = setting(None, above=0, maximum=1)
+    """Drops an update whose loss is above `spike_factor` times this quantile of the last 128 losses that were not
+    dropped; None for never. No update is dropped before there are 128."""
+    spike_factor: float = setting(1.0, minimum=1)
 
 
 @dataclasses.dataclass
@@ -212,3 +250,5 @@ class Run:
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     logging: Logging = dataclasses.field(default_factory=Logging)
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    numerics: Numerics = dataclasses.field(default_factory=Numerics)

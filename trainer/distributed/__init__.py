@@ -16,7 +16,7 @@ import jax
 from jax._src.distributed import global_state  # strings and barriers with a time limit: JAX has no public ones
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from trainer.errors import CollectiveError, UserError
+from trainer.errors import CollectiveError, HostError, UserError
 
 _BARRIER_SECONDS = 600  # far more than hosts differ by in loading their data
 _calls: Counter[str] = Counter()  # of `gather`, by name
@@ -105,8 +105,8 @@ def fail_fast() -> Iterator[None]:
     except BaseException as error:
         if count() == 1 or isinstance(error, CollectiveError):
             raise
-        if isinstance(error, UserError):
-            message, code = f"error: {error}\n", 2
+        if isinstance(error, UserError | HostError):
+            message, code = f"error: {error}\n", 3 if isinstance(error, HostError) else 2
         elif isinstance(error, KeyboardInterrupt):
             message, code = "\ninterrupted\n", 130
         elif isinstance(error, SystemExit) and isinstance(error.code, int):
