@@ -8,8 +8,9 @@ from etils import epath
 
 from tests.tasks import make_run
 from trainer import config
+from trainer.files import is_bucket
 from trainer.observe.log import MetricsLog, read_rows
-from trainer.workdir import Mirror, Workdir, is_bucket
+from trainer.workdir import Mirror, Workdir
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from trainer import config
 from trainer.errors import UserError
+from trainer.files import Folder
 from trainer.params import ParamTable
 from trainer.rules import path_of
 from trainer.state import TrainState
-from trainer.workdir import Folder
 
 _PACKAGES = ("belief-trainer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

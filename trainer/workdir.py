@@ -13,13 +13,7 @@ from etils import epath
 
 from trainer import config
 from trainer.errors import UserError
-
-Folder = Path | epath.Path
-
-
-def is_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is in a bucket, such as `gs://bucket/runs/a`, and not on this machine."""
-    return "://" in os.fspath(path)
+from trainer.files import Folder, is_bucket
 
 
 class Mirror:

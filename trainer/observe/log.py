@@ -14,7 +14,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from trainer.errors import UserError
-from trainer.workdir import Folder, Mirror
+from trainer.files import Folder
+from trainer.workdir import Mirror
 
 _FILES = ("metrics.jsonl", "timing.jsonl")
 

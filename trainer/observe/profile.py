@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import jax
 
-from trainer.workdir import Folder, Mirror
+from trainer.files import Folder
+from trainer.workdir import Mirror
 
 
 class Profile:
