@@ -18,7 +18,7 @@ LAYERS = [
     {"commands"},
     {"loop", "plan"},
     {"session"},
-    {"evaluation"},
+    {"evaluation", "resume"},
     {"checkpoint", "program"},
     {"params", "step"},
     {"optim"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"data", "sharding", "workdir"},
     {"config", "state"},
     {"distributed", "experiment", "rules"},
+    {"files", "lock"},
     {"errors", "metrics"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}

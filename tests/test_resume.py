@@ -170,7 +170,7 @@ def test_a_signal_ends_the_command_in_good_order(signum, code, tmp_path, data_di
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
-    step = Store(Workdir(workdir).checkpoints, config.Checkpoint(), read_only=True).steps()[-1]
+    step = Store(Workdir(workdir).checkpoints, config.Checkpoint()).steps()[-1]
     assert f"stopped by {signum.name} at step {step}, which is saved" in stderr
     assert "Traceback" not in stderr
 

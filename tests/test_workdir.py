@@ -2,15 +2,23 @@
 
 import copy
 import dataclasses
+import errno
+import json
+import os
 import re
 import resource
+import shutil
 import signal
+import socket
+import time
+from contextlib import nullcontext
 
 import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.errors import UserError
+from trainer.lock import began
 from trainer.workdir import Workdir
 
 DESCENT = config.Schedule("cosine", warmup=1)
@@ -35,18 +43,18 @@ def test_way_out_names_every_schedule_that_follows_the_length_and_leads_to_a_run
     folder = holding(tmp_path / "run", with_schedules(4, SHALLOW, decay))
     longer = with_schedules(6, SHALLOW, decay)
     with pytest.raises(UserError, match=r"\(run_steps follows total_steps: .* keeps the schedule as it was\)") as error:
-        folder.check(config.resolve(longer))
+        folder.check_run(config.resolve(longer))
     flags = re.findall(r"--config\.(\S+)\.run_steps=4", str(error.value))
     assert flags == ["optimizer.schedule", "optimizer.groups.decayed.decay_schedule"][: 1 + (decay is not None)]
     for path in flags:
         config.schedules(longer.optimizer)[path].run_steps = 4
-    folder.check(config.resolve(longer))
+    folder.check_run(config.resolve(longer))
 
 
 def test_way_out_that_would_train_at_a_rate_of_0_is_not_given(tmp_path):
     folder = holding(tmp_path / "run", with_schedules(4, DESCENT))
     with pytest.raises(UserError) as error:
-        folder.check(config.resolve(with_schedules(6, DESCENT)))
+        folder.check_run(config.resolve(with_schedules(6, DESCENT)))
     held = f"workdir {tmp_path}/run holds a run with other settings: optimizer.schedule.run_steps was 4, is 6 "
     reason = (
         "(run_steps follows total_steps, and its old value cannot be kept: optimizer.schedule is 0 from step 5 to the "
@@ -56,25 +64,97 @@ def test_way_out_that_would_train_at_a_rate_of_0_is_not_given(tmp_path):
     assert "--config" not in str(error.value)
 
 
-def test_setting_that_is_gone_is_shown_as_a_difference(tmp_path):
+def test_setting_that_is_gone_locks_no_run(tmp_path):
     folder = holding(tmp_path / "run", make_run())
-    folder.config.write_text(folder.config.read_text().replace('"seed": 0', '"sede": 0'))
-    with pytest.raises(UserError, match=r"holds a run with other settings: sede was 0, is no setting any more; choose"):
-        folder.check(config.resolve(make_run()))
+    folder.config.write_text(folder.config.read_text().replace('"noise": 0.0', '"noise": 0.0, "nosie": 0'))
+    folder.check_run(config.resolve(make_run()))
+    assert folder.run() == config.resolve(make_run())
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "gpt2"}'])
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "gpt2"}', "", "[" * 100_000])
 def test_config_json_of_another_program_is_left_alone(text, tmp_path):
     folder = Workdir(tmp_path)
     folder.config.write_text(text)
-    with pytest.raises(UserError, match=f"^{folder.config} cannot be read: it is not .*; choose another --workdir"):
-        folder.check(config.resolve(make_run()))
+    with pytest.raises(UserError, match=f"^{folder.config} is not .*; choose another --workdir"):
+        folder.check()
+    assert folder.config.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", ".lock", "checkpoints", "tensorboard", "metrics.jsonl", ".config.json.tmp"]
+)
+def test_a_link_in_a_workdir_is_not_followed(name, tmp_path):
+    folder = holding(tmp_path / "run", make_run())
+    target = tmp_path / "elsewhere"
+    target.write_text("precious")
+    place = folder.path / name
+    if place.is_dir():
+        place.rename(tmp_path / "moved")
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+    with pytest.raises(UserError, match=f"^{place} is a link, which is not followed in a workdir"):
+        folder.check()
+    with pytest.raises(UserError, match="symbolic links") if name == ".lock" else nullcontext(), folder.locked():
+        pass
+    assert target.read_text() == "precious"
+
+
+def test_a_second_run_is_refused_with_the_name_of_the_first(tmp_path):
+    with Workdir(tmp_path / "run").locked():
+        who = f"process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(UserError, match=f"another process is training in workdir .*run \\({who}\\)"):
+            Workdir(tmp_path / "run").locked().__enter__()
+    with Workdir(tmp_path / "run").locked():
+        pass
+
+
+DEAD = {"host": socket.gethostname(), "pid": 2**22 - 3, "began": "1"}
+AWAY = {"host": "another", "pid": 1, "began": "1"}
+ALIVE = {"host": socket.gethostname(), "pid": os.getppid(), "began": began(os.getppid())}
+
+
+@pytest.mark.parametrize("flocks", [True, False], ids=["flocks", "no-flocks"])
+@pytest.mark.parametrize(
+    ("holder", "age", "held"),
+    [(DEAD, 0, False), (AWAY, 5, True), (AWAY, 300, False), (ALIVE, 0, True), ("garbage", 0, False), (None, 0, False)],
+)
+def test_a_lock_is_free_when_its_process_is_gone(holder, age, held, flocks, tmp_path, monkeypatch):
+    def none(*_):  # there is no file system without flocks here
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not flocks:
+        monkeypatch.setattr("fcntl.flock", none)
+    lock = tmp_path / ".lock"
+    if holder is not None:
+        lock.write_text(json.dumps(holder))
+        os.utime(lock, (time.time() - age,) * 2)
+    with pytest.raises(UserError, match="another process is training") if held else nullcontext():
+        with Workdir(tmp_path).locked():
+            assert json.loads(lock.read_text())["pid"] == os.getpid()
+            if not flocks:
+                with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+                    Workdir(tmp_path).locked().__enter__()
+        assert lock.read_text() == ""
+
+
+@pytest.mark.parametrize("change", ["moved", "removed", "replaced", "kept"])
+def test_a_workdir_that_is_no_longer_there_is_noticed(change, tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    with workdir.locked():
+        if change in ("moved", "replaced"):
+            workdir.path.rename(tmp_path / "moved")
+        if change == "removed":
+            shutil.rmtree(workdir.path)
+        if change == "replaced":
+            workdir.path.mkdir()
+        assert workdir.is_replaced() == (change != "kept")
+        assert workdir.beside().path.parent == tmp_path
 
 
 def test_run_without_a_checkpoint_may_begin_anew_with_other_settings(tmp_path):
     folder = Workdir(tmp_path)
     folder.write(config.resolve(make_run(experiment=Task(noise=0.5))), "")
-    folder.check(config.resolve(make_run()))
+    folder.check_run(config.resolve(make_run()))
 
 
 def test_disk_on_which_nothing_can_be_written_is_found_when_the_workdir_is_opened(tmp_path):

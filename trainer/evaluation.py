@@ -1,6 +1,7 @@
 """Evaluation: every example of a split once, whatever the batch size and the devices."""
 
 import dataclasses
+import json
 from collections import defaultdict
 from contextlib import closing
 from os import PathLike
@@ -9,15 +10,18 @@ import jax
 import numpy as np
 
 from trainer import config, distributed
-from trainer.checkpoint import Store, check_metadata
+from trainer.checkpoint import Store, check_leaves, scores
 from trainer.data import load
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.metrics import Mean
+from trainer.observe.log import read_rows
 from trainer.program import Program, compile_program
 from trainer.state import TrainState
 from trainer.workdir import Workdir
+
+_TRIES = 5  # of reading a checkpoint that a training beside removes
 
 
 @distributed.fail_fast()
@@ -38,21 +42,38 @@ def evaluate(
     folder = Workdir(workdir)
     with distributed.collective_errors("the run"):
         run = config.resolve(run) if run is not None else folder.run()
-        if run is None or not folder.checkpoints.is_dir():
+        if run is None or not folder.has_checkpoint():
             raise UserError(f"workdir {folder.path} holds no {'run' if run is None else 'checkpoint'}")
-        folder.check(run)
+        folder.check_run(run)
         evaluation = dataclasses.replace(run.evaluation, split=run.evaluation.split if split is None else split)
         # `compile_program` would raise if this split lacked the best metric. The store below keeps the run's settings.
         checkpoint = dataclasses.replace(run.checkpoint, best_metric=None)
         program = compile_program(dataclasses.replace(run, evaluation=evaluation, checkpoint=checkpoint))
         source = load(program.eval_source, run.loading.in_memory_bytes)
-    with closing(Store(folder.checkpoints, run.checkpoint, read_only=True)) as store:
-        with distributed.collective_errors("the checkpoint"):
-            chosen = store.choose(step)
-            check_metadata(store.metadata(chosen), program.param_table)
-        distributed.check_same("checkpoint", f"{folder.path} at step {chosen}")
-        state = store.restore(program.state, chosen)
+    with closing(Store(folder.checkpoints, run.checkpoint)) as store:
+        if step == "best":
+            store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
+        chosen, state = _restore(store, program, step)
     return evaluate_split(program, state, source) | {"step": chosen}
+
+
+def _restore(store: Store, program: Program, step: int | str) -> tuple[int, TrainState]:
+    """The checkpoint that `step` means, and its state. A training beside may remove it meanwhile: then another."""
+    gone = ""
+    for _ in range(_TRIES):
+        with distributed.collective_errors("the checkpoint"):
+            chosen = json.loads(distributed.gather("the chosen step", json.dumps(store.choose(step)))[0])
+            gone, state = "", None
+            try:
+                metadata = store.metadata(chosen)
+                check_leaves(metadata, program.state)
+                state = store.restore(program.state, chosen, metadata)
+            except FileNotFoundError:
+                gone = f"checkpoint {chosen} was removed while it was read: training goes on and keeps the newest"
+        gone = next(filter(None, distributed.gather("a removed checkpoint", gone)), "")
+        if state is not None and not gone:
+            return chosen, state
+    raise UserError(gone)
 
 
 def evaluate_split(program: Program, state: TrainState, source: RandomAccessSource) -> dict[str, float]:

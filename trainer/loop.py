@@ -3,12 +3,13 @@
 import os
 from os import PathLike
 from pathlib import Path
+from typing import Unpack
 
 from trainer import config, distributed
 from trainer.checkpoint import versions
 from trainer.observe.progress import Progress
 from trainer.program import Program, compile_program
-from trainer.session import open_session
+from trainer.session import SessionOptions, open_session
 from trainer.state import TrainState
 
 
@@ -17,9 +18,8 @@ def train(
     workdir: str | PathLike[str],
     *,
     progress: Progress | None = None,
-    profile: tuple[int, int] | None = None,
     verbose: bool = True,
-    handle_signals: bool = True,
+    **options: Unpack[SessionOptions],
 ) -> TrainState:
     """Trains to `run.total_steps` in `workdir`, from the last checkpoint there. All processes of a run call it.
 
@@ -30,6 +30,8 @@ def train(
       profile: the first and the last step, counted from 1, to write a profile of; None for none.
       verbose: whether anything is shown.
       handle_signals: whether SIGINT and SIGTERM save the state before they end the run.
+      accept_changes: whether a run in `workdir` goes on although settings that change its updates differ.
+      from_step: the checkpoint to go on from; None for the newest. Later ones are moved aside.
 
     Returns:
       The final state, saved and evaluated.
@@ -43,30 +45,24 @@ def train(
     with Path(os.devnull).open("w") as silent:
         shown = None if verbose and distributed.is_primary() else silent
         progress = progress or Progress(run.total_steps, shown)
-        return train_program(program, workdir, progress, profile=profile, handle_signals=handle_signals)
+        return train_program(program, workdir, progress, **options)
 
 
 def train_program(
-    program: Program,
-    workdir: str | PathLike[str],
-    progress: Progress,
-    *,
-    profile: tuple[int, int] | None = None,
-    handle_signals: bool = True,
+    program: Program, workdir: str | PathLike[str], progress: Progress, **options: Unpack[SessionOptions]
 ) -> TrainState:
     """The loop; arguments, result and errors are those of `train`, for a program in place of its run."""
-    with open_session(program, workdir, progress, profile=profile, handle_signals=handle_signals) as session:
+    with open_session(program, workdir, progress, **options) as session:
         state = session.initial_state()
         for step, batch in session.batches():
             state, metrics = program.train_step(state, batch)
             session.record(step, metrics)
             due = session.due(step)
-            if due.evaluate:
-                session.evaluate(state)
             if due.save:
                 session.save(state)
-            if due.stop:
-                break
+            if due.evaluate:
+                session.evaluate(state)
+        session.finish(state)
         return state
 
 

@@ -1,72 +1,95 @@
 """A session: an opened workdir with its lock, state, batches, metrics, checkpoints and signals."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from os import PathLike
-
-import jax
-import jax.numpy as jnp
+from typing import TypedDict
 
 from trainer import distributed
-from trainer.checkpoint import Store, check_metadata, make_metadata
+from trainer.checkpoint import Metadata, Store, make_metadata, scores
 from trainer.data import load
 from trainer.data.stream import prefetch, train_batches
 from trainer.distributed import Interrupted, Preemption
-from trainer.errors import DivergedError, UserError
+from trainer.errors import DivergedError, HostError, UserError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Metrics
-from trainer.observe.log import MetricsLog, NoLog
+from trainer.observe.log import MetricsLog, NoLog, read_rows
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
-from trainer.observe.recorder import Recorder
+from trainer.observe.recorder import Recorder, evaluation_text
 from trainer.program import Due, Program
+from trainer.resume import Resume, Resumed, describe_data
 from trainer.state import TrainState
 from trainer.workdir import Workdir
+
+
+class SessionOptions(TypedDict, total=False):
+    """The options of `open_session`, which `train` hands on."""
+
+    profile: tuple[int, int] | None
+    handle_signals: bool
+    accept_changes: bool
+    from_step: int | None
 
 
 @dataclasses.dataclass
 class Session:
     """An opened workdir, with the methods of the training loop in the order in which it calls them.
 
-    `start` is the step of the checkpoint that the run continues from, 0 for none; `open_session` makes all parts.
+    `resumed` tells from which checkpoint the run continues; `open_session` makes all parts.
     """
 
     program: Program
-    start: int
+    workdir: Workdir
+    resumed: Resumed
     train_source: RandomAccessSource
     eval_source: RandomAccessSource
     store: Store
     log: MetricsLog | NoLog
     recorder: Recorder
+    progress: Progress
     profile: Profile
     preemption: Preemption
-    _evaluated: dict[str, float] | None = None  # metrics of the evaluation after the newest step, if there was one
     _signum: int | None = None
+    _saved_step: int = 0
+    _saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def initial_state(self) -> TrainState:
-        """The state of the newest checkpoint, or a fresh one."""
-        if self.start:
-            return self.store.restore(self.program.state, self.start)
-        return self.program.init()
+        """The state of the checkpoint, or a fresh one. An evaluation that a kill prevented is made first."""
+        state, start = self.resumed.state, self.resumed.start
+        self.resumed, self._saved_step = self.resumed._replace(state=None), start  # its buffers are donated
+        if state is None:
+            return self.program.init()
+        if self.program.due(start).evaluate and "no" in distributed.gather("evaluated", self._is_evaluated(start)):
+            self.progress.message(f"the evaluation of step {start} is still owed")
+            self.evaluate(state)
+        return state
+
+    def _is_evaluated(self, step: int) -> str:
+        prefix = f"{self.program.run.evaluation.split}/"
+        return "yes" if isinstance(self.log, NoLog) or self.log.has_evaluation(step, prefix) else "no"
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Each step that is left, counted from 1, with its batch on the devices."""
-        run, strategy = self.program.run, self.program.strategy
+        """Each step that is left, counted from 1, with its batch on the devices, until a signal comes."""
+        run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
         batches = train_batches(
             self.train_source,
             seed=run.seed,
             batch_size=run.batch_size,
-            start=self.start,
+            start=start,
             stop=run.total_steps,
             local_examples=strategy.local_examples(run.batch_size),
             threads=run.loading.threads,
             workers=run.loading.workers,
         )
-        for step, batch in enumerate(prefetch(batches, strategy.shard_batch), self.start + 1):
+        for step, batch in enumerate(prefetch(batches, strategy.shard_batch), start + 1):
             with self.profile.step(step):
                 yield step, batch
+            if self._signum is not None:
+                return
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""
@@ -79,34 +102,88 @@ class Session:
         Call this once a step: here the processes agree whether the step is the last.
         """
         due = self.program.due(step)
-        self._evaluated, self._signum = None, self.preemption.signal_after(step)
-        return due if self._signum is None else due._replace(save=True, stop=True)
+        self._signum = self.preemption.signal_after(step)
+        with self._write_errors():
+            self.store.check()
+        return due if self._signum is None and not self._is_time(due) else due._replace(save=True)
 
-    def evaluate(self, state: TrainState) -> None:
-        """Evaluates the state after the newest step, and writes the result in that step's row."""
-        self._evaluated = self.recorder.flush_with(lambda: evaluate_split(self.program, state, self.eval_source))
+    def _is_time(self, due: Due) -> bool:
+        """Whether the settings ask for a checkpoint now by the time, or because the one before is finished."""
+        settings = self.program.run.checkpoint
+        if due.save or (settings.every_seconds is None and not settings.continuous):
+            return False
+        is_late = settings.every_seconds is not None and time.monotonic() - self._saved_at > settings.every_seconds
+        wanted = is_late or (settings.continuous and not self.store.is_saving())
+        if distributed.count() == 1:
+            return wanted
+        return due.log and distributed.gather("time to save", "yes" if wanted else "no")[0] == "yes"
 
     def save(self, state: TrainState) -> None:
         """Starts to save the state after the newest step, once all metrics up to it are on disk.
 
         Raises:
           DivergedError: the state holds NaN or Inf.
+          HostError: it cannot be written.
         """
         step = self.recorder.flush()
-        with self.recorder.paused():
-            # Loss and gradient of this step may be finite, and the parameters after it not.
-            if not _all_finite(state):
-                raise DivergedError(f"the state after step {step} holds NaN or Inf")
+        with self.recorder.paused(), self._write_errors():
+            self._check_place(state, step)
             self.log.sync()
-            self.store.save(state, make_metadata(self.program.run, self.program.param_table, step), self._evaluated)
+            # Loss and gradient of this step may be finite, and the parameters after it not.
+            if not self.store.save(state, self._metadata(step)):
+                raise DivergedError(f"the state after step {step} holds NaN or Inf")
+            self._saved_step, self._saved_at = step, time.monotonic()
 
-    def finish(self) -> None:
-        """Waits for the last save; raises `Interrupted` if a signal ended the run."""
+    def _metadata(self, step: int) -> Metadata:
+        run, table = self.program.run, self.program.param_table
+        accepted = [text for entry in self.resumed.accepted for text in entry["changes"]]
+        return make_metadata(run, table, self.resumed.data, step, rows=self.log.count, accepted=accepted)
+
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluates the state after the newest step, and writes the result in a row of its own."""
+        step, settings = self.recorder.flush(), self.program.run.checkpoint
+        with self.recorder.paused():
+            metrics = evaluate_split(self.program, state, self.eval_source)
+            self.progress.message(f"step {step}: {evaluation_text(metrics)}")
+            with self._write_errors():
+                self.log.write(step, metrics, {})
+        if settings.best_metric in metrics:
+            self.store.scores[step] = metrics[settings.best_metric]
+
+    def finish(self, state: TrainState) -> None:
+        """Waits until the newest state is saved; raises `Interrupted` if a signal ended the run."""
+        step = self.recorder.flush()
+        if self._saved_step != step:
+            self.save(state)
         self.store.wait()
+        if distributed.is_primary():
+            self.store.remove_old()  # the last evaluation may have found a better one
         if self._signum is not None:
             # A process that got no signal assumes SIGTERM. SIGINT, if any process got it, wins: its number is smaller.
             signals = distributed.gather("signal", str(int(self._signum)))
-            raise Interrupted(self.recorder.flush(), min(map(int, signals)))
+            raise Interrupted(step, min(map(int, signals)))
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """With `checkpoint.on_error="continue"`, shows an error of the disk, and the run goes on."""
+        try:
+            yield
+        except HostError as error:
+            if self.program.run.checkpoint.on_error == "stop" or distributed.count() > 1:
+                raise
+            self.progress.message(f"warning: {error}; the run goes on")
+
+    def _check_place(self, state: TrainState, step: int) -> None:
+        """Raises `HostError` if the workdir was moved, removed or replaced, once the state is saved beside it."""
+        if "yes" not in distributed.gather("the workdir", "yes" if self.workdir.is_replaced() else "no"):
+            return
+        beside = Workdir(distributed.gather("a workdir beside", str(self.workdir.beside().path))[0])
+        with closing(Store(beside.checkpoints, self.program.run.checkpoint)) as store:
+            store.save(state, self._metadata(step))
+        if distributed.is_primary():
+            beside.write(self.program.run, str(self.program.param_table), self.resumed.accepted)
+        cause = f"workdir {self.workdir.path} was moved, removed or replaced while the run trained in it"
+        raise HostError(f"{cause}; the state of step {step} is saved in {beside.path}: go on there with --workdir")
 
 
 @contextmanager
@@ -117,6 +194,8 @@ def open_session(
     *,
     profile: tuple[int, int] | None = None,
     handle_signals: bool = True,
+    accept_changes: bool = False,
+    from_step: int | None = None,
 ) -> Iterator[Session]:
     """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""
     folder, run, table = Workdir(workdir), program.run, str(program.param_table)
@@ -125,28 +204,32 @@ def open_session(
         with distributed.collective_errors("the workdir and the data"):
             if profile is not None and profile[1] > run.total_steps:
                 raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
+            store = Store(folder.checkpoints, run.checkpoint)
             if distributed.is_primary():
-                folder.check(run)
+                folder.check()
                 stack.enter_context(folder.locked())
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # first, so that a kill at any moment leaves a folder to launch again
+                store.remove_incomplete()
             limit = run.loading.in_memory_bytes
             sources = (load(program.train_source, limit), load(program.eval_source, limit))
-        store = Store(folder.checkpoints, run.checkpoint)
+            data = describe_data(sources[0])
         stack.callback(store.close)
         with distributed.collective_errors("the checkpoint"):
-            start, notes = _newest(program, store)
+            resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
+            start = resumed.start
             if profile is not None and profile[0] <= start:
                 raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
         distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
         stack.callback(progress.end_line)
-        for text in (table, *program.strategy.notes, *notes):
+        for text in (table, *program.strategy.notes, *resumed.notes):
             progress.message(text)
         log: MetricsLog | NoLog = NoLog()
         if distributed.is_primary():
             # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
-            folder.write(run, table)
+            folder.write(run, table, resumed.accepted)
             log = MetricsLog(folder.path, start)
+            store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
         stack.callback(log.close)
         stack.enter_context(_naming_the_last_checkpoint(store))
         profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
@@ -157,24 +240,7 @@ def open_session(
         # above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
-        session = Session(program, start, *sources, store, log, recorder, profiler, preemption)
-        yield session
-        session.finish()
-
-
-def _newest(program: Program, store: Store) -> tuple[int, list[str]]:
-    """The step of the newest checkpoint, 0 if there is none, and what to tell of it.
-
-    Raises:
-      UserError: the checkpoint is not one of this model.
-    """
-    steps = store.steps()
-    if not steps:
-        return 0, []
-    changes = check_metadata(store.metadata(steps[-1]), program.param_table)
-    notes = [f"note: since the checkpoint, {change}; the numbers may differ in their last bits" for change in changes]
-    done = " (finished: nothing is left to do)" if steps[-1] >= program.run.total_steps else ""
-    return steps[-1], [*notes, f"resumed from step {steps[-1]}{done}"]
+        yield Session(program, folder, resumed, *sources, store, log, recorder, progress, profiler, preemption)
 
 
 @contextmanager
@@ -186,9 +252,3 @@ def _naming_the_last_checkpoint(store: Store) -> Iterator[None]:
         steps = store.steps()
         last = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
         raise DivergedError(f"{error}; the run is stopped, {last}") from None
-
-
-@jax.jit
-def _all_finite(state: TrainState) -> jax.Array:
-    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))

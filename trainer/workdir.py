@@ -1,19 +1,22 @@
 """The folder of one run, which holds its settings and lets only one process train in it."""
 
 import copy
-import fcntl
+import json
 import os
 import re
+import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from trainer import config
 from trainer.errors import UserError
-from trainer.files import Folder, is_bucket
+from trainer.files import DamagedError, Folder, host_error, is_bucket, read_json, write_text
+from trainer.lock import locked
 
 
 class Mirror:
@@ -47,45 +50,80 @@ class Workdir:
         self.path: Folder = epath.Path(path) if is_bucket(path) else Path(path)
         names = ("config.json", "params.txt", "checkpoints")
         self.config, self.params, self.checkpoints = (self.path / name for name in names)
+        self._identity: tuple[int, int] | None = None  # device and inode when it was locked
+
+    def kept(self) -> dict[str, Any] | None:
+        """The JSON of the run kept here, None if there is none; raises `DamagedError` if the file is not one."""
+        try:
+            value = read_json(self.config)
+        except FileNotFoundError:
+            return None
+        if not isinstance(value, dict) or value.get("$class") != f"{config.Run.__module__}:{config.Run.__qualname__}":
+            raise DamagedError(f"{self.config} is not the JSON of a run")
+        return value
 
     def run(self) -> config.Run | None:
         """The resolved run kept here, or None; raises `UserError` if its JSON or a class that it names has changed."""
+        if (kept := self.kept()) is None:
+            return None
         try:
-            return config.from_json(self.config.read_text()) if self.config.is_file() else None
-        except (OSError, UserError) as error:
+            return config.from_json(json.dumps(kept))
+        except UserError as error:
             raise UserError(f"{self.config} cannot be read: {error}") from error
 
-    def check(self, run: config.Run) -> None:
-        """Raises `UserError` if another run or other files are kept here, or if the path is that of a file."""
-        if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
-            raise UserError(f"workdir {self.path} is not a folder")
-        if not self.config.is_file():
-            # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
-            if self.path.is_dir() and any(not file.name.startswith(".") for file in self.path.iterdir()):
-                raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
+    def check(self) -> None:
+        """Raises `UserError` if other files are kept here, or a link, or if the path is that of a file."""
+        if not isinstance(self.path, Path):
             return
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"workdir {self.path} is not a folder")
+        files = list(self.path.iterdir()) if self.path.is_dir() else []
+        for file in files:
+            if file.is_symlink():
+                raise UserError(f"{file} is a link, which is not followed in a workdir: put the file or folder there")
+        # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
+        shown = [file for file in files if not file.name.startswith(".")]
+        if self.has_checkpoint() or not shown:
+            return  # a lost or damaged config.json is written again
+        if not self.config.exists():
+            raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
         try:
-            changes = config.differences(self.config.read_text(), run)
-        except (OSError, UserError) as error:
-            raise UserError(f"{self.config} cannot be read: {error}; choose another --workdir") from error
-        if changes and self.has_checkpoint():
-            more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-            raise UserError(
-                f"workdir {self.path} holds a run with other settings: {'; '.join(changes[:4])}{more}"
-                f"{_way_out(run, changes)}; choose another --workdir"
-            )
+            self.kept()
+        except DamagedError as error:
+            raise UserError(f"{error}; choose another --workdir") from error
+
+    def check_run(self, run: config.Run) -> None:
+        """Raises `UserError` if the run kept here has other settings than `run`, other than harmless ones."""
+        self.check()
+        kept = self.kept() if self.has_checkpoint() else None
+        changed = [change.text for change in config.changes(kept, run) if not change.harmless] if kept else []
+        if changed:
+            raise UserError(f"{self.other_settings(run, changed)}; choose another --workdir")
+
+    def other_settings(self, run: config.Run, changed: Sequence[str]) -> str:
+        """The beginning of an error: the settings that differ, and the flags that keep schedules as they were."""
+        return f"workdir {self.path} holds a run with other settings: {listed(changed)}{_way_out(run, changed)}"
 
     def has_checkpoint(self) -> bool:
         """Whether any state was saved here; a run without one may begin anew with other settings."""
         return self.checkpoints.is_dir() and any(path.name.isdecimal() for path in self.checkpoints.iterdir())
 
-    def write(self, run: config.Run, params: str) -> None:
-        """Keeps the resolved run and its table of parameters."""
-        for file, text in ((self.config, config.to_json(run)), (self.params, params)):
-            temporary = file if is_bucket(file) else file.with_name(f".{file.name}.tmp")  # objects appear at once
-            temporary.write_text(text)
-            if temporary != file:
-                temporary.replace(file)
+    def accepted(self) -> list[dict[str, Any]]:
+        """The changes of the trajectory that were accepted here: step, texts, and the hash of the config before."""
+        try:
+            found = (self.kept() or {}).get("$accepted", [])
+        except DamagedError:
+            return []
+        return found if isinstance(found, list) else []
+
+    def write(self, run: config.Run, params: str, accepted: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Keeps the resolved run, the changes that were accepted, and the table of parameters. Raises `HostError`."""
+        kept = json.loads(config.to_json(run)) | ({"$accepted": list(accepted)} if accepted else {})
+        for file, text in ((self.config, json.dumps(kept, indent=2) + "\n"), (self.params, params)):
+            try:
+                write_text(file, text)
+            except OSError as error:
+                raise host_error(file, error) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -93,16 +131,37 @@ class Workdir:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / ".trial").write_text("written to see whether it can be")
+                write_text(self.path / ".trial", "written to see whether it can be")
                 (self.path / ".trial").unlink(missing_ok=True)
-                if not is_bucket(self.path):
-                    lock = stack.enter_context((self.path / ".lock").open("w"))
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process is training in workdir {self.path}") from error
+                if isinstance(self.path, Path):
+                    stack.enter_context(locked(self.path))
+                    self._identity = _identity(self.path)
             except OSError as error:
                 raise UserError(f"nothing can be written in workdir {self.path}: {error.strerror or error}") from error
             yield
+
+    def is_replaced(self) -> bool:
+        """Whether the path no longer leads to the folder that was locked: it was moved, removed or replaced."""
+        return self._identity is not None and _identity(self.path) != self._identity
+
+    def beside(self) -> "Workdir":
+        """A new workdir beside this one, for a state that can no longer be saved here."""
+        parent = self.path.parent if self.path.parent.is_dir() else Path(tempfile.gettempdir())
+        return Workdir(parent / f"{self.path.name}.rescued-{secrets.token_hex(4)}")
+
+
+def listed(texts: Sequence[str], most: int = 4) -> str:
+    """Some texts in one line."""
+    more = f"; and {len(texts) - most} more" if len(texts) > most else ""
+    return "; ".join(texts[:most]) + more
+
+
+def _identity(path: Folder) -> tuple[int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _way_out(run: config.Run, changes: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,11 @@ class NestedTask(Task):
     inner: Inner = dataclasses.field(default_factory=Inner)
     label: str = "Käse\n"
     data_dir: str | None = config.setting(None, may_change=True)
+
+
+def differences(kept: str, asked: config.Run) -> list[str]:
+    """The texts of the changes of the trajectory between a run as JSON and another run."""
+    return [change.text for change in config.changes(json.loads(kept), asked) if not change.harmless]
 
 
 def setting_of(run: config.Run, path: str) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.config.nested import FIXED, FREE, NESTED, Inner, NestedTask, changed, setting_of
+from tests.config.nested import FIXED, FREE, NESTED, Inner, NestedTask, changed, differences, setting_of
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.errors import UserError
@@ -166,7 +166,7 @@ LONGER = {
 @pytest.mark.parametrize(("schedule", "differs"), LONGER.values(), ids=LONGER)
 def test_more_steps_are_another_run_only_when_the_schedule_follows_them(schedule, differs):
     kept, asked = (config.resolve(make_run(steps, optimizer=config.Optimizer(schedule=schedule))) for steps in (20, 40))
-    assert config.differences(config.to_json(kept), asked) == ["optimizer.schedule.run_steps was 20, is 40"] * differs
+    assert differences(config.to_json(kept), asked) == ["optimizer.schedule.run_steps was 20, is 40"] * differs
 
 
 @pytest.mark.parametrize(("schedule", "differs"), LONGER.values(), ids=LONGER)

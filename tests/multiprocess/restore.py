@@ -29,7 +29,7 @@ def main() -> None:
     run = Workdir(options.workdir).run()
     assert run is not None
     program = compile_program(run)
-    with closing(Store(Workdir(options.workdir).checkpoints, run.checkpoint, read_only=True)) as store:
+    with closing(Store(Workdir(options.workdir).checkpoints, run.checkpoint)) as store:
         state = store.restore(program.state, store.steps()[-1])
     expected = np.load(options.expected)
     sharded = 0

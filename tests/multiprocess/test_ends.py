@@ -38,7 +38,7 @@ def test_a_signal_to_one_process_or_to_all_saves_one_step_and_ends_all(signum, c
     group, pids = start(running, workdir, ENDLESS, "--config.checkpoint.every_steps=1000000")
     os.kill(pids[1] if to_one else group.process.pid, signum)
     assert group.end(30) == code
-    steps = Store(workdir / "checkpoints", config.Checkpoint(), read_only=True).steps()
+    steps = Store(workdir / "checkpoints", config.Checkpoint()).steps()
     assert len(steps) == 1
     said = f"[0] stopped by {signum.name} at step {steps[0]}, which is saved; launch it again to go on"
     assert [line for line in group.stderr.splitlines() if "stopped" in line] == [said]

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):
     expected, run = arrays(in_two[0]), get_config()
     for strategy, devices in (("data", 1), ("fsdp", 4), ("pmap", 4)):
         run.parallel = config.Parallel(strategy=strategy, devices=devices, min_shard_size=0)
-        store = Store(in_two[0] / "checkpoints", run.checkpoint, read_only=True)
+        store = Store(in_two[0] / "checkpoints", run.checkpoint)
         state = store.restore(compile_program(config.resolve(run)).state, 20)
         found = dict(zip(paths(state), map(np.asarray, jax.tree.leaves(state)), strict=True))
         assert found.keys() == expected.keys()

@@ -42,7 +42,7 @@ def test_a_run_goes_on_under_another_strategy_from_the_same_bits(tmp_path):
         run = config.resolve(link(5 * (i + 1), strategy, devices))
         if final is not None:
             state = compile_program(run).state
-            restored = Store(tmp_path / "run" / "checkpoints", run.checkpoint, read_only=True).restore(state, 5 * i)
+            restored = Store(tmp_path / "run" / "checkpoints", run.checkpoint).restore(state, 5 * i)
             jax.tree.map(np.testing.assert_array_equal, restored, final)
             jax.tree.map(assert_same_sharding, restored, state)
         with counting_compilations() as compiled:

@@ -58,7 +58,7 @@ def _run(argv: list[str]) -> int:
         # Configs import from the current folder, which `python -m` puts on the path, but the console script does not.
         if str(Path.cwd()) not in sys.path and "" not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own options as warnings
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs an error that it raises, from every thread
         options, overrides = parse_flags(parser, rest)
         if not hasattr(module, "main"):
             return module.start(options, overrides)

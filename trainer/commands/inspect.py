@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
 
     run, workdir = arguments.run, arguments.workdir
     if workdir is not None:
-        workdir.check(run)
+        workdir.check_run(run)
     program = compile_program(run)
     if arguments.options.probe:
         labels = [param.label for param in program.param_table.rows]
@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> int:
     else:
         print("memory and operations of the two steps: inspect --compile")
     if workdir is not None and workdir.checkpoints.is_dir():
-        with closing(Store(workdir.checkpoints, run.checkpoint, read_only=True)) as store:
+        with closing(Store(workdir.checkpoints, run.checkpoint)) as store:
             best = store.best_step()
             print("checkpoints: " + ", ".join(f"{s} (best)" if s == best else str(s) for s in store.steps()))
     return 0

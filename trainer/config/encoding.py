@@ -7,17 +7,21 @@ import importlib.util
 import json
 import math
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from trainer.config import settings
 from trainer.config.settings import Run
 from trainer.errors import UserError, did_you_mean
 
 # JSON keys that name a dataclass: its class as "module:class"; or its class name, config file and the file's hash.
-_KEYS = _CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
+_CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
+_ACCEPTED = "$accepted"  # which `Workdir.write` adds
+_HARNESS = [kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
 def to_json(run: Run) -> str:
@@ -46,41 +50,61 @@ def _encode(value: Any, path: str) -> Any:
 def _names(kind: type) -> dict[str, str]:
     """The keys by which JSON names a class."""
     if not kind.__module__.startswith(_ConfigFileLoader.prefix):
-        return {_CLASS: f"{kind.__module__}:{kind.__qualname__}"}
+        return {_CLASS: _name(kind)}
     loader: Any = sys.modules[kind.__module__].__loader__
     file, here = Path(loader.path), Path.cwd()
     shown = file.relative_to(here) if file.is_relative_to(here) else file
     return {_CLASS: kind.__qualname__, _FILE: str(shown), _SHA256: loader.sha256}
 
 
+def _name(kind: type) -> str:
+    in_file = kind.__module__.startswith(_ConfigFileLoader.prefix)
+    return kind.__qualname__ if in_file else f"{kind.__module__}:{kind.__qualname__}"
+
+
 def from_json(text: str) -> Run:
     """The run that `to_json` was given; types and ranges are not checked.
 
-    Only trust a workdir as you would trust code: the experiment's class is imported by the name found there. Raises
-    `UserError` if the text is not the JSON of a run, or if a class or field that it names is no longer there.
+    Settings that the experiment no longer has are left out.
+
+    Only the experiment's class is imported, and only the classes of its settings and of the harness's are made. Still,
+    trust a workdir as you trust code. Raises `UserError` if the text is not the JSON of a run, or names another class.
     """
     try:
-        run = _decode(json.loads(text))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        value = json.loads(text)
+        if not isinstance(value, dict) or value.get(_CLASS) != _name(Run):
+            raise UserError("it is not the JSON of a Run")
+        experiment = _find_class(value["experiment"])
+        return _decode(value, {_name(kind): kind for kind in (*_HARNESS, experiment, *_settings_of(experiment))})
+    except (AttributeError, KeyError, NameError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
-    if not isinstance(run, Run):
-        raise UserError(f"it is not a run as `to_json` writes it, but a {type(run).__name__}")
-    return run
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, classes: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
-        return tuple(_decode(item) for item in value)
+        return tuple(_decode(item, classes) for item in value)
     if isinstance(value, dict) and _CLASS in value:
-        kind = _find_class(value)
-        fields = {key: _decode(item) for key, item in value.items() if key not in _KEYS}
+        if (kind := classes.get(value[_CLASS])) is None:
+            raise UserError(f"it names the class {value[_CLASS]!r}, which is neither a setting nor the experiment")
         known = {field.name for field in dataclasses.fields(kind)}
-        for key in fields.keys() - known:
+        for key in value.keys() - known - {_CLASS, _FILE, _SHA256, _ACCEPTED} if kind in _HARNESS else ():
             raise UserError(f"{value[_CLASS]} has no field {key!r} any more{did_you_mean(key, known)}")
-        return kind(**fields)
+        return kind(**{key: _decode(item, classes) for key, item in value.items() if key in known})
     if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
+        return {key: _decode(item, classes) for key, item in value.items()}
     return value
+
+
+def _settings_of(kind: Any) -> Iterator[Any]:
+    """The dataclasses that the fields of a dataclass may hold by their declared types, subclasses included."""
+    waiting, seen = [*typing.get_type_hints(kind).values()], set()
+    while waiting:
+        hint = waiting.pop()
+        waiting += typing.get_args(hint)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in seen:
+            seen.add(hint)
+            waiting += [*typing.get_type_hints(hint).values(), *hint.__subclasses__()]
+            yield hint
 
 
 def _find_class(names: Mapping[str, str]) -> Any:
@@ -104,6 +128,8 @@ def _find_class(names: Mapping[str, str]) -> Any:
         kind = getattr(kind, part, None)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise UserError(f"{names[_CLASS]} is not a dataclass any more")
+    if missing := [name for name in ("init", "loss", "source") if not callable(getattr(kind, name, None))]:
+        raise UserError(f"{names[_CLASS]} is no experiment: it has no {missing[0]}")
     return kind
 
 
@@ -145,36 +171,41 @@ def import_file(file: Path, sha256: str | None = None) -> ModuleType:
     return _import(name, f"config file {str(file)!r}")
 
 
-def differences(kept: str, asked: Run) -> list[str]:
-    """One text for each setting that must not change but differs between the JSON `kept` and `asked`.
+class Change(NamedTuple):
+    """A setting that differs between a run and the run that continues it."""
 
-    Imports no class. Raises `UserError` if `kept` is not the JSON of a run.
+    text: str  # such as "batch_size was 128, is 64"
+    harmless: bool  # whether the updates stay as they were; else the trajectory changes
+
+
+def changes(kept: Mapping[str, Any], asked: Run) -> list[Change]:
+    """Every setting that differs between the JSON of a run and the run that is to continue it. Imports no class.
+
+    A setting that the experiment no longer has is harmless. Raises `UserError` if `kept` is not
+    the JSON of a run.
     """
-    try:
-        old = json.loads(kept)
-    except ValueError as error:
-        raise UserError(f"it is not valid JSON: {error}") from error
-    if not isinstance(old, dict) or old.get(_CLASS) != _names(Run)[_CLASS]:
+    if not isinstance(kept, dict) or kept.get(_CLASS) != _name(Run):
         raise UserError("it is not the JSON of a Run")
-    return list(_differences(old, asked, ""))
+    return list(_changes(kept, asked, "", harmless=False))
 
 
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+def _changes(old: Any, new: Any, path: str, *, harmless: bool) -> Iterator[Change]:
     if dataclasses.is_dataclass(new) and isinstance(old, dict) and old.get(_CLASS) == _names(type(new))[_CLASS]:
-        gone = {name: value for name, value in old.items() if name not in _KEYS}
+        gone = {name: value for name, value in old.items() if not name.startswith("$")}
         for field in dataclasses.fields(new):
             was = gone.pop(field.name) if field.name in gone else _default(field)
-            if not field.metadata.get("may_change"):
-                yield from _differences(was, getattr(new, field.name), f"{path}.{field.name}")
-        for name, was in gone.items():
-            yield f"{path}.{name}".lstrip(".") + f" was {_shown(was)}, is no setting any more"
+            may = harmless or bool(field.metadata.get("may_change"))
+            yield from _changes(was, getattr(new, field.name), f"{path}.{field.name}", harmless=may)
+        for name, was in gone.items():  # of an experiment: nothing can be asked of it any more
+            text = f"{path}.{name}".lstrip(".") + f" was {_shown(was)}, is no setting any more"
+            yield Change(text, harmless or type(new) not in _HARNESS)
     elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         for key in old:
-            yield from _differences(old[key], new[key], f"{path}.{key}")
+            yield from _changes(old[key], new[key], f"{path}.{key}", harmless=harmless)
     else:
         new = _encode(new, path)
         if old != new or isinstance(old, bool) is not isinstance(new, bool):
-            yield f"{path.lstrip('.')} was {_shown(old)}, is {_shown(new)}"
+            yield Change(f"{path.lstrip('.')} was {_shown(old)}, is {_shown(new)}", harmless)
 
 
 def _default(field: dataclasses.Field) -> Any:

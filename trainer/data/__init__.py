@@ -1,5 +1,6 @@
 """Sources of examples: arrays in memory, and many examples of any source as one batch."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from trainer.errors import UserError
 from trainer.experiment import Experiment, RandomAccessSource
 
 _READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, few beside a data set
+_FINGERPRINTED = 64  # examples
 _READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
 
 
@@ -85,6 +87,19 @@ def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
                 "or draw random numbers on the device, in loss, from batch['example_key']"
             )
     return True
+
+
+def fingerprint(source: RandomAccessSource) -> str | None:
+    """A hash of at most 64 examples, spread evenly over a source; None if two reads of one give different numbers."""
+    indices = np.unique(np.linspace(0, len(source) - 1, _FINGERPRINTED).astype(np.int64))
+    first, second = take(source, indices[:_READ_TWICE]), take(source, indices[:_READ_TWICE])
+    if any(first[name].tobytes() != second[name].tobytes() for name in first):
+        return None
+    digest = hashlib.sha256()
+    for name, array in sorted(take(source, indices).items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def batch_spec(source: RandomAccessSource, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,0 +1,241 @@
+"""Which checkpoints are kept, which are refused, and which errors are damage."""
+
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import config
+from trainer.checkpoint import Data, Metadata, Store
+from trainer.checkpoint.store import scores
+from trainer.errors import HostError, UserError
+from trainer.files import DamagedError
+from trainer.state import TrainState
+
+
+def state(step: int, **params) -> TrainState:
+    params = params or {"w": jnp.full((3,), float(step)), "b": jnp.zeros((2, 2))}
+    moments = {"scaling": {"mu": jax.tree.map(lambda x: x * 0.5, params)}}
+    return TrainState(jnp.asarray(step, jnp.int32), params, {}, moments)
+
+
+def metadata(step: int) -> Metadata:
+    return Metadata(step, {"$class": "a run"}, {}, Data(50, None), 0, {})
+
+
+def save(store: Store, *steps: int) -> None:
+    for step in steps:
+        assert store.save(state(step), metadata(step))
+    store.wait()
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path / "checkpoints", config.Checkpoint())
+    yield made
+    made.close()
+
+
+def test_restores_every_bit_and_its_metadata(store, tmp_path):
+    saved = state(7, w=jnp.asarray(np.random.default_rng(0).normal(size=5), jnp.float32))
+    store.save(saved, metadata(7))
+    store.wait()
+    again = Store(tmp_path / "checkpoints", config.Checkpoint())
+    assert again.metadata(7).config == {"$class": "a run"}
+    jax.tree.map(np.testing.assert_array_equal, again.restore(saved, 7), saved)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "kept", "best"),
+    [
+        ("max", {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.6, 5: 0.65}, [2, 4, 5], 2),
+        ("min", {1: 0.5, 2: 0.1, 3: 0.7, 4: 0.6, 5: 0.65}, [2, 4, 5], 2),
+        ("max", {1: 0.5, 2: math.nan, 3: 0.4, 4: 0.3, 5: 0.2}, [1, 4, 5], 1),
+        ("min", {1: 0.5, 2: math.nan, 3: 0.6, 4: 0.7, 5: 0.8}, [1, 4, 5], 1),
+        ("max", {1: 0.5, 2: 0.6}, [2, 4, 5], 2),
+        ("max", {1: 0.5, 2: 0.9, 3: 0.9, 4: 0.9, 5: 0.9}, [2, 4, 5], 2),  # of equals the earliest
+        ("max", {1: math.nan, 2: math.nan, 3: math.nan, 4: math.nan, 5: math.nan}, [4, 5], None),
+        ("min", {1: math.inf, 2: 0.5}, [2, 4, 5], 2),
+    ],
+)
+def test_keeps_the_last_and_the_best(tmp_path, mode, values, kept, best):
+    store = Store(tmp_path, config.Checkpoint(keep_last=2, best_metric="test/accuracy", best_mode=mode))
+    for step in range(1, 6):
+        save(store, step)  # the evaluation of a step comes after its save
+        store.scores |= {step: values[step]} if step in values else {}
+    store.remove_old()
+    assert (store.steps(), store.best_step()) == (kept, best)
+    store.close()
+
+
+def test_keeps_every_nth_for_ever(tmp_path):
+    store = Store(tmp_path, config.Checkpoint(keep_last=1, keep_every_steps=4))
+    save(store, *range(1, 11))
+    assert store.steps() == [4, 8, 10]
+    store.close()
+
+
+def test_the_best_is_one_of_those_that_are_there(tmp_path):
+    store = Store(tmp_path, config.Checkpoint(keep_last=1, best_metric="test/accuracy"))
+    save(store, 1, 2)
+    store.scores = {1: 0.9, 2: 0.1}  # step 1 is gone
+    save(store, 3)
+    assert store.steps() == [2, 3]
+    store.close()
+
+
+def test_scores_are_read_from_the_rows_of_the_metrics():
+    rows = [{"step": 1, "train/loss": 2.0}, {"step": 1, "test/loss": 0.5}, {"step": 2, "test/loss": None}]
+    found = scores(iter(rows), "test/loss")
+    assert found.keys() == {1, 2}
+    assert found[1] == 0.5
+    assert math.isnan(found[2])
+    assert scores(iter(rows), None) == {}
+
+
+def test_a_state_that_is_not_finite_is_not_saved(store):
+    assert not store.save(state(1, w=jnp.asarray([1.0, math.nan])), metadata(1))
+    assert store.steps() == []
+
+
+def test_a_save_cut_off_is_no_checkpoint_and_is_removed_by_the_next_launch(store, tmp_path):
+    save(store, 1)
+    folder = tmp_path / "checkpoints"
+    (folder / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (folder / ".removed-1-abcd").mkdir()
+    (folder / "007").mkdir()
+    assert store.steps() == [1]
+    store.remove_incomplete()
+    assert sorted(path.name for path in folder.iterdir()) == ["007", "1"]
+    save(store, 2)
+    assert store.steps() == [1, 2]
+
+
+def test_a_save_over_leftovers_of_a_killed_one_succeeds(store, tmp_path):
+    (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    save(store, 1)
+    assert store.steps() == [1]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(file: Path, rng: np.random.Generator) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_of_any_file_is_noticed_or_changes_nothing(store, tmp_path):
+    saved = state(5, w=jnp.asarray(np.random.default_rng(0).normal(size=(20, 30)), jnp.float32))
+    store.save(saved, metadata(5))
+    store.wait()
+    place, rng, noticed = tmp_path / "checkpoints" / "5", np.random.default_rng(1), 0
+    whole = {file: file.read_bytes() for file in files(place)}
+    for trial in range(60):
+        file = list(whole)[trial % len(whole)]
+        if whole[file]:
+            flip(file, rng)
+            try:
+                jax.tree.map(np.testing.assert_array_equal, store.restore(saved, 5), saved)
+            except DamagedError as error:
+                noticed += str(place) in str(error)
+            file.write_bytes(whole[file])
+    assert noticed > 20
+    jax.tree.map(np.testing.assert_array_equal, store.restore(saved, 5), saved)
+
+
+def deep(n: int = 900) -> bytes:
+    return b"[" * n + b"]" * n
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"\xff\xfe\x00", deep(), deep(100_000), None])
+def test_damaged_metadata_are_one_line_that_names_the_file(store, tmp_path, content):
+    save(store, 1)
+    file = tmp_path / "checkpoints" / "1" / "metadata" / "metadata"
+    file.unlink()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(DamagedError, match=str(file)) as raised:
+        store.metadata(1)
+    assert "\n" not in str(raised.value)
+
+
+def test_metadata_behind_a_link_are_not_read(store, tmp_path):
+    save(store, 1)
+    file = tmp_path / "checkpoints" / "1" / "metadata" / "metadata"
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedError, match="is a link"):
+        store.metadata(1)
+
+
+def test_a_copy_under_another_step_is_refused(store, tmp_path):
+    save(store, 150)
+    shutil.copytree(tmp_path / "checkpoints" / "150", tmp_path / "checkpoints" / "240")
+    with pytest.raises(DamagedError, match="240 holds the checkpoint of step 150"):
+        store.metadata(240)
+
+
+def test_arrays_of_another_checkpoint_are_refused(store, tmp_path):
+    save(store, 1, 2)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "2" / "state")
+    shutil.copytree(folder / "1" / "state", folder / "2" / "state")
+    with pytest.raises(DamagedError, match="2 is damaged: the checksum of step, params/w"):
+        store.restore(state(2), 2)
+
+
+def test_a_step_that_is_gone_is_not_damage(store, tmp_path):
+    save(store, 1)
+    known = store.metadata(1)
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with pytest.raises(FileNotFoundError):
+        store.metadata(1)
+    with pytest.raises(FileNotFoundError):
+        store.restore(state(1), 1, known)
+
+
+def test_set_aside_removes_nothing(store, tmp_path):
+    save(store, 1, 2)
+    content = {
+        p.relative_to(tmp_path / "checkpoints" / "2"): p.read_bytes() for p in files(tmp_path / "checkpoints" / "2")
+    }
+    place = store.set_aside(2, "unused")
+    assert store.steps() == [1]
+    assert {p.relative_to(place): p.read_bytes() for p in files(Path(place))} == content
+    save(store, 2)
+    assert store.set_aside(2, "unused") != place
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [("5", "no checkpoint of step '5'; there are 1, 2, latest, best"), ("best", "no best checkpoint is kept")],
+)
+def test_a_step_that_is_not_there_is_named_with_those_that_are(store, step, message):
+    save(store, 1, 2)
+    with pytest.raises(UserError, match=message):
+        store.choose(step)
+
+
+def test_arrays_that_fit_are_restored_and_others_left_out(store):
+    save(store, 3)
+    like = state(3, w=jnp.zeros(3, jnp.bfloat16), b=jnp.zeros((2, 5)), new=jnp.zeros(1))
+    found = store.restore_fitting(like, 3, store.metadata(3))
+    assert sorted(found) == ["opt_state/scaling/mu/w", "params/w", "step"]
+    assert found["params/w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found["opt_state/scaling/mu/w"], np.float32), np.full(3, 1.5))
+
+
+def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the place of the folder")
+    store = Store(tmp_path / "checkpoints", config.Checkpoint())
+    with pytest.raises(HostError, match="checkpoint 1 cannot be written"):
+        save(store, 1)

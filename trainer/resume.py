@@ -1,0 +1,191 @@
+"""From the checkpoints of a workdir to the state that a run continues with, or to the reason why it cannot."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trainer import config, distributed
+from trainer.checkpoint import Data, Metadata, Store, leaf_differences, leaves_of, version_changes
+from trainer.data import fingerprint
+from trainer.errors import UserError
+from trainer.experiment import RandomAccessSource
+from trainer.files import DamagedError
+from trainer.program import Program
+from trainer.rules import path_of
+from trainer.state import TrainState
+from trainer.workdir import Workdir, listed
+
+
+class _Passed(NamedTuple):
+    step: int
+    kind: str  # for the name of its new folder
+    problem: str
+
+
+class Resumed(NamedTuple):
+    """How a run begins."""
+
+    state: TrainState | None  # None: it begins anew
+    start: int  # updates made
+    rows: int | None  # of metrics.jsonl that the checkpoint counted; None if the run begins anew
+    data: Data  # the training examples
+    accepted: list[dict[str, Any]]  # accepted changes of the trajectory: step, texts, hash of the config before
+    notes: list[str]  # lines to show
+
+
+@dataclasses.dataclass
+class Resume:
+    """Looks for the newest good checkpoint of a run in its workdir. All processes call it together.
+
+    A damaged checkpoint, or one of another run, is passed over, and moved aside once a good one was found.
+    """
+
+    program: Program
+    store: Store
+    workdir: Workdir
+    data: Data
+    accept_changes: bool = False
+    from_step: int | None = None
+
+    def newest(self) -> Resumed:
+        """The state of the newest good checkpoint; raises `UserError` if there are checkpoints, but no good one."""
+        steps = json.loads(distributed.gather("checkpoints", json.dumps(self.store.steps()))[0])
+        kept, notes = self._kept()
+        candidates = [s for s in reversed(steps) if self.from_step is None or s <= self.from_step]
+        if self.from_step is not None and self.from_step not in steps:
+            known = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+            raise UserError(f"--from-step is {self.from_step}, which is no checkpoint; {known}")
+        passed: list[tuple[int, str, str]] = [
+            (s, "later", "it is later than --from-step") for s in steps if s not in candidates
+        ]
+        bad: list[str] = []
+        for step in candidates:
+            metadata, problem = self._attempt(lambda step=step: self._judged(step, kept))
+            if metadata is not None and not problem:
+                changed = self._changes(metadata)
+                state, problem = self._attempt(lambda step=step, m=metadata, c=changed: self._state(step, m, bool(c)))
+                if state is not None and not problem:
+                    return self._resumed(state, metadata, changed, notes, passed)
+            bad.append(f"{step}: {problem}")
+            passed.append(_Passed(step, "unused", problem))
+        if bad:
+            none = f"no checkpoint of workdir {self.workdir.path} can be used, and all are kept as they are"
+            raise UserError(f"{none}: {listed(bad)}; mend them, or choose another --workdir to begin anew")
+        return Resumed(None, 0, None, self.data, [], notes)
+
+    def _kept(self) -> tuple[Mapping[str, Any] | None, list[str]]:
+        """The JSON of the run kept in the workdir, and a note if it is damaged or lost."""
+        try:
+            kept, problem = self.workdir.kept(), "config.json is missing"
+        except DamagedError as error:
+            kept, problem = None, str(error)
+        lost = kept is None and bool(self.store.steps())
+        return kept, [f"note: {problem}; it is written again from the checkpoint and the command"] if lost else []
+
+    def _attempt(self, read: Any) -> tuple[Any, str]:
+        """The result of `read` and "", or None and the first problem that a process found."""
+        result, problem = None, ""
+        try:
+            result = read()
+        except (DamagedError, FileNotFoundError) as error:
+            problem = str(error)
+        return result, next(filter(None, distributed.gather("a checkpoint", problem)), "")
+
+    def _judged(self, step: int, kept: Mapping[str, Any] | None) -> Metadata:
+        """The metadata of a step; raises `DamagedError` if it does not belong to this run."""
+        metadata = self.store.metadata(step)
+        if kept is not None and not self.accept_changes:
+            theirs, ours = (set(self._trajectory_changes(c)) for c in (metadata.config, kept))
+            known = {entry.get("config") for entry in self.workdir.accepted() if isinstance(entry, dict)}
+            if theirs != ours and _hash(metadata.config) not in known:
+                raise DamagedError(f"it belongs to another run: {listed(sorted(theirs - ours or ours - theirs))}")
+        if not self.accept_changes and (problem := _data_difference(metadata.data, self.data)):
+            raise DamagedError(f"it was trained on other examples: {problem} (--accept-changes goes on with these)")
+        return metadata
+
+    def _trajectory_changes(self, kept: Mapping[str, Any]) -> list[str]:
+        return [change.text for change in config.changes(kept, self.program.run) if not change.harmless]
+
+    def _changes(self, metadata: Metadata) -> list[str]:
+        """The accepted changes of the trajectory; raises `UserError` if there are any that nobody accepted."""
+        with distributed.collective_errors("the changes"):
+            changed = self._trajectory_changes(metadata.config)
+            labels = {p.path: (p.label, p.weight_decay) for p in self.program.param_table.rows}
+            for path, (label, decay) in labels.items():
+                old = tuple(metadata.params.get(path, (label, decay)))
+                if old != (label, decay):
+                    changed.append(f"{path} was labelled {old[0]} (weight decay {old[1]}), is {label} ({decay})")
+            if problem := _data_difference(metadata.data, self.data):
+                changed.append(f"the training examples: {problem}")
+            if changed and not self.accept_changes:
+                go_on = f"go on with these settings from step {metadata.step} with --accept-changes"
+                other = self.workdir.other_settings(self.program.run, changed)
+                raise UserError(f"{other}; choose another --workdir, or {go_on}")
+            return changed
+
+    def _state(self, step: int, metadata: Metadata, changed: bool) -> TrainState:
+        """The state of a step; of a changed run, with fresh arrays where the saved ones do not fit."""
+        like = self.program.state
+        here = leaves_of(like)
+        differences = leaf_differences(metadata.leaves, here)
+        if not differences:
+            return self.store.restore(like, step, metadata)
+        fixed = [text for text in differences if text.startswith(("params/", "collections/"))]
+        if fixed or not changed:
+            raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or differences, 8)}")
+        saved = self.store.restore_fitting(like, step, metadata)
+        fresh = self.program.init()
+        state = jax.tree_util.tree_map_with_path(lambda keys, x: saved.get(path_of(keys), x), fresh)
+        if like.ema is not None and not any(path.startswith("ema/") for path in saved):
+            ema = jax.tree.map(lambda e, p: jnp.asarray(p, e.dtype), fresh.ema, state.params)
+            state = state.replace(ema=jax.tree.map(lambda e, x: jax.device_put(e, x.sharding), ema, fresh.ema))
+        return state
+
+    def _resumed(
+        self,
+        state: TrainState,
+        metadata: Metadata,
+        changed: Sequence[str],
+        notes: list[str],
+        passed: Sequence[tuple[int, str, str]],
+    ) -> Resumed:
+        run, start = self.program.run, metadata.step
+        harmless = [change.text for change in config.changes(metadata.config, run) if change.harmless]
+        notes += [f"note: since the checkpoint, {text} (harmless)" for text in harmless]
+        notes += [
+            f"note: since the checkpoint, {text}; the numbers may differ in their last bits"
+            for text in version_changes(metadata)
+        ]
+        notes += [f"note: accepted from step {start} on: {text}" for text in changed]
+        if distributed.is_primary():
+            for step, reason, problem in passed:
+                place = self.store.set_aside(step, reason)
+                notes.append(f"note: checkpoint {step} is not used and was moved to {place}: {problem}")
+        accepted = [entry for entry in self.workdir.accepted() if entry.get("step", 0) <= start]
+        if changed:
+            accepted.append({"step": start, "changes": list(changed), "config": _hash(metadata.config)})
+        done = " (finished: nothing is left to do)" if start >= run.total_steps else ""
+        return Resumed(state, start, metadata.rows, self.data, accepted, [*notes, f"resumed from step {start}{done}"])
+
+
+def describe_data(source: RandomAccessSource) -> Data:
+    """Number and fingerprint of the training examples."""
+    return Data(len(source), fingerprint(source))
+
+
+def _data_difference(there: Data, here: Data) -> str:
+    if there.examples != here.examples:
+        return f"{there.examples:,} then, {here.examples:,} now"
+    if None not in (there.fingerprint, here.fingerprint) and there.fingerprint != here.fingerprint:
+        return "as many as then, but with other content"
+    return ""
+
+
+def _hash(kept: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in kept.items() if key != "$accepted"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
