@@ -3,76 +3,200 @@
 `metrics.jsonl` is a function of config and seed, so that `cmp` can compare two runs; `timing.jsonl` has measured times.
 """
 
-import json
 import math
-import os
+import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from typing import Literal
 
-from tensorboardX import SummaryWriter
-
-from trainer.errors import UserError
-from trainer.files import Folder
+from trainer.errors import HostError, UserError
+from trainer.files import Folder, host_error
+from trainer.observe import mark as marks
+from trainer.observe.events import Events, event_files, shown_values
+from trainer.observe.mark import Mark
+from trainer.observe.row_file import RowFile
+from trainer.observe.rows import Row, contents
+from trainer.observe.rows import read_rows as read_rows
 from trainer.workdir import Mirror
 
 _FILES = ("metrics.jsonl", "timing.jsonl")
 
+Values = Mapping[str, float | Sequence[str]]
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError, ValueError, AttributeError):  # it may be full, closed or absent
+        print(text, file=sys.stderr, flush=True)
+
 
 class MetricsLog:
-    """The metrics files of a workdir, which hold one row for each logged step.
+    """The metrics files of a workdir, which hold one or more rows for each logged step.
 
-    Files in a bucket cannot be appended to: there they are copies, renewed by `sync` and `close`.
+    An error of the disk never reaches the caller as it is. For `metrics.jsonl` it is `HostError` or, as for all else, a
+    line to `report`: the rows stay in memory, and each `sync` tries again. Files in a bucket cannot be appended to:
+    there they are copies, renewed by `sync` and `close`.
     """
 
-    def __init__(self, workdir: Folder, after_step: int) -> None:
-        """Continues the files after `after_step`, and drops later rows, whose steps a killed run logged."""
-        self._mirror = Mirror(workdir)
-        folder = self._mirror.folder
-        for name in _FILES:
-            if folder != workdir and (workdir / name).exists():
-                (folder / name).write_text((workdir / name).read_text())
-            _truncate(folder / name, after_step)
-        for old in (workdir / "tensorboard").glob("events.out.tfevents.*"):
-            old.unlink()
-        self._files = [(folder / name).open("a") for name in _FILES]
-        self._events = SummaryWriter(str(folder / "tensorboard"))
-        rows, timings = (list(read_rows(folder / name)) for name in _FILES)
-        times = {row["step"]: row["time"] for row in timings}
-        for row in (*rows, *timings):
-            self._add_events(row, times.get(row["step"]))
+    def __init__(
+        self,
+        workdir: Folder,
+        after_step: int,
+        *,
+        rows: int | None = None,
+        on_error: Literal["stop", "continue"] = "stop",
+        report: Callable[[str], None] = _to_stderr,
+    ) -> None:
+        """Continues the files after `after_step`, and drops later rows, whose steps a killed run logged.
 
-    def write(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
-        """Adds the row of a step to each file; JSON has no NaN, so a value that is not finite is null there."""
+        Args:
+          workdir: a folder that is there, or a path in a bucket.
+          after_step: the step of the checkpoint; 0 for a new run.
+          rows: how many rows there were when it was saved; if there are fewer now, `report` is told.
+          on_error: whether a row of `metrics.jsonl` that cannot be written raises `HostError` or waits in memory.
+          report: shows one line.
+        """
+        self._mirror, self._report = Mirror(workdir), report
+        folder, is_fatal = self._mirror.folder, on_error == "stop"
+        self._folder = folder / "tensorboard"
+        self._metrics, self._timing = (RowFile(folder / name, after_step, report) for name in _FILES)
+        until = "kept in memory until a save can write them"
+        self._metrics_outage = _Outage(self._metrics.file, f"its rows are {until}", report, is_fatal=is_fatal)
+        self._timing_outage = _Outage(self._timing.file, f"its rows are {until}", report)
+        self._events_outage = _Outage(self._folder, "events are not written until a save can write them", report)
+        self._copy_outage = _Outage(workdir, "the metrics are copied there at the next save", report, is_fatal=is_fatal)
+        if folder != workdir:
+            self._copy_outage.attempt(lambda: self._fetch(workdir))
+        self._mark = marks.read_mark(self._folder)
+        known = self._mark or Mark()
+        self._metrics_outage.attempt(lambda: self._metrics.open(known.metrics))
+        self._timing_outage.attempt(lambda: self._timing.open(known.timing))
+        self._report_hole(rows, after_step, known)
+        self._continue_events(workdir / "tensorboard", after_step)
+        self._write_mark()
+
+    @property
+    def count(self) -> int:
+        """How many rows `metrics.jsonl` has, with those that wait in memory."""
+        return self._metrics.count
+
+    def has_evaluation(self, step: int, prefix: str) -> bool:
+        """Whether a row of `step` has a value whose name begins with `prefix`."""
+        rows = self._metrics.rows_from(step)
+        return any(row["step"] == step and any(name.startswith(prefix) for name in row) for row in rows)
+
+    def write(self, step: int, values: Values, timing: Values) -> None:
+        """Adds a row of a step to each file; JSON has no NaN, so a value that is not finite is null there.
+
+        A step may have several rows, and later steps follow. Raises `HostError`, see `on_error`.
+        """
         now = time.time()
-        for file, row in zip(self._files, (values, {"time": now, **timing}), strict=True):
-            line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in row.items()}}
-            file.write(json.dumps(line) + "\n")
-            file.flush()  # a killed process loses no row
-            self._add_events(line, now)
-
-    def _add_events(self, row: dict[str, Any], seconds: float | None) -> None:
-        for name, value in row.items():
-            if name not in ("step", "time") and value is not None:
-                self._events.add_scalar(name, value, row["step"], walltime=seconds)
+        row, times = _finite(values), {"time": now, **_finite(timing)}
+        self._metrics.append(step, row)
+        self._timing.append(step, times)
+        for file, outage in ((self._metrics, self._metrics_outage), (self._timing, self._timing_outage)):
+            if outage.is_fatal or not outage.is_on:
+                outage.attempt(file.flush)  # a killed process loses no row
+        if self._events.is_open and self._events_outage.attempt(lambda: self._add(step, row, times)):
+            self._in_events = self._metrics.size
 
     def sync(self) -> None:
-        """Puts all rows on disk, so that no checkpoint saved afterwards outlives its metrics."""
-        for file in self._files:
-            os.fsync(file.fileno())
-        self._events.flush()
-        self._mirror.push()
+        """Puts all rows on disk, so that no checkpoint saved afterwards outlives its metrics; raises `HostError`."""
+        self._sync_files()
+        self._copy_outage.attempt(self._mirror.push)
 
     def close(self) -> None:
-        """Writes out and closes every file."""
-        for file in (*self._files, self._events):
+        """Writes out and closes every file; an error is shown only, as there is nothing left to stop."""
+        was_on = self._metrics_outage.is_on
+        try:
+            self._sync_files()
+            self._copy_outage.attempt(self._mirror.close)
+        except HostError as error:
+            if not was_on:  # else it was raised before
+                self._report(f"warning: {error}")
+        if self._metrics_outage.is_on and not self._metrics_outage.is_fatal:
+            self._report(f"warning: {self._metrics.file} lacks the last rows; the next launch repeats their steps")
+        for file in (self._metrics, self._timing, self._events):
             file.close()
-        self._mirror.close()
+
+    def _sync_files(self) -> None:
+        try:
+            self._metrics_outage.attempt(self._metrics.sync)
+        finally:
+            self._timing_outage.attempt(self._timing.sync)
+        if not self._events.is_open and not self._metrics_outage.is_on:
+            self._events_outage.attempt(self._begin_events)
+        if self._events.is_open and self._events_outage.attempt(self._events.sync):
+            events = self._events
+            self._mark = Mark(in_events=self._in_events, files=events.files, newest=events.name)
+            self._mark = self._mark._replace(newest_size=events.size)
+        self._write_mark()
+
+    def _write_mark(self) -> None:
+        if self._folder.is_dir() and not self._folder.is_symlink():
+            mark = (self._mark or Mark())._replace(metrics=self._metrics.synced, timing=self._timing.synced)
+            marks.write_mark(self._folder, mark._replace(in_events=min(mark.in_events, mark.metrics.size)))
+
+    def _fetch(self, workdir: Folder) -> None:
+        for name in (*_FILES, f"tensorboard/{marks.NAME}"):
+            if (workdir / name).exists():
+                (self._mirror.folder / name).parent.mkdir(exist_ok=True)
+                (self._mirror.folder / name).write_bytes((workdir / name).read_bytes())
+
+    def _report_hole(self, rows: int | None, after_step: int, known: Mark) -> None:
+        if rows is None:
+            rows = known.metrics.rows if known.metrics.step <= after_step else 0
+        if self.count < rows and not self._metrics_outage.is_on:
+            missing = f"{rows - self.count:,} of the {rows:,} rows up to step {after_step}"
+            self._report(f"warning: {missing} are missing in {self._metrics.file}; the run goes on without them")
+
+    def _continue_events(self, place: Folder, after_step: int) -> None:
+        """Begins an event file with what the earlier ones lack; the mark tells how far they are complete."""
+        mark, names, shown = self._mark, event_files(place), None
+        self._events = Events(self._folder, names)
+        if mark is not None and mark.files <= len(names) and mark.newest in names and not self._metrics_outage.is_on:
+            shown = _shown_since(place, names, mark)
+        if mark is None or shown is None:  # nobody knows what the files have: readers drop it, all rows are added
+            self._mark, self._shown, self._in_events = None, set(), 0
+            self._purge_from = 0 if names else None
+        else:
+            # A damaged metrics.jsonl may have lost rows that the event files still have.
+            in_events = mark.in_events if self._metrics.is_intact else self._metrics.size
+            self._shown, self._in_events, self._purge_from = shown, min(in_events, self._metrics.size), after_step + 1
+        if not self._metrics_outage.is_on:
+            self._events_outage.attempt(self._begin_events)
+        if self._mark is None:
+            self._mark = Mark(files=self._events.files, newest=self._events.name)
+
+    def _begin_events(self) -> None:
+        """Begins an event file with all rows that no other has."""
+        self._events.begin(self._purge_from)
+        rows = self._metrics.rows_since(self._in_events)
+        timings: dict[int, list[Row]] = defaultdict(list)
+        for timing in self._timing.rows_from(rows[0]["step"]) if rows else ():
+            timings[timing["step"]].append(timing)
+        try:
+            for row in rows:
+                step, times = row["step"], timings[row["step"]]
+                timing = times.pop(0) if times else {}
+                row, timing = ({k: v for k, v in x.items() if (k, step) not in self._shown} for x in (row, timing))
+                self._add(step, row, timing)
+        except OSError:
+            self._events.discard()
+            raise
+        self._purge_from, self._in_events, self._shown = None, self._metrics.size, set()
+
+    def _add(self, step: int, row: Row, timing: Row) -> None:
+        values = {name: value for name, value in {**row, **timing}.items() if name not in ("step", "time")}
+        self._events.add_scalars(step, values, timing.get("time") or time.time())
 
 
 class NoLog:
     """The log of a process that writes no metrics."""
+
+    count = 0
 
     def write(self, *_: object) -> None:
         """Writes nothing."""
@@ -80,26 +204,41 @@ class NoLog:
     sync = close = write
 
 
-def read_rows(file: Folder) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; skips an incomplete last line, and raises `UserError` for any other bad line."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    for number, line in enumerate(lines, 1):
+class _Outage:
+    """Turns the errors of one writer into one line for each outage, or into `HostError`."""
+
+    def __init__(
+        self, place: PathLike[str], meanwhile: str, report: Callable[[str], None], *, is_fatal: bool = False
+    ) -> None:
+        self._place, self._meanwhile, self._report = place, meanwhile, report
+        self.is_fatal, self.is_on = is_fatal, False
+
+    def attempt(self, action: Callable[[], object]) -> bool:
+        """Whether an action that may raise `OSError` succeeds."""
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{file}, line {number}, is not valid JSON: {error}") from error
-            return  # a killed run left it
-        if not isinstance(row, dict) or "step" not in row:
-            raise UserError(f"{file}, line {number}, is not a row of metrics")
-        yield row
+            action()
+        except OSError as error:
+            was_on, self.is_on = self.is_on, True
+            if self.is_fatal:
+                raise host_error(self._place, error) from error
+            if not was_on:
+                self._report(f"warning: {self._place}: {error.strerror or error}; {self._meanwhile}")
+            return False
+        if self.is_on:
+            self.is_on = False
+            self._report(f"note: {self._place}: written again, and nothing is missing")
+        return True
 
 
-def _truncate(file: Path, after_step: int) -> None:
-    kept = [json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= after_step]
-    replacement = file.with_suffix(".tmp")
-    with replacement.open("w") as output:
-        output.writelines(kept)
-        output.flush()
-        os.fsync(output.fileno())
-    replacement.replace(file)
+def _finite(values: Values) -> Row:
+    """The values as strict JSON allows them: null for NaN and for infinities."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _shown_since(place: Folder, names: Sequence[str], mark: Mark) -> set[tuple[str, int]] | None:
+    """The (tag, step) of values that the event files got after a mark; None if the file of the mark is not whole."""
+    try:
+        data = [contents(place / name) for name in names if name >= mark.newest]
+    except (FileNotFoundError, HostError, UserError):
+        return None
+    return shown_values([data[0][mark.newest_size :], *data[1:]]) if len(data[0]) >= mark.newest_size else None
