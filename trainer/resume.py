@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from trainer import config, distributed
 from trainer.checkpoint import Data, Metadata, Store, leaf_differences, leaves_of, version_changes
+from trainer.checkpoint.reading import restore_fitting
 from trainer.data import fingerprint
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
@@ -138,7 +139,7 @@ class Resume:
         fixed = [text for text in differences if text.startswith(("params/", "collections/"))]
         if fixed or not changed:
             raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or differences, 8)}")
-        saved = self.store.restore_fitting(like, step, metadata)
+        saved = restore_fitting(self.store.path(step), like, metadata)
         fresh = self.program.init()
         state = jax.tree_util.tree_map_with_path(lambda keys, x: saved.get(path_of(keys), x), fresh)
         if like.ema is not None and not any(path.startswith("ema/") for path in saved):

@@ -11,6 +11,7 @@ import pytest
 
 from trainer import config
 from trainer.checkpoint import Data, Metadata, Store
+from trainer.checkpoint.reading import restore_fitting, verify
 from trainer.checkpoint.store import scores
 from trainer.errors import HostError, UserError
 from trainer.files import DamagedError
@@ -145,8 +146,11 @@ def test_a_flipped_bit_of_any_file_is_noticed_or_changes_nothing(store, tmp_path
                 jax.tree.map(np.testing.assert_array_equal, store.restore(saved, 5), saved)
             except DamagedError as error:
                 noticed += str(place) in str(error)
+                with pytest.raises(DamagedError):
+                    verify(place)
             file.write_bytes(whole[file])
     assert noticed > 20
+    assert verify(place) == (3, 2 * 600 * 4 + 4)
     jax.tree.map(np.testing.assert_array_equal, store.restore(saved, 5), saved)
 
 
@@ -228,7 +232,7 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(store, step, mess
 def test_arrays_that_fit_are_restored_and_others_left_out(store):
     save(store, 3)
     like = state(3, w=jnp.zeros(3, jnp.bfloat16), b=jnp.zeros((2, 5)), new=jnp.zeros(1))
-    found = store.restore_fitting(like, 3, store.metadata(3))
+    found = restore_fitting(store.path(3), like, store.metadata(3))
     assert sorted(found) == ["opt_state/scaling/mu/w", "params/w", "step"]
     assert found["params/w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(found["opt_state/scaling/mu/w"], np.float32), np.full(3, 1.5))

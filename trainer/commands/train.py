@@ -26,7 +26,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     trial = "only try 3 steps, an evaluation of two batches, a save and a restore; needs no workdir and keeps nothing"
     profile = "also write a profile of these steps to WORKDIR/profile/, per process"
     parser.add_argument("--dry-run", action="store_true", help=trial)
+    accept = "go on from the checkpoint although settings that change the updates differ from those of the run there"
+    earlier = "go on from this checkpoint; later ones are moved aside"
     parser.add_argument("--profile", metavar="FIRST:LAST", help=profile)
+    parser.add_argument("--accept-changes", action="store_true", help=accept)
+    parser.add_argument("--from-step", metavar="STEP", type=int, help=earlier)
     add_group_options(parser)
     parser.set_defaults(preemptible=True)
 
@@ -45,7 +49,13 @@ def main(arguments: Arguments) -> int:
             print(_dry_run(arguments.run), end="")
             return 0
         path = arguments.required_workdir().path
-        train(arguments.run, path, profile=_steps(options.profile) if options.profile else None)
+        train(
+            arguments.run,
+            path,
+            profile=_steps(options.profile) if options.profile else None,
+            accept_changes=options.accept_changes,
+            from_step=options.from_step,
+        )
     except DivergedError as error:
         if is_primary():
             print(f"error: {error}", file=sys.stderr)

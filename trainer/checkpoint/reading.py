@@ -1,0 +1,186 @@
+"""Reading a checkpoint: what may pass is tried again, and what is damaged is told from what is away."""
+
+import errno
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from trainer.checkpoint.checksum import check_state, checksum_on_host
+from trainer.checkpoint.metadata import Metadata, from_json, leaves_of
+from trainer.errors import HostError
+from trainer.files import DamagedError, Folder, read_json
+from trainer.rules import path_of
+from trainer.state import TrainState
+
+ARRAYS = ocp.PyTreeCheckpointHandler(use_compression=False)  # which saves 8 % of noise, at twice the time
+_WAITS = (0.2, 1.0, 3.0)  # seconds before a read is tried again that failed for a reason that may pass
+# Causes that TensorStore and Orbax report as text, of which none means that a file is damaged.
+_PASSING = re.compile(
+    "permission.denied|unavailable|deadline.exceeded|resource.exhausted|no space left|input/output error|stale file"
+    "|not connected|too many open files|cannot allocate|quota|timed? ?out|read-only file system",
+    re.IGNORECASE,
+)
+
+
+def read_metadata(place: Folder) -> Metadata:
+    """The metadata of the checkpoint in the folder `place`, whose name is its step.
+
+    Raises `DamagedError` if they are damaged or those of another step, `HostError` if they cannot be read now, and
+    `FileNotFoundError` if the checkpoint is gone.
+    """
+    file = place / "metadata" / "metadata"
+    try:
+        metadata = from_json(_retry(lambda: read_json(file), place))
+    except DamagedError as error:
+        raise DamagedError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
+    if str(metadata.step) != place.name:
+        raise DamagedError(f"{place} holds the checkpoint of step {metadata.step}")
+    return metadata
+
+
+def restore(place: Folder, like: TrainState, metadata: Metadata) -> TrainState:
+    """The state in `place`, sharded as `like` (arrays or `jax.ShapeDtypeStruct`), once its checksums were compared.
+
+    The leaves must be those of the metadata: compare them first. Errors are those of `read_metadata`.
+    """
+
+    def read() -> TrainState:
+        if leaves_of(_tree(place)) != dict(metadata.leaves):
+            raise DamagedError(f"{place} holds other arrays than its metadata say")
+        return _read(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), place)
+
+    state = _retry(read, place)
+    _compare(_checksums(dict(zip(metadata.leaves, jax.tree.leaves(state), strict=True))), metadata, place)
+    return state
+
+
+def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict[str, jax.Array]:
+    """The saved arrays that fit `like`, by path: those of the same shape, cast to its dtype if both are floating.
+
+    Their checksums were compared. Errors are those of `read_metadata`.
+    """
+    wanted = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(like)}
+
+    def abstract(keys: Any, leaf: Any) -> Any:
+        target = wanted.get(path := path_of(keys))
+        saved = metadata.leaves[path]
+        floating = jnp.issubdtype(saved.dtype, jnp.floating)
+        if target is None or saved.shape != tuple(target.shape):
+            return ocp.PLACEHOLDER
+        if saved.dtype != str(target.dtype) and not (floating and jnp.issubdtype(target.dtype, jnp.floating)):
+            return ocp.PLACEHOLDER
+        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
+
+    tree = jax.tree_util.tree_map_with_path(abstract, _tree(place), is_leaf=_is_leaf)
+    restored = _retry(lambda: _read(tree, place), place)
+    leaves = jax.tree_util.tree_leaves_with_path(restored)
+    found = {path_of(keys): leaf for keys, leaf in leaves if leaf is not ocp.PLACEHOLDER}
+    _compare(_checksums(found), metadata, place)
+    return {path: jnp.asarray(x, wanted[path].dtype) for path, x in found.items()}
+
+
+def verify(place: Folder) -> tuple[int, int]:
+    """The number of arrays of a checkpoint and their bytes, once each was read into memory and its checksum compared.
+
+    It needs no model. Errors are those of `read_metadata`.
+    """
+    metadata = read_metadata(place)
+
+    on_host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+    def abstract(keys: Any, _: Any) -> jax.ShapeDtypeStruct:
+        leaf = metadata.leaves[path_of(keys)]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host)
+
+    def read() -> dict[str, np.ndarray]:
+        tree = jax.tree_util.tree_map_with_path(abstract, _tree(place), is_leaf=_is_leaf)
+        leaves = jax.tree_util.tree_leaves_with_path(_read(tree, place))
+        return {path_of(keys): np.asarray(x) for keys, x in leaves}
+
+    arrays = _retry(read, place)
+    if leaves_of(arrays) != dict(metadata.leaves):
+        raise DamagedError(f"{place} holds other arrays than its metadata say")
+    _compare({path: checksum_on_host(x) for path, x in arrays.items()}, metadata, place)
+    return len(arrays), sum(x.nbytes for x in arrays.values())
+
+
+def _compare(sums: Mapping[str, int], metadata: Metadata, place: Folder) -> None:
+    if damaged := [path for path, here in sums.items() if metadata.checksums[path] != here]:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise DamagedError(f"{place} is damaged: the checksum of {', '.join(damaged[:3])}{more} differs")
+
+
+def _tree(place: Folder) -> Any:
+    """The arrays of a checkpoint as Orbax's own metadata describe them, a tree of nested dicts."""
+    return ARRAYS.metadata(epath.Path(place / "state")).tree
+
+
+def _read(like: Any, place: Folder) -> Any:
+    """The arrays as they are on disk.
+
+    Not through Orbax's checkpointer: at its end the processes wait for each other, and would wait for ever for one
+    that cannot read.
+    """
+    if not isinstance(sys.unraisablehook, _DropLateReadErrors):  # before a read can fail
+        sys.unraisablehook = _DropLateReadErrors(sys.unraisablehook)
+    arguments = ocp.checkpoint_utils.construct_restore_args(like)
+    return ARRAYS.restore(epath.Path(place / "state"), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
+
+
+def _retry(read: Callable[[], Any], place: Folder) -> Any:
+    """The result of `read`, which is tried again after an error that may pass."""
+    for wait in (*_WAITS, None):
+        try:
+            return read()
+        except (HostError, DamagedError, FileNotFoundError) as error:
+            if wait is None or not isinstance(error, HostError):
+                raise
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
+            if not place.exists():
+                raise FileNotFoundError(errno.ENOENT, "No such checkpoint", str(place)) from error
+            if not _may_pass(error):
+                kind = type(error).__name__
+                raise DamagedError(f"{place} cannot be read: {kind}: {cause(error)}") from error
+            if wait is None:
+                raise HostError(f"{place} cannot be read now: {cause(error)}; it is kept") from error
+        time.sleep(wait)
+    raise AssertionError("the last wait is None")
+
+
+def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    _, sums = jax.device_get(check_state(list(arrays.values())))
+    return dict(zip(arrays, map(int, sums), strict=True))
+
+
+def _is_leaf(x: Any) -> bool:
+    return hasattr(x, "dtype")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error says nothing about the content of a file: a permission, a network, a disk."""
+    passing = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOSPC, errno.EMFILE)
+    return getattr(error, "errno", None) in passing or _PASSING.search(str(error)) is not None
+
+
+def cause(error: BaseException) -> str:
+    """The message of an error in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+class _DropLateReadErrors:
+    """Drops errors of TensorStore reads that end after an earlier read failed and Orbax closed their event loop."""
+
+    def __init__(self, report: Callable[[Any], Any]) -> None:
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._report(unraisable)
