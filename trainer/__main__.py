@@ -10,10 +10,16 @@ from types import FrameType
 from typing import NoReturn
 
 from trainer.commands import run
+from trainer.errors import HostError
+from trainer.observe.output import make_safe
+
+# Commands that go on when nobody can read what they print.
+_TRAINING = ("train", "rehearse")
 
 
 def main() -> None:
     """Runs the command in `sys.argv` and exits with its code."""
+    make_safe(is_needed=sys.argv[1:2] not in [[name] for name in _TRAINING])
     if sys.argv[1:2] != ["prepare"]:  # `prepare` needs KeyboardInterrupt to remove its partial files
         signal.signal(signal.SIGINT, _exit_at_once)  # until training begins: `distributed.Preemption` replaces it
     devices = [path for name in ("accel*", "vfio/[0-9]*", "nvidia*", "kfd") for path in Path("/dev").glob(name)]
@@ -25,9 +31,10 @@ def main() -> None:
 
 def _exit_at_once(signum: int, _: FrameType | None) -> NoReturn:
     """Ends the process: JAX would swallow a KeyboardInterrupt in one of its callbacks, and the command would go on."""
-    with suppress(RuntimeError):  # the signal may have come in the middle of a print
+    with suppress(RuntimeError, OSError, HostError):  # in the middle of a print, or nobody reads it
         sys.stdout.flush()
-    os.write(2, b"\ninterrupted\n")
+    with suppress(OSError):
+        os.write(2, b"\ninterrupted\n")
     os._exit(128 + signum)
 
 

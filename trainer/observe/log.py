@@ -177,11 +177,12 @@ class MetricsLog:
         timings: dict[int, list[Row]] = defaultdict(list)
         for timing in self._timing.rows_from(rows[0]["step"]) if rows else ():
             timings[timing["step"]].append(timing)
+        # The rows are the last ones of their steps, so each has the last timing of its step that is left.
+        pairs = [(row, timings[row["step"]].pop() if timings[row["step"]] else {}) for row in reversed(rows)]
         try:
-            for row in rows:
-                step, times = row["step"], timings[row["step"]]
-                timing = times.pop(0) if times else {}
-                row, timing = ({k: v for k, v in x.items() if (k, step) not in self._shown} for x in (row, timing))
+            for pair in reversed(pairs):
+                step = pair[0]["step"]
+                row, timing = ({k: v for k, v in x.items() if (k, step) not in self._shown} for x in pair)
                 self._add(step, row, timing)
         except OSError:
             self._events.discard()
