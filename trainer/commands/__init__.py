@@ -7,7 +7,6 @@ processes read the config, it has `start(options, overrides)` instead. It import
 import argparse
 import importlib
 import logging
-import os
 import shlex
 import sys
 import traceback
@@ -33,11 +32,13 @@ def run(argv: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 for a mistake of the user, 3 for a fault of the machine."""
     try:
         code = _run(argv)
-        sys.stdout.flush()  # here, where a closed pipe is expected
+        sys.stdout.flush()  # here, where a closed pipe and a full file are expected
         return code
     except BrokenPipeError:  # `… | head` closed our output, so nobody reads an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except HostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
 
 
 def _run(argv: list[str]) -> int:
