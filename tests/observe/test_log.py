@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import random
 import statistics
-import struct
 import time
-from collections import Counter
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
+from tests.observe.event_reader import shown
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
-from trainer.errors import UserError
+from trainer.errors import HostError, UserError
 from trainer.loop import train
 from trainer.observe.log import MetricsLog, read_rows
 from trainer.observe.progress import Progress
@@ -31,12 +31,19 @@ def values(step: int) -> dict[str, float]:
 
 
 def write(workdir: Path, steps: range, after_step: int = 0) -> None:
-    with closing(MetricsLog(workdir, after_step)) as log:
+    with closing(MetricsLog(workdir, after_step, report=refuse_report)) as log:
         for step in steps:
             log.write(step, values(step), {"examples_per_second": 100.0 + step})
-    # Event files are named by the second: within one, the next would overwrite this one by accident.
-    for file in (workdir / "tensorboard").glob("events.out.tfevents.*"):
-        file.rename(file.with_name(f"events.out.tfevents.{file.stat().st_ino}.earlier"))
+
+
+def refuse_report(text: str) -> None:
+    raise AssertionError(f"nothing is wrong, but the log says: {text}")
+
+
+def kill(log: MetricsLog) -> None:
+    """Leaves the files as the death of the process would: nothing is written any more."""
+    for file in (log._metrics, log._timing, log._events):
+        file.close()
 
 
 def rows(workdir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -49,18 +56,8 @@ def rows(workdir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def events(workdir: Path) -> dict[tuple[str, int], float]:
-    """(tag, step) → value over all event files, which are TFRecords: length, checksum, an Event, checksum."""
-    found: list[tuple[tuple[str, int], float]] = []
-    for file in (workdir / "tensorboard").iterdir():
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack_from("<Q", data)
-            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyrefly: ignore[missing-attribute] - made at import
-            found += [((value.tag, event.step), value.simple_value) for value in event.summary.value]
-            data = data[12 + length + 4 :]
-    counts = Counter(key for key, _ in found)
-    assert set(counts.values()) <= {1}, f"more than once: {[key for key, count in counts.items() if count > 1]}"
-    return dict(found)
+    """(tag, step) → value, as TensorBoard shows them; no step is there twice."""
+    return shown(workdir / "tensorboard")
 
 
 def expected_events(steps: range) -> dict[tuple[str, int], float]:
@@ -158,17 +155,6 @@ def test_a_whole_last_line_that_lacks_only_its_end_is_kept_apart_from_the_next(t
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
-def test_a_broken_line_in_the_middle_is_refused_by_file_and_number_and_left_as_it_is(tmp_path, name):
-    write(tmp_path, range(1, 6))
-    lines = (tmp_path / name).read_text().splitlines(keepends=True)
-    lines[2] = lines[2][:9] + "\n"
-    (tmp_path / name).write_text("".join(lines))
-    with pytest.raises(UserError, match=f"{name}, line 3, is not valid JSON"):
-        MetricsLog(tmp_path, 5)
-    assert (tmp_path / name).read_text() == "".join(lines)
-
-
 def test_values_that_are_not_finite_are_null_in_strict_json_and_absent_from_tensorboard(tmp_path):
     with closing(MetricsLog(tmp_path, 0)) as log:
         log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5}, {"examples_per_second": math.inf})
@@ -197,6 +183,257 @@ def test_what_another_program_put_into_the_tensorboard_folder_stays(tmp_path):
 
 def test_a_file_that_is_not_there_has_no_rows(tmp_path):
     assert list(read_rows(tmp_path / "metrics.jsonl")) == []
+
+
+BAD_LINES = {
+    "cut": (b'{"step": 3, "tr', "is not valid JSON"),
+    "binary": (b"\xff\xfe\x00\x01\x80", "is not text"),
+    "nested": (b'{"step": 3, "a": ' + 900 * b"[" + 900 * b"]" + b"}", "is not"),
+    "nested deeper": (90_000 * b"[", "is not valid JSON: it is nested too deep"),
+    "list": (b"[1, 2]", "is not a row of metrics"),
+    "number": (b"7", "is not a row of metrics"),
+    "no step": (b'{"train/loss": 1.0}', "is not a row of metrics"),
+    "a step that is text": (b'{"step": "3"}', "is not a row of metrics"),
+    "objects": (b'{"step": 3, "a": {"b": 1}}', "is not a row of metrics"),
+    "empty": (b"", "is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_reader_of_rows_refuses_a_bad_line_by_file_and_number(tmp_path, bad):
+    write(tmp_path, range(1, 6))
+    line, message = BAD_LINES[bad]
+    lines = (tmp_path / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[2] = line
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError) as refused:
+        list(read_rows(tmp_path / "metrics.jsonl"))
+    assert f"{tmp_path}/metrics.jsonl, line 3, {message}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_launch_keeps_a_damaged_file_aside_and_goes_on_with_its_readable_rows(tmp_path, name, bad):
+    write(tmp_path, range(1, 6))
+    file = tmp_path / name
+    lines = file.read_bytes().split(b"\n")
+    lines[2] = BAD_LINES[bad][0]
+    damaged = b"\n".join(lines)
+    file.write_bytes(damaged)
+    said: list[str] = []
+    with closing(MetricsLog(tmp_path, 4, rows=4, report=said.append)) as log:
+        log.write(5, values(5), {})
+    assert [row["step"] for row in rows(tmp_path, name)] == [1, 2, 4, 5]
+    (aside,) = tmp_path.glob(f"{name}.damaged-*")
+    assert aside.read_bytes() == damaged
+    repaired, *hole = said
+    assert f"{file} is damaged" in repaired
+    assert "line 3" in repaired
+    assert hole == [f"warning: 1 of the 4 rows up to step 4 are missing in {file}; the run goes on without them"] * (
+        name == "metrics.jsonl"
+    )
+    write(tmp_path, range(6, 8), after_step=5)  # and says nothing more
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "link", "fifo", "binary", "empty", "gone"])
+def test_a_launch_goes_on_whatever_is_in_place_of_a_file(tmp_path, name, kind):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("somebody's")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    write(workdir, range(1, 4))
+    file = workdir / name
+    file.unlink()
+    make = {
+        "folder": file.mkdir,
+        "link": lambda: file.symlink_to(elsewhere),
+        "fifo": lambda: os.mkfifo(file),
+        "binary": lambda: file.write_bytes(b"\x80" + random.Random(0).randbytes(10_000)),
+        "empty": file.touch,
+        "gone": lambda: None,
+    }
+    make[kind]()
+    said: list[str] = []
+    with closing(MetricsLog(workdir, 3, rows=3, report=said.append)) as log:
+        log.write(4, values(4), {})
+    assert [row["step"] for row in rows(workdir, name)] == [4]
+    assert elsewhere.read_text() == "somebody's"
+    asides = list(workdir.glob(f"{name}.damaged-*"))
+    assert len(asides) == (kind not in ("empty", "gone"))
+    assert all("\n" not in text and str(file) in text for text in said)
+    assert len(said) == len(asides) + (name == "metrics.jsonl")
+
+
+def test_a_hole_that_the_checkpoint_knows_of_is_said_once_and_the_run_goes_on(tmp_path):
+    write(tmp_path, range(1, 10))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3] + lines[5:]))
+    said: list[str] = []
+    with closing(MetricsLog(tmp_path, 8, rows=8, report=said.append)) as log:
+        assert log.count == 6
+    expected = f"warning: 2 of the 8 rows up to step 8 are missing in {tmp_path}/metrics.jsonl; "
+    assert said == [expected + "the run goes on without them"]
+
+
+def test_rows_are_counted_over_writes_and_launches(tmp_path):
+    for after, start in ((0, 0), (5, 5), (2, 2)):
+        log = MetricsLog(tmp_path, after, report=refuse_report)
+        assert log.count == start
+        for step in range(start + 1, 9):
+            log.write(step, values(step), {})
+        assert log.count == 8
+        log.sync()
+        log.write(9, values(9), {})
+        assert log.count == 9
+        kill(log)
+
+
+def test_an_evaluation_is_a_row_of_its_own_and_survives_a_launch_from_its_step(tmp_path):
+    for kept in (True, False):
+        log = MetricsLog(tmp_path, 0, report=refuse_report)
+        for step in (1, 2):
+            log.write(step, {"train/loss": 1.0}, {})
+        log.sync()
+        assert not log.has_evaluation(2, "test/")
+        if kept:
+            log.write(2, {"test/loss": 2.0}, {})
+            assert log.has_evaluation(2, "test/")
+        log.write(3, {"train/loss": 1.0}, {})
+        kill(log)
+        log = MetricsLog(tmp_path, 2, rows=2, report=refuse_report)
+        assert log.has_evaluation(2, "test/") == kept
+        assert log.has_evaluation(2, "train/")
+        assert not log.has_evaluation(1, "test/")
+        assert log.count == 2 + kept
+        log.close()
+        assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2][: 2 + kept]
+        assert (("test/loss", 2) in events(tmp_path)) == kept
+
+
+def test_a_row_may_hold_texts_which_tensorboard_does_not_get(tmp_path):
+    with closing(MetricsLog(tmp_path, 0)) as log:
+        log.write(3, {"accepted": ["seed was 1, is 2", "…"]}, {})
+    assert list(read_rows(tmp_path / "metrics.jsonl")) == [{"step": 3, "accepted": ["seed was 1, is 2", "…"]}]
+    assert events(tmp_path) == {}
+
+
+def test_kills_at_random_leave_every_file_as_a_run_that_was_not_killed(tmp_path):
+    """Rows at every step, a sync at every 5th and then an evaluation; launches go on from any earlier sync."""
+    rng = random.Random(0)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+
+    def go_on(workdir: Path, start: int, stop: int) -> None:
+        log = MetricsLog(workdir, start, report=refuse_report)
+        if start and not log.has_evaluation(start, "test/"):
+            log.write(start, {"test/loss": start / 3}, {})
+        for step in range(start + 1, stop + 1):
+            log.write(step, {"train/loss": 1 / step}, {"examples_per_second": float(step)})
+            if step % 5 == 0:
+                log.sync()
+                if step != stop or rng.random() < 0.5:
+                    log.write(step, {"test/loss": step / 3}, {})
+        kill(log)
+
+    for workdir in (straight, broken):
+        workdir.mkdir()
+    go_on(straight, 0, 101)
+    reached = 0
+    for _ in range(40):
+        start = max(reached - 5 * rng.randrange(3), 0) // 5 * 5
+        reached = min(start + rng.randrange(1, 20), 100)
+        go_on(broken, start, reached)
+    go_on(broken, 95, 101)
+    assert (broken / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    assert events(broken) == events(straight)
+    assert {step for tag, step in events(broken) if tag == "train/loss"} == set(range(1, 102))
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no mark", "bad mark", "half a mark", "no event file"])
+def test_events_that_are_known_to_be_incomplete_are_made_again_from_the_rows(tmp_path, damage):
+    write(tmp_path, range(1, 10))
+    write(tmp_path, range(10, 15), after_step=9)
+    folder = tmp_path / "tensorboard"
+    mark = folder / ".written.json"
+    first, _ = sorted(folder.glob("events*"))
+    if damage == "no folder":
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    elif damage == "no event file":
+        first.unlink()
+    elif damage == "no mark":
+        mark.unlink()
+    else:
+        mark.write_bytes({"bad mark": b"[[[[1", "half a mark": mark.read_bytes()[:30]}[damage])
+    write(tmp_path, range(15, 20), after_step=14)
+    assert_same_events(events(tmp_path), expected_events(range(1, 20)))
+
+
+def test_a_linked_tensorboard_folder_is_not_followed_and_the_rows_are_written(tmp_path):
+    elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "events.out.tfevents.1234567890.mine").write_text("mine")
+    workdir.mkdir()
+    (workdir / "tensorboard").symlink_to(elsewhere)
+    said: list[str] = []
+    with closing(MetricsLog(workdir, 0, report=said.append)) as log:
+        log.write(1, values(1), {})
+        log.sync()
+        log.write(2, values(2), {})
+    link = f"warning: {workdir}/tensorboard: it is a link, which is not followed; "
+    assert said == [link + "events are not written until a save can write them"]
+    assert [file.read_text() for file in elsewhere.iterdir()] == ["mine"]
+    assert [row["step"] for row in rows(workdir)] == [1, 2]
+
+
+def test_a_launch_does_not_depend_on_the_length_of_the_log(tmp_path):
+    names = [f"train/metric_{i}" for i in range(11)]
+    with closing(MetricsLog(tmp_path, 0)) as log:
+        for step in range(1, 4001):
+            log.write(step, dict.fromkeys(names, step / 7), {"examples_per_second": 100.0})
+        log.sync()
+        for step in range(4001, 4051):
+            log.write(step, dict.fromkeys(names, step / 7), {"examples_per_second": 100.0})
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        log = MetricsLog(tmp_path, 4000, rows=4000, report=refuse_report)
+        seconds.append(time.perf_counter() - start)
+        assert log.count == 4000
+        log.close()
+    assert min(seconds) < 0.05
+
+
+def test_an_error_of_the_event_file_drops_only_its_writer_until_the_next_sync(tmp_path, capsys):
+    with closing(MetricsLog(tmp_path, 0)) as log:
+        for step in range(1, 21):
+            if step == 5:
+                os.close(log._events._descriptor or 0)  # the next write has a bad file descriptor
+            log.write(step, values(step), {"examples_per_second": 100.0 + step})
+            if step in (10, 15):
+                log.sync()
+    assert_same_events(events(tmp_path), expected_events(range(1, 21)))
+    warning, note = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/tensorboard: Bad file descriptor; events are not written until")
+    assert note == f"note: {tmp_path}/tensorboard: written again, and nothing is missing"
+
+
+def test_a_file_that_cannot_be_opened_ends_a_launch_in_one_line_or_not_as_told(tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(HostError, match=r"gone/metrics\.jsonl: No such file or directory"):
+        MetricsLog(gone, 0)
+    said: list[str] = []
+    log = MetricsLog(gone, 0, on_error="continue", report=said.append)
+    for step in range(1, 4):
+        log.write(step, values(step), {})
+    gone.mkdir()
+    log.sync()
+    log.close()
+    assert [row["step"] for row in rows(gone)] == [1, 2, 3]
+    assert [text.partition(": ")[0] for text in said] == ["warning", "warning", "note", "note"]  # for both files
+    assert {step for _, step in events(gone)} == {1, 2, 3}
 
 
 class SlowToRead:

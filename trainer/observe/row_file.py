@@ -184,21 +184,22 @@ class RowFile:
 
     def _repair(self, problem: str) -> None:
         """Puts a file of the readable rows in place of a damaged one, which gets a new name."""
-        kept, number, aside = [], 0, _aside(self.file)
-        for index, line in enumerate(self.file.read_bytes().split(b"\n"), 1):
+        kept, aside = [], _aside(self.file)
+        lines = self.file.read_bytes().removesuffix(b"\n").split(b"\n")
+        for number, line in reversed(list(enumerate(lines, 1))):
             row = row_or_none(line)
-            if row is not None and row["step"] <= self._after_step:
+            if row is None:
+                problem = f"line {number} is not a row of metrics"  # the first one remains
+            elif row["step"] <= self._after_step:
                 kept.append(line.decode() + "\n")
-            number = number or (index if row is None and line else 0)
         self.file.rename(aside)
         try:
-            write_text(self.file, "".join(kept))
+            write_text(self.file, "".join(reversed(kept)))
         except OSError:
             aside.rename(self.file)
             raise
-        where = f", the first is line {number}" if number else ""
         self._report(
-            f"warning: {self.file} is damaged: {problem}{where}; it is kept as {aside.name}, "
+            f"warning: {self.file} is damaged: {problem}; it is kept as {aside.name}, "
             f"and its {len(kept):,} readable rows up to step {self._after_step} are carried over"
         )
 
