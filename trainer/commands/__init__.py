@@ -24,6 +24,7 @@ _COMMANDS = {
     "inspect": "show the settings, the parameter table and the checkpoints of a run",
     "prepare": "write the data of a run to disk",
     "rehearse": "train in several processes on this machine, as hosts of a pod would",
+    "prove-resume": "kill and relaunch a run at random moments, and compare it with an undisturbed one",
     "plan": "compile a run for TPUs that you do not have: memory, communication, what fits",
 }
 
@@ -43,14 +44,14 @@ def run(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        commands = "\n".join(f"  {name:8}  {text}" for name, text in _COMMANDS.items())
+        commands = "\n".join(f"  {name:12}  {text}" for name, text in _COMMANDS.items())
         print(f"{_USAGE}\n\n{commands}\n\npython -m trainer COMMAND --help explains the flags of a command.")
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     try:
         if command not in _COMMANDS:
             raise UserError(f"no command {command!r}{did_you_mean(command, _COMMANDS)}")
-        module = importlib.import_module(f"trainer.commands.{command}")
+        module = importlib.import_module(f"trainer.commands.{command.replace('-', '_')}")
         parser = make_parser(command, module.DESCRIPTION)
         module.add_options(parser)
         if {"-h", "--help"} & set(rest):

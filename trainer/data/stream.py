@@ -15,6 +15,7 @@ from trainer.experiment import Batch, RandomAccessSource
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+IDS = "example ids"  # the name in a batch of the indices of its examples; no experiment has an array of that name
 _READ_BYTES = 1 << 20  # of whole batches to copy at once from arrays in memory; a larger batch is copied alone
 
 
@@ -54,6 +55,7 @@ class Batches:
     batch_size: int  # B, over all processes
     steps: int  # how many batches there are
     local_examples: np.ndarray | None = None  # places in each batch that this process reads, in that order; None: all
+    with_ids: bool = False  # whether each batch has an array `IDS`, int64, the index in the source of each example
 
     def __post_init__(self) -> None:
         self.order = None if self.seed is None else Order(len(self.source), self.seed)
@@ -75,6 +77,8 @@ class Batches:
             indices, mask = self.order(start, end), np.ones(end - start)
         indices, mask = (x.reshape(-1, self.batch_size)[:, self.places] for x in (indices, mask))
         batches = take(self.source, indices.reshape(-1)) | {"mask": mask.astype(np.float32).reshape(-1)}
+        if self.with_ids:
+            batches[IDS] = indices.reshape(-1)
         arrays = {name: array.reshape(*indices.shape, *array.shape[1:]) for name, array in batches.items()}
         for i in range(len(indices)):
             yield {name: array[i] for name, array in arrays.items()}
@@ -90,13 +94,16 @@ def train_batches(
     local_examples: np.ndarray | None = None,
     threads: int = 4,
     workers: int = 0,
+    with_ids: bool = False,
 ) -> Iterator[Batch]:
     """Training batches start … stop − 1, in host memory.
 
     Arrays in memory are indexed here. Grain reads any other source ahead: with `workers` 0 in `threads` threads of this
-    process, else in `workers` processes with `threads` threads each.
+    process, else in `workers` processes with `threads` threads each. `with_ids` adds the array `IDS` to each batch.
     """
-    batches = Batches(source, seed=seed, batch_size=batch_size, steps=stop, local_examples=local_examples)
+    batches = Batches(
+        source, seed=seed, batch_size=batch_size, steps=stop, local_examples=local_examples, with_ids=with_ids
+    )
     return _read(batches, start, threads, workers)
 
 
@@ -107,6 +114,13 @@ def eval_batches(
     steps = -(-len(source) // batch_size)
     batches = Batches(source, seed=None, batch_size=batch_size, steps=steps, local_examples=local_examples)
     return _read(batches, 0, threads, workers=0)
+
+
+def split_ids(batch: Batch) -> tuple[np.ndarray | None, Batch]:
+    """The array `IDS` of a batch, None if it has none, and the batch without it."""
+    if IDS not in batch:
+        return None, batch
+    return batch[IDS], {name: array for name, array in batch.items() if name != IDS}
 
 
 def _read(batches: Batches, start: int, threads: int, workers: int) -> Iterator[Batch]:

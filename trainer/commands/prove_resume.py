@@ -1,0 +1,158 @@
+"""`prove-resume`: a run that is killed at random moments and relaunched, compared with an undisturbed one."""
+
+import argparse
+import itertools
+import json
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from trainer.commands.arguments import find_run
+from trainer.errors import UserError
+from trainer.observe import table
+
+if TYPE_CHECKING:  # these import JAX
+    from trainer.prove.launch import Topology
+    from trainer.prove.proof import Proof
+
+DESCRIPTION = (
+    "Trains a run undisturbed, then again while it kills the real process at random moments and relaunches it, and "
+    "compares the final state, the example ids of every batch, every metric and every evaluation, bit for bit. The "
+    "exit code is 1 if anything differs."
+)
+_COLUMNS = ("launch", "processes × devices", "signal", "phase", "step", "exit code", "seconds")
+_SHOWN = 5  # differences
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The number of kills, the topologies, and the folder to keep."""
+    parser.add_argument("--kills", metavar="N", type=int, default=20, help="how many kills (default 20)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the moments of the kills (default 0)")
+    lists = {"metavar": "N,N,…", "default": ""}
+    parser.add_argument("--devices", help="CPU devices of each process (default: the devices of this machine)", **lists)
+    parser.add_argument("--processes", help="processes (default 1); with lists, each launch chooses anew", **lists)
+    parser.add_argument("--strategies", metavar="NAME,…", default="", help="values of parallel.strategy")
+    tolerance = "with several topologies: how far losses may be apart, relative to their size (default 1e-4)"
+    parser.add_argument("--tolerance", metavar="X", type=float, default=1e-4, help=tolerance)
+    limit = "how long a launch may make no progress, or outlive its signal (default 600)"
+    parser.add_argument("--limit", metavar="SECONDS", type=float, default=600, help=limit)
+    parser.add_argument("--keep", metavar="DIR", help="keep every workdir, trace and output in this new folder")
+    parser.add_argument("--check", metavar="DIR", help="only compare again what --keep left in this folder")
+
+
+def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Makes the proof and shows it; the exit code is 1 if anything differs."""
+    if options.kills < 1:
+        raise UserError(f"--kills is {options.kills}; it must be at least 1")
+    if options.workdir is not None:
+        raise UserError("prove-resume makes workdirs of its own; name a folder to keep them in with --keep=DIR")
+    if options.check:
+        return _check(Path(options.check))
+    if options.config is None:
+        raise UserError("give --config=FILE")
+    topologies = _topologies(options)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the devices of this machine belong to the launches
+    run = find_run(options, overrides).run
+    from trainer.prove.proof import Proof
+
+    folder, began = _folder(options.keep), time.monotonic()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)  # so that every launch is ended first
+    proof = Proof(
+        [f"--config={options.config}", *overrides],
+        run.total_steps,
+        topologies,
+        options.kills,
+        options.seed,
+        folder,
+        tolerance=options.tolerance,
+        limit=options.limit,
+        show=lambda text: print(text, flush=True),
+        keeps=options.keep is not None,
+    )
+    try:
+        differences = proof.run()
+        return _report(proof, differences, time.monotonic() - began)
+    finally:
+        if options.keep is None:
+            shutil.rmtree(folder)
+
+
+def _interrupt(signum: int, _: FrameType | None) -> NoReturn:
+    error = KeyboardInterrupt("interrupted")
+    error.signum = signum  # pyrefly: ignore[missing-attribute] - read for the exit code
+    raise error
+
+
+def _topologies(options: argparse.Namespace) -> list["Topology"]:
+    from trainer.prove.launch import Topology
+
+    processes, devices = (_numbers(name, getattr(options, name)) for name in ("processes", "devices"))
+    strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
+    chosen = itertools.product(processes or [1], devices or [None], strategies or [None])
+    return [Topology(*choice) for choice in chosen]
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--{name} is {text!r}; numbers from 1 on are expected, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _folder(keep: str | None) -> Path:
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="prove-resume-"))
+    folder = Path(keep).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--keep={keep} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _report(proof: "Proof", differences: Sequence[str], seconds: float) -> int:
+    """Shows the table of kills, how many came in each phase, and the result; returns the exit code."""
+    from trainer.prove.proof import hits, kill_rows
+
+    right = ("step", "exit code", "seconds")
+    print("\n" + table(_COLUMNS, kill_rows(proof.done), right=right))
+    counts = hits(proof.done)
+    phases = sorted({phase for phase, _ in counts})
+    rows = [(phase, *(str(counts[phase, signum]) for signum in ("SIGKILL", "SIGTERM"))) for phase in phases]
+    print(table(("phase", "SIGKILL", "SIGTERM"), rows, right=("SIGKILL", "SIGTERM")))
+    print(f"{seconds:.0f} s, {seconds / max(len(proof.done), 1):.1f} s a kill")
+    if differences:
+        return _show_differences(differences)
+    print(proof.summary())
+    return 0
+
+
+def _show_differences(differences: Sequence[str]) -> int:
+    for text in differences[:_SHOWN]:
+        print(f"different: {text}")
+    if len(differences) > _SHOWN:
+        print(f"and {len(differences) - _SHOWN:,} more differences")
+    return 1
+
+
+def _check(folder: Path) -> int:
+    """Compares the folders that a proof kept, and shows the result; returns the exit code."""
+    from trainer.prove.compare import KILLED, SETTINGS, UNDISTURBED, compare
+
+    settings, killed = folder / SETTINGS, sorted(folder.glob(f"{KILLED}*"))
+    if not settings.exists() or not killed:
+        raise UserError(f"--check={folder} holds nothing that prove-resume --keep left")
+    tolerance = json.loads(settings.read_text())["tolerance"]
+    results = [compare(folder / UNDISTURBED, one, tolerance=tolerance) for one in killed]
+    differences = [text for result in results for text in result.differences]
+    if differences:
+        return _show_differences(differences)
+    print(f"{len(killed)} killed runs are equal to the undisturbed one")
+    return 0

@@ -1,0 +1,217 @@
+"""The comparison of a run that was killed and relaunched with an undisturbed one, from the files that both left."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from trainer.observe.log import read_rows
+from trainer.observe.trace import read_trace
+from trainer.rules import paths
+
+# The files of a proof. Each of the folders `undisturbed` and `killed-1`, `killed-2`, … holds the workdir `run` and a
+# folder for each launch with its trace, its output, and `before.json`, which tells the newest checkpoint before it.
+SETTINGS, UNDISTURBED, KILLED, RUN, LAUNCH, BEFORE = (
+    "proof.json",
+    "undisturbed",
+    "killed-",
+    "run",
+    "launch-",
+    "before.json",
+)
+
+
+class Compared(NamedTuple):
+    """How much was compared, and every difference, as a line of text."""
+
+    arrays: int
+    batches: int
+    rows: int
+    evaluations: int
+    differences: list[str]
+
+
+def compare(undisturbed: Path, killed: Path, *, tolerance: float | None = None) -> Compared:
+    """Compares two folders, each with a workdir and its launches.
+
+    Args:
+      undisturbed: the folder of a run that one launch trained to its end.
+      killed: the folder of a run that was killed and relaunched until it was finished.
+      tolerance: None compares bit for bit. Otherwise the topologies differ: then the losses may differ by this much,
+        relative to the larger one; the state at each restore, the example ids and the steps of the rows must be equal.
+    """
+    batches = [(folder.name, line) for folder in launches(killed) for line in _lines(folder, "batch")]
+    differences = list(_batch_differences(_ids(undisturbed), batches))
+    differences += _restore_differences(killed)
+    files = [folder / RUN / "metrics.jsonl" for folder in (undisturbed, killed)]
+    rows, others = (list(read_rows(file)) for file in files)
+    evaluations = [row for row in rows if is_evaluation(row)]
+    differences += _evaluation_differences(evaluated_steps(undisturbed), rows, others)
+    arrays: Mapping[str, np.ndarray] = {}
+    if tolerance is None:
+        differences += _row_differences(rows, others)
+        if not differences and files[0].read_bytes() != files[1].read_bytes():
+            differences.append("metrics.jsonl: the values are equal, the bytes are not")
+        arrays, state_differences = _compare_states(undisturbed / RUN, killed / RUN)
+        differences += state_differences
+    else:
+        differences += _loss_differences(rows, others, tolerance)
+    return Compared(len(arrays), len(batches), len(rows), len(evaluations), differences)
+
+
+# States
+
+
+def newest_step(workdir: Path) -> int | None:
+    """The step of the newest checkpoint, None if there is none."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def read_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path, read by Orbax alone, without this project's code."""
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = checkpointer.restore(folder, restore_args=as_numpy)
+    return dict(zip(paths(restored), jax.tree.leaves(restored), strict=True))
+
+
+def _compare_states(undisturbed: Path, killed: Path) -> tuple[Mapping[str, np.ndarray], list[str]]:
+    steps = [newest_step(folder) for folder in (undisturbed, killed)]
+    if steps[0] is None or steps[0] != steps[1]:
+        return {}, [f"final state: the newest checkpoint is {steps[0]} undisturbed, {steps[1]} killed"]
+    here = read_state(undisturbed, steps[0])
+    try:
+        there = read_state(killed, steps[0])
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        return here, [f"final state: the checkpoint of the killed run cannot be read: {str(error).splitlines()[0]}"]
+    return here, list(state_differences(here, there))
+
+
+def state_differences(here: Mapping[str, np.ndarray], there: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """A line for each array that is not equal bit for bit, with the first element that differs."""
+    for path in [*here, *(path for path in there if path not in here)]:
+        if path not in here or path not in there:
+            yield f"final state: {path} is {'missing' if path not in here else 'there'} undisturbed, " + (
+                "there killed" if path not in here else "missing killed"
+            )
+            continue
+        a, b = np.asarray(here[path]), np.asarray(there[path])
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            yield f"final state: {path} is {a.dtype}{list(a.shape)} undisturbed, {b.dtype}{list(b.shape)} killed"
+        elif a.tobytes() != b.tobytes():
+            raw = [np.frombuffer(x.tobytes(), np.uint8).reshape(max(x.size, 1), -1) for x in (a, b)]
+            flat = int(np.argmax((raw[0] != raw[1]).any(axis=1)))
+            index = [int(i) for i in np.unravel_index(flat, a.shape)]
+            values = [
+                f"{x.reshape(-1)[flat]} (bytes {bits[flat].tobytes().hex()})"
+                for x, bits in zip((a, b), raw, strict=True)
+            ]
+            yield f"final state: {path}{index or ''} is {values[0]} undisturbed, {values[1]} killed"
+
+
+def _restore_differences(killed: Path) -> Iterator[str]:
+    """A line for each launch that did not restore, bit for bit, the newest checkpoint that was on disk before it."""
+    for folder in launches(killed):
+        before = json.loads((folder / BEFORE).read_text())
+        for line in _lines(folder, "restored"):
+            if line["restored"] != before["step"]:
+                text = f"step {line['restored']} was restored, the newest checkpoint on disk was {before['step']}"
+                yield f"restore in {folder.name}: {text}"
+            elif line["sums"] != before["sums"]:
+                wrong = [path for path in before["sums"] if before["sums"][path] != line["sums"].get(path)]
+                yield f"restore in {folder.name}: {', '.join(wrong[:3])} of step {before['step']} differs from the disk"
+
+
+# Batches
+
+
+def launches(folder: Path) -> list[Path]:
+    """The folders of the launches of a run, in their order."""
+    return sorted(folder.glob(f"{LAUNCH}*"))
+
+
+def _lines(launch: Path, key: str) -> list[dict[str, Any]]:
+    """The lines of all processes of a launch that have a key; none if it was killed before it wrote anything."""
+    traces = read_trace(launch) if list(launch.glob("process_*.jsonl")) else []
+    return [line for lines in traces for line in lines if key in line]
+
+
+def _ids(undisturbed: Path) -> dict[int, np.ndarray]:
+    """The example ids of each step in the order of the global batch, −1 where no process read one."""
+    found: dict[int, np.ndarray] = {}
+    batches = [line for launch in launches(undisturbed) for line in _lines(launch, "batch")]
+    size = max((max(line["places"]) + 1 for line in batches), default=0)
+    for line in batches:
+        found.setdefault(line["batch"], np.full(size, -1))[line["places"]] = line["ids"]
+    return found
+
+
+def _batch_differences(
+    expected: Mapping[int, np.ndarray], batches: Sequence[tuple[str, dict[str, Any]]]
+) -> Iterator[str]:
+    """A line for each batch of any launch with another example at any place, and for each step without a batch."""
+    covered = {step: np.zeros(len(ids), bool) for step, ids in expected.items()}
+    for launch, line in batches:
+        step, places, ids = line["batch"], np.asarray(line["places"]), np.asarray(line["ids"])
+        if step not in expected:
+            yield f"batch of step {step} in {launch}: the undisturbed run has no such step"
+            continue
+        covered[step][places] = True
+        if len(wrong := np.flatnonzero(expected[step][places] != ids)):
+            place, found = places[wrong[0]], ids[wrong[0]]
+            where = f"batch of step {step} in {launch}, example {place}"
+            yield f"{where}: id {expected[step][place]} undisturbed, {found} killed"
+    for step, seen in covered.items():
+        if not seen.all():
+            yield f"batch of step {step}: no launch read example {int(np.argmin(seen))}"
+
+
+# Metrics
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics is that of an evaluation."""
+    return any(name.endswith("/examples") for name in row)
+
+
+def evaluated_steps(undisturbed: Path) -> list[int]:
+    """The steps after which the undisturbed run evaluated, as its trace says."""
+    lines = _lines(launches(undisturbed)[0], "phase")
+    return sorted({line["step"] for line in lines if line["phase"] == "evaluate"})
+
+
+def _evaluation_differences(steps: list[int], rows: list[dict], others: list[dict]) -> Iterator[str]:
+    for name, found in (("undisturbed", rows), ("killed", others)):
+        counts = [sum(row["step"] == step and is_evaluation(row) for row in found) for step in steps]
+        for step, count in zip(steps, counts, strict=True):
+            if count != 1:
+                yield f"evaluation of step {step}: it has {count} rows in metrics.jsonl of the {name} run"
+
+
+def _row_differences(rows: list[dict], others: list[dict]) -> Iterator[str]:
+    if len(rows) != len(others):
+        yield f"metrics.jsonl: {len(rows)} rows undisturbed, {len(others)} killed"
+    for number, (a, b) in enumerate(zip(rows, others, strict=False), 1):
+        for name in a | b:
+            if json.dumps(a.get(name)) != json.dumps(b.get(name)):  # as text: NaN is no row's value, −0.0 is not 0.0
+                where = f"metrics.jsonl, row {number} (step {a['step']}): {name}"
+                yield f"{where} is {a.get(name, 'missing')} undisturbed, {b.get(name, 'missing')} killed"
+
+
+def _loss_differences(rows: list[dict], others: list[dict], tolerance: float) -> Iterator[str]:
+    if [(row["step"], is_evaluation(row)) for row in rows] != [(row["step"], is_evaluation(row)) for row in others]:
+        yield f"metrics.jsonl: {len(rows)} rows undisturbed, {len(others)} killed, of other steps"
+        return
+    for number, (a, b) in enumerate(zip(rows, others, strict=True), 1):
+        for name in (name for name in a if name.endswith("/loss")):
+            if abs(a[name] - b.get(name, np.inf)) > tolerance * max(abs(a[name]), abs(b.get(name, np.inf))):
+                where = f"metrics.jsonl, row {number} (step {a['step']}): {name}"
+                yield f"{where} is {a[name]} undisturbed, {b.get(name, 'missing')} killed, over {tolerance:g} apart"

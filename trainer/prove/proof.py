@@ -1,0 +1,217 @@
+"""The proof: an undisturbed run, then runs that are killed and relaunched until they are finished, compared with it."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.observe.trace import sums_of
+from trainer.prove.aims import Aims
+from trainer.prove.compare import (
+    BEFORE,
+    KILLED,
+    LAUNCH,
+    RUN,
+    SETTINGS,
+    UNDISTURBED,
+    Compared,
+    compare,
+    newest_step,
+    read_state,
+)
+from trainer.prove.launch import SAVING, Aim, End, Topology, run_launch
+
+
+class Kill(NamedTuple):
+    """One kill, as its row of the table shows it."""
+
+    launch: str
+    topology: Topology
+    aim: Aim
+    end: End
+
+
+@dataclass
+class Proof:
+    """A proof in a folder of its own, step by step; `run` makes all of them.
+
+    Attributes:
+      arguments: those of `train`: the config and its overrides, without a workdir.
+      total_steps: the updates of the run.
+      topologies: each launch comes up on one of them, chosen at random; the undisturbed run on the first.
+      kills: how many there shall be.
+      seed: of everything random.
+      folder: an empty folder, for the workdirs, the traces and the output of every launch.
+      tolerance: of losses, relative, if there are several topologies.
+      limit: seconds without progress after which a launch counts as stuck.
+      show: gets a line of text for each kill.
+    """
+
+    arguments: Sequence[str]
+    total_steps: int
+    topologies: Sequence[Topology]
+    kills: int
+    seed: int
+    folder: Path
+    tolerance: float
+    limit: float
+    show: Callable[[str], None]
+    done: list[Kill] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
+    keeps: bool = True  # whether folders of finished rounds stay
+
+    def run(self) -> list[str]:
+        """Makes the proof; returns every difference, none if it holds."""
+        rng = np.random.default_rng(self.seed)
+        (self.folder / SETTINGS).write_text(json.dumps({"tolerance": self._tolerance}))
+        with _shared_compilations(self.folder / "compiled"):
+            undisturbed = self.folder / UNDISTURBED
+            end = self._launch(undisturbed, self.topologies[0], None)
+            if end.code:
+                raise UserError(f"the undisturbed run ended with exit code {end.code}:\n{_errors(undisturbed)}")
+            self.show(f"undisturbed: {self.total_steps:,} steps in {end.seconds:.1f} s")
+            aims = Aims(rng, undisturbed / f"{LAUNCH}001", self.total_steps)
+            number, differences = 0, list[str]()
+            while not differences and (len(self.done) < self.kills or number == 0):
+                number += 1
+                differences = self._round(self.folder / f"{KILLED}{number}", aims, rng)
+            return differences
+
+    @property
+    def _tolerance(self) -> float | None:
+        """None if all launches have the same topology, so that every bit must be equal."""
+        return self.tolerance if len(self.topologies) > 1 else None
+
+    def _round(self, folder: Path, aims: Aims, rng: np.random.Generator) -> list[str]:
+        """One run that is killed and relaunched until it is finished; returns what differs from the undisturbed run."""
+        while True:
+            topology = self.topologies[int(rng.integers(len(self.topologies)))]
+            start = newest_step(folder / RUN) or 0
+            left = self.kills - len(self.done)
+            aim = aims.choose(start, left, topology.processes) if left else None
+            end = self._launch(folder, topology, aim)
+            launch = sorted(folder.glob(f"{LAUNCH}*"))[-1]
+            aims.learn(launch)
+            if aim is not None and end.hit is not None:
+                self.done.append(Kill(f"{folder.name}/{launch.name}", topology, aim, end))
+                aims.count(aim, end.hit)
+                self.show(f"kill {len(self.done)} of {self.kills}: {_text(self.done[-1])}")
+            if problem := self._problem(aim, end, folder):
+                return [f"{folder.name}/{launch.name} {problem}:\n{_errors(folder)}"]
+            if end.code == 0:
+                break
+        compared = compare(self.folder / UNDISTURBED, folder, tolerance=self._tolerance)
+        self.compared.append(compared)
+        self.show(f"{folder.name}: finished, " + (compared.differences[0] if compared.differences else "equal"))
+        if not self.keeps and not compared.differences:
+            shutil.rmtree(folder)
+        return compared.differences
+
+    def _launch(self, folder: Path, topology: Topology, aim: Aim | None) -> End:
+        """Launches the real command on the workdir in `folder`, after it noted what the newest checkpoint holds."""
+        launch = folder / f"{LAUNCH}{len(list(folder.glob(f'{LAUNCH}*'))) + 1:03}"
+        step = newest_step(folder / RUN)
+        before = {"step": step, "sums": {} if step is None else sums_of(read_state(folder / RUN, step))}
+        command = [sys.executable, "-m", "trainer", "train", *self.arguments]
+        command += [f"--workdir={folder / RUN}", f"--trace={launch}"]
+        command += [f"--config.parallel.strategy={topology.strategy}"] if topology.strategy else []
+        launch.mkdir(parents=True)
+        (launch / BEFORE).write_text(json.dumps(before))
+        return run_launch(command, topology, launch, aim=aim, limit=self.limit)
+
+    def _problem(self, aim: Aim | None, end: End, folder: Path) -> str:
+        """The text for an exit code that nothing explains, else "" """
+        expected = {0} if aim is None or end.hit is None else {128 + aim.signum}
+        if aim is not None and aim.signum == signal.SIGTERM and newest_step(folder / RUN) == self.total_steps:
+            expected.add(0)  # it came so late that the run finished
+        cause = f" after {aim.signum.name}" if aim is not None and end.hit is not None else " by itself"
+        return "" if end.code in expected else f"ended with exit code {end.code}{cause}"
+
+    def summary(self) -> str:
+        """One line for a proof that holds."""
+        arrays = max(compared.arrays for compared in self.compared)
+        batches, rows, evaluations = (
+            sum(getattr(compared, name) for compared in self.compared) for name in ("batches", "rows", "evaluations")
+        )
+        done = f"{len(self.done)} of {self.kills} kills"
+        runs = f" ({len(self.compared)} runs)" if len(self.compared) > 1 else ""
+        if len(self.topologies) == 1:
+            state = f"final state ({arrays} arrays), ids of {batches} batches, {rows} rows of metrics"
+            return f"{done}: {state} and {evaluations} evaluations are equal, bit for bit{runs}"
+        equal = f"the state at every restore and the ids of {batches} batches are equal, bit for bit"
+        near = f"the losses of {rows} rows to {self.tolerance:g} of their size"
+        return (
+            f"{done}, {len(self.topologies)} topologies: {equal}; {near}; no evaluation of {evaluations} is lost{runs}"
+        )
+
+
+def kill_rows(kills: Sequence[Kill]) -> list[tuple[str, ...]]:
+    """The rows of the table of kills: launch, topology, signal, phase, step, exit code and seconds."""
+    return [
+        (
+            kill.launch,
+            str(kill.topology),
+            kill.aim.signum.name + (" to all" if kill.aim.everyone else ""),
+            _place(kill),
+            f"{kill.end.hit.step}",
+            f"{kill.end.code}",
+            f"{kill.end.seconds:.1f}",
+        )
+        for kill in kills
+        if kill.end.hit is not None
+    ]
+
+
+def hits(kills: Sequence[Kill]) -> Counter[tuple[str, str]]:
+    """How many signals came in each phase: (phase, name of the signal) → number."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for kill in kills:
+        if kill.end.hit is not None:
+            name = kill.aim.signum.name
+            counts[kill.end.hit.phase, name] += 1
+            counts[SAVING, name] += kill.end.hit.saving
+    return counts
+
+
+def _place(kill: Kill) -> str:
+    assert kill.end.hit is not None
+    return kill.end.hit.phase + (" + saving" if kill.end.hit.saving else "")
+
+
+def _text(kill: Kill) -> str:
+    assert kill.end.hit is not None
+    where = f"{_place(kill)} at step {kill.end.hit.step}"
+    return f"{kill.aim.signum.name} in {where}, exit code {kill.end.code}, {kill.end.seconds:.1f} s"
+
+
+def _errors(folder: Path) -> str:
+    """The end of the standard error of a run's newest launch."""
+    launch = sorted(folder.glob(f"{LAUNCH}*"))[-1]
+    lines = (launch / "stderr").read_text(errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-30:]) or "  (it wrote no error)"
+
+
+@contextmanager
+def _shared_compilations(folder: Path) -> Iterator[None]:
+    """While entered, child processes share what they compile, unless the user has named a folder for it."""
+    name = "JAX_COMPILATION_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    settings = {name: str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for setting in settings:
+            del os.environ[setting]
