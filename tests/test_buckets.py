@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from tests.observe.event_reader import shown
 from tests.tasks import make_run
 from trainer import config
 from trainer.files import is_bucket
@@ -38,7 +39,7 @@ def test_metrics_reach_a_bucket_at_every_sync_and_when_they_are_closed(tmp_path)
     log.write(2, {"train/loss": 1.0}, {})
     log.close()
     assert [row["step"] for row in read_rows(bucket / "metrics.jsonl")] == [1, 2]
-    assert len(list((bucket / "tensorboard").iterdir())) == 1
+    assert shown(tmp_path / "bucket" / "tensorboard") == {("train/loss", 1): 2.0, ("train/loss", 2): 1.0}
 
 
 def test_resuming_in_a_bucket_leaves_the_files_of_a_folder(tmp_path):
@@ -49,7 +50,10 @@ def test_resuming_in_a_bucket_leaves_the_files_of_a_folder(tmp_path):
         metrics(place, [3, 4], after=2)
     assert (bucket / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
     assert [row["step"] for row in read_rows(bucket / "timing.jsonl")] == [1, 2, 3, 4]
-    assert len(list((bucket / "tensorboard").iterdir())) == len(list((folder / "tensorboard").iterdir())) == 1
+    events = shown(tmp_path / "bucket" / "tensorboard")
+    assert events == shown(folder / "tensorboard")
+    assert {step for _, step in events} == {1, 2, 3, 4}
+    assert len(list((bucket / "tensorboard").glob("events*"))) == 2  # the earlier one is not copied anew
 
 
 def test_a_mirror_of_a_folder_is_the_folder_and_one_of_a_bucket_is_gone_when_it_is_closed(tmp_path):

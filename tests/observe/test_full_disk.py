@@ -73,7 +73,7 @@ _TRAINING = """
 cd {root}
 {python} -m trainer train --config={config} --workdir={disk}/run > {out} 2> {err} & trainer=$!
 i=0
-while ! grep -q 'No space left' {out} {err}; do
+while ! grep -q 'metrics.jsonl: No space left' {out} {err}; do
   i=$((i + 1)); [ $i -lt 900 ]
   sleep 0.1
 done

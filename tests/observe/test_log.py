@@ -287,6 +287,7 @@ def test_rows_are_counted_over_writes_and_launches(tmp_path):
         log.sync()
         log.write(9, values(9), {})
         assert log.count == 9
+        assert log.rows() == rows(tmp_path)
         kill(log)
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +103,53 @@ def test_messages_on_a_terminal_have_lines_of_their_own_below_the_line_as_it_was
 def test_on_a_terminal_updates_that_follow_too_fast_are_not_drawn_but_the_last_step_is():
     received = on_terminal(*(update(step) for step in (1, 2, 999, 1000)), seconds=1000)
     assert [part.split()[1] for part in received.split("\r")[1:]] == ["1/1000", "1000/1000"]
+
+
+def show_all(progress: Progress) -> None:
+    progress.message("begin")
+    for step in (1, 2, 1000):
+        progress.update(step, 0.5, 100, 10)
+    progress.message("end")
+    progress.end_line()
+
+
+def test_a_full_stream_ends_progress_and_nothing_is_raised():
+    stream = Path("/dev/full").open("w")  # noqa: SIM115 - closing fails too
+    progress = Progress(1000, stream)
+    show_all(progress)
+    show_all(progress)
+    with pytest.raises(OSError, match="No space left"):
+        stream.close()
+
+
+def test_a_closed_stream_ends_progress_and_nothing_is_raised(tmp_path):
+    stream = (tmp_path / "file").open("w")
+    progress = Progress(1000, stream)
+    progress.message("before")
+    stream.close()
+    show_all(progress)
+    show_all(Progress(1000, stream))
+    assert (tmp_path / "file").read_text() == "before\n"
+
+
+def test_a_pipe_whose_reader_is_gone_ends_progress_and_nothing_is_raised():
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    show_all(Progress(1000, stream))
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+
+
+def test_a_process_without_standard_output_has_no_progress(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    show_all(Progress(1000))
+
+
+def test_a_character_that_the_encoding_lacks_is_replaced(tmp_path):
+    with (tmp_path / "file").open("w", encoding="ascii") as stream:
+        Progress(1000, stream).message("10 µs → ok")
+    assert (tmp_path / "file").read_text() == "10 ?s ? ok\n"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ class MetricsLog:
         """How many rows `metrics.jsonl` has, with those that wait in memory."""
         return self._metrics.count
 
+    def rows(self) -> list[Row]:
+        """All rows of `metrics.jsonl`, with those that wait in memory."""
+        return self._metrics.rows_since(0)
+
     def has_evaluation(self, step: int, prefix: str) -> bool:
         """Whether a row of `step` has a value whose name begins with `prefix`."""
         rows = self._metrics.rows_from(step)
