@@ -37,6 +37,7 @@ class Resumed(NamedTuple):
     data: Data  # the training examples
     accepted: list[dict[str, Any]]  # accepted changes of the trajectory: step, texts, hash of the config before
     notes: list[str]  # lines to show
+    changed: list[str]  # the changes of the trajectory that were accepted now
 
 
 @dataclasses.dataclass
@@ -77,7 +78,7 @@ class Resume:
         if bad:
             none = f"no checkpoint of workdir {self.workdir.path} can be used, and all are kept as they are"
             raise UserError(f"{none}: {listed(bad)}; mend them, or choose another --workdir to begin anew")
-        return Resumed(None, 0, None, self.data, [], notes)
+        return Resumed(None, 0, None, self.data, [], notes, [])
 
     def _kept(self) -> tuple[Mapping[str, Any] | None, list[str]]:
         """The JSON of the run kept in the workdir, and a note if it is damaged or lost."""
@@ -171,7 +172,8 @@ class Resume:
         if changed:
             accepted.append({"step": start, "changes": list(changed), "config": _hash(metadata.config)})
         done = " (finished: nothing is left to do)" if start >= run.total_steps else ""
-        return Resumed(state, start, metadata.rows, self.data, accepted, [*notes, f"resumed from step {start}{done}"])
+        notes.append(f"resumed from step {start}{done}")
+        return Resumed(state, start, metadata.rows, self.data, accepted, notes, list(changed))
 
 
 def describe_data(source: RandomAccessSource) -> Data:

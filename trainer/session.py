@@ -103,9 +103,15 @@ class Session:
         """
         due = self.program.due(step)
         self._signum = self.preemption.signal_after(step)
+        is_lost = False
         with self._write_errors():
-            self.store.check()
-        return due if self._signum is None and not self._is_time(due) else due._replace(save=True)
+            try:
+                self.store.check()
+            except HostError:  # the next save saves beside the workdir if that was taken away
+                is_lost = distributed.count() == 1 and self.workdir.is_replaced()
+                if not is_lost:
+                    raise
+        return due._replace(save=True) if is_lost or self._signum is not None or self._is_time(due) else due
 
     def _is_time(self, due: Due) -> bool:
         """Whether the settings ask for a checkpoint now by the time, or because the one before is finished."""
@@ -214,7 +220,7 @@ def open_session(
             limit = run.loading.in_memory_bytes
             sources = (load(program.train_source, limit), load(program.eval_source, limit))
             data = describe_data(sources[0])
-        stack.callback(store.close)
+        stack.push(lambda _, error, __: store.close(error))
         with distributed.collective_errors("the checkpoint"):
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
             start = resumed.start
@@ -228,7 +234,10 @@ def open_session(
         if distributed.is_primary():
             # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
             folder.write(run, table, resumed.accepted)
-            log = MetricsLog(folder.path, start)
+            on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
+            log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
+            if resumed.changed:
+                log.write(start, {"accepted": resumed.changed}, {})
             store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
         stack.callback(log.close)
         stack.enter_context(_naming_the_last_checkpoint(store))

@@ -146,10 +146,13 @@ class Store:
             self._saving = None
         self.check()
 
-    def close(self) -> None:
-        """Waits for every save and raises their errors; without it, a failed save could go unnoticed."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Waits for every save and raises their errors, unless the run ends with an `error` of its own."""
         try:
             self.wait()
+        except HostError:
+            if error is None:
+                raise
         finally:
             if self._checkpointer is not None:
                 self._checkpointer.close()
