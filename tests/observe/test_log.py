@@ -236,6 +236,20 @@ def test_a_launch_keeps_a_damaged_file_aside_and_goes_on_with_its_readable_rows(
     write(tmp_path, range(6, 8), after_step=5)  # and says nothing more
 
 
+@pytest.mark.parametrize("kind", ["folder", "link", "binary"])
+def test_a_reader_of_rows_names_what_is_no_file_of_rows(tmp_path, kind):
+    file = tmp_path / "metrics.jsonl"
+    (tmp_path / "elsewhere").write_text('{"step": 1}\n')
+    make = {
+        "folder": file.mkdir,
+        "link": lambda: file.symlink_to(tmp_path / "elsewhere"),
+        "binary": lambda: file.write_bytes(b"\x80\x81\x82"),
+    }
+    make[kind]()
+    with pytest.raises(UserError, match=f"^{file}.* is (a link or a folder|not text)"):
+        list(read_rows(file))
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
 @pytest.mark.parametrize("kind", ["folder", "link", "fifo", "binary", "empty", "gone"])
 def test_a_launch_goes_on_whatever_is_in_place_of_a_file(tmp_path, name, kind):
@@ -349,6 +363,17 @@ def test_kills_at_random_leave_every_file_as_a_run_that_was_not_killed(tmp_path)
     assert (broken / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     assert events(broken) == events(straight)
     assert {step for tag, step in events(broken) if tag == "train/loss"} == set(range(1, 102))
+
+
+def test_events_of_lost_rows_stay_in_tensorboard(tmp_path):
+    write(tmp_path, range(1, 10))
+    before = events(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x80\n")
+    for after in (9, 9):  # as damaged, and as repaired
+        log = MetricsLog(tmp_path, after, report=lambda _: None)
+        log.write(10, values(10), {"examples_per_second": 110.0})
+        kill(log)
+        assert events(tmp_path) == before | {key: x for key, x in events(tmp_path).items() if key[1] == 10}
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no mark", "bad mark", "half a mark", "no event file"])

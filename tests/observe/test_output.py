@@ -98,6 +98,13 @@ def test_other_commands_say_in_one_line_that_their_output_is_lost(command, code,
     assert (result.returncode, result.stderr) == (code, error)
 
 
+@pytest.mark.parametrize("redirection", ["2> /dev/full", "2>&-", "> /dev/full 2>&-"])
+def test_ctrl_c_before_training_ends_the_process_whatever_became_of_its_output(redirection):
+    code = "from trainer.observe.output import make_safe; make_safe(is_needed=True); print('something');"
+    code += "from trainer.__main__ import _exit_at_once; _exit_at_once(2, None)"
+    assert shell(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {redirection}").returncode == 130
+
+
 def test_a_file_of_the_command_never_gets_the_number_of_an_absent_stream(tmp_path):
     code = (
         "from trainer.observe.output import make_safe; import os, sys; make_safe(is_needed=False);"

@@ -169,6 +169,7 @@ class MetricsLog:
             # A damaged metrics.jsonl may have lost rows that the event files still have.
             in_events = mark.in_events if self._metrics.is_intact else self._metrics.size
             self._shown, self._in_events, self._purge_from = shown, min(in_events, self._metrics.size), after_step + 1
+            self._mark = mark._replace(in_events=self._in_events)
         if not self._metrics_outage.is_on:
             self._events_outage.attempt(self._begin_events)
         if self._mark is None:
