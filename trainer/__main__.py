@@ -14,19 +14,24 @@ from trainer.errors import HostError
 from trainer.observe.output import make_safe
 
 # Commands that go on when nobody can read what they print.
-_TRAINING = ("train", "rehearse")
+_TRAINING = {"train", "rehearse"}
 
 
 def main() -> None:
     """Runs the command in `sys.argv` and exits with its code."""
-    make_safe(is_needed=sys.argv[1:2] not in [[name] for name in _TRAINING])
+    make_safe(is_needed=_TRAINING.isdisjoint(sys.argv[1:2]))
     if sys.argv[1:2] != ["prepare"]:  # `prepare` needs KeyboardInterrupt to remove its partial files
         signal.signal(signal.SIGINT, _exit_at_once)  # until training begins: `distributed.Preemption` replaces it
     devices = [path for name in ("accel*", "vfio/[0-9]*", "nvidia*", "kfd") for path in Path("/dev").glob(name)]
     if not devices and importlib.util.find_spec("libtpu"):  # libtpu is here for `plan` only
         # Else libtpu would search for TPUs, which takes a second, and print a page of errors before JAX takes the CPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    compilation = sys.modules.get("trainer.compilation")
+    if compilation is not None and compilation.is_compiling():  # the command failed: its program is not needed
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _exit_at_once(signum: int, _: FrameType | None) -> NoReturn:

@@ -1,6 +1,7 @@
 """The metrics files of a workdir, over kills and resumes."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -444,6 +445,40 @@ def test_an_error_of_the_event_file_drops_only_its_writer_until_the_next_sync(tm
     warning, note = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {tmp_path}/tensorboard: Bad file descriptor; events are not written until")
     assert note == f"note: {tmp_path}/tensorboard: written again, and nothing is missing"
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_rows_that_the_kernel_lost_in_a_failed_fsync_are_written_again(tmp_path, monkeypatch, on_error):
+    """No disk can be made to fail like this here: so `os.fsync` loses the rows since the sync before, and fails."""
+    said: list[str] = []
+    log = MetricsLog(tmp_path, 0, on_error=on_error, report=said.append)
+    for step in range(1, 6):
+        log.write(step, values(step), {})
+    log.sync()
+    synced = (tmp_path / "metrics.jsonl").stat().st_size
+    for step in range(6, 11):
+        log.write(step, values(step), {})
+    real = os.fsync
+
+    def lose(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino != (tmp_path / "metrics.jsonl").stat().st_ino:
+            return real(descriptor)
+        os.truncate(tmp_path / "metrics.jsonl", synced)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lose)
+        if on_error == "stop":
+            with pytest.raises(HostError, match=r"metrics\.jsonl: Input/output error"):
+                log.sync()
+        else:
+            log.sync()
+            log.write(11, values(11), {})
+    log.close()
+    last = 10 if on_error == "stop" else 11
+    assert rows(tmp_path) == [{"step": step, **values(step)} for step in range(1, last + 1)]
+    assert [text.partition(":")[0] for text in said] == ["warning", "note"][on_error == "stop" :]
+    assert {step for _, step in events(tmp_path)} == set(range(1, last + 1))
 
 
 def test_a_file_that_cannot_be_opened_ends_a_launch_in_one_line_or_not_as_told(tmp_path):

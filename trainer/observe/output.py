@@ -72,8 +72,6 @@ def _open_if_absent(descriptor: int) -> None:
 def _stream(old: io.TextIOWrapper | object, descriptor: int, name: str, *, is_needed: bool) -> io.TextIOWrapper:
     raw = io.BufferedWriter(_Descriptor(descriptor, name, is_needed=is_needed))
     encoding = getattr(old, "encoding", None) or "utf-8"
-    is_line_buffered = descriptor == 2 or os.isatty(descriptor)
-    writes_through = bool(getattr(old, "write_through", False))
-    return io.TextIOWrapper(
-        raw, encoding, errors="replace", line_buffering=is_line_buffered, write_through=writes_through
-    )
+    # `python -u` writes at once, and asks for it so.
+    is_line_buffered = descriptor == 2 or os.isatty(descriptor) or getattr(old, "write_through", False)
+    return io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=is_line_buffered)
