@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from trainer.data import ArraySource
 from trainer.data.stream import Batches, Order, train_batches
 from trainer.data.workers import read_in_workers
+from trainer.errors import HostError
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, BATCH, STEPS = 23, 8, 40
@@ -95,20 +97,32 @@ def test_an_error_of_the_source_is_raised_where_the_batches_are_used():
     assert workers() == []
 
 
-def test_a_killed_worker_is_an_error_within_seconds():
-    batches = read_in_workers(dataset(Source()), 2, seconds=60)
+@pytest.mark.parametrize(
+    ("signum", "message"),
+    [
+        (
+            signal.SIGKILL,
+            r"a worker process of the data died \(exit code -9\) while batch {} was awaited: .*out of memory",
+        ),
+        (signal.SIGSTOP, r"batch {} did not come from the 2 worker processes in 12 s: process \d+ is stopped"),
+    ],
+)
+def test_a_killed_or_stopped_worker_is_an_error_that_names_the_batch_and_leaves_no_worker(signum, message):
+    batches = read_in_workers(dataset(Source()), 2, seconds=12, first=100)
     next(batches)
-    os.kill(workers()[0].pid, signal.SIGKILL)
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"a worker process of the data died .*exit code -9.*out of memory"):
-        list(batches)
+    os.kill(workers()[0].pid, signum)
+    start, given = time.monotonic(), 1
+    with pytest.raises(HostError) as raised:  # noqa: PT012 - it counts what came before
+        for _ in batches:
+            given += 1
+    assert re.match(message.format(100 + given), str(raised.value))
     assert time.monotonic() - start < 20
     assert workers() == []
 
 
 def test_a_source_that_hangs_is_an_error_after_the_time_limit_and_no_worker_stays():
     first = int(Order(EXAMPLES, seed=0)(0, 1)[0])
-    with pytest.raises(RuntimeError, match="no batch came from the 2 worker processes in 5 s"):
+    with pytest.raises(HostError, match="batch 0 did not come from the 2 worker processes in 5 s: the source hangs"):
         next(read_in_workers(dataset(Source(at=first, hangs=True)), 2, seconds=5))
     assert workers() == []
 
@@ -152,15 +166,25 @@ def alive(pid: int) -> bool:
         return False
 
 
+STOP = "os.kill(workers()[0].pid, signal.SIGSTOP); "
+
+
 @pytest.mark.parametrize(
     ("then", "code"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", -9), ("raise KeyboardInterrupt", -2), ("sys.exit(3)", 3)],
-    ids=["killed", "interrupted", "left"],
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+        (f"{STOP}os.kill(os.getpid(), signal.SIGKILL)", -9),
+        ("os._exit(3)", 3),
+        ("raise KeyboardInterrupt", -2),
+        ("sys.exit(3)", 3),
+    ],
+    ids=["killed", "killed with a stopped worker", "left at once", "interrupted", "left"],
 )
 def test_workers_end_with_the_process_that_reads_from_them_however_it_ends(tmp_path, then, code):
     start = time.monotonic()
     result = run(tmp_path, guard="if __name__ == '__main__':", then=then)
     assert result.returncode == code, result.stderr
+    assert "resource_tracker" not in result.stderr
     pids = [int(pid) for pid in result.stdout.split()]
     assert len(pids) == 2
     while any(alive(pid) for pid in pids):

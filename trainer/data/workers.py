@@ -1,40 +1,49 @@
 """Grain's worker processes, for sources that the threads of one process cannot decode fast enough."""
 
+import itertools
 import multiprocessing
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 
 import grain
 import jax
 from absl import flags
 
+from trainer.errors import HostError
 from trainer.experiment import Batch
 
 _CLOSING_SECONDS = 60.0  # Grain kills a worker that does not end in half of this time
+_LOOK_SECONDS = 0.5  # between two looks whether the workers live
 
 
-def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float = 300.0) -> Iterator[Batch]:
+def read_in_workers(
+    dataset: grain.IterDataset, workers: int, *, seconds: float = 300.0, first: int = 0
+) -> Iterator[Batch]:
     """The batches of `dataset`, in order, made in worker processes that end with this one.
 
     The first batch comes after a few seconds. The workers import the main script, so `if __name__ == "__main__":`
     must guard its code. `dataset` must be picklable. The number of `workers` is at least 1. Each makes every
     `workers`-th batch, and makes two before they are asked for.
 
-    Raises `RuntimeError` if a worker was killed, if a worker did not start, or if no batch came in `seconds`, which is
-    far more than a batch takes. Raises any error that the source raises in a worker.
+    Raises `HostError` if a worker was killed, if a worker did not start, or if no batch came in `seconds`, which is far
+    more than a batch takes; it names the batch, of which the first has the index `first`. Raises any error that the
+    source raises in a worker.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags of its own, which nobody sets here
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
     others = set(multiprocessing.active_children())
-    resource_tracker.ensure_running()  # else the first worker starts it, and its start unblocks signals
+    _start_tracker()
     requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
 
@@ -52,32 +61,97 @@ def read_in_workers(dataset: grain.IterDataset, workers: int, *, seconds: float 
     # Grain waits for ever for a worker that hangs or was killed in the middle of a batch, so a thread waits for Grain.
     thread = threading.Thread(target=read, name="batches of the workers", daemon=True)
     thread.start()
+    started: list[BaseProcess] = []
+    reaper: subprocess.Popen[bytes] | None = None
     try:
-        while True:
+        for index in itertools.count(first):
             requests.put(True)
-            try:
-                answer = answers.get(timeout=seconds)
-            except queue.Empty:
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.kill()  # or closing would wait for it
-                raise RuntimeError(
-                    f"no batch came from the {workers} worker processes in {seconds:g} s: the source hangs, or the "
-                    "machine has no memory left; loading.workers=0 reads in threads"
-                ) from None
+            answer = _wait(answers, started, others, seconds, index)
             if isinstance(answer, StopIteration):
                 return
-            if isinstance(answer, RuntimeError) and "terminated unexpectedly" in str(answer):
-                raise RuntimeError(
-                    f"a worker process of the data died ({answer}): was it out of memory, or does the program lack "
-                    '`if __name__ == "__main__":`?'
-                ) from answer
             if isinstance(answer, BaseException):
                 raise answer
+            reaper = reaper or _start_reaper(_update(started, others))
             yield answer
     finally:
         requests.put(False)
+        if reaper is not None:
+            reaper.communicate(b"\n")
         if not sys.is_finalizing():  # at finalization no thread runs, and Grain has closed already
             thread.join(_CLOSING_SECONDS)
+
+
+def _wait(
+    answers: "queue.SimpleQueue[Batch | BaseException]",
+    started: list[BaseProcess],
+    others: set[BaseProcess],
+    seconds: float,
+    index: int,
+) -> Batch | BaseException:
+    """The next answer; raises `HostError` if a worker has died or none answers in time, once all are killed."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            answer = answers.get(timeout=min(_LOOK_SECONDS, seconds))
+            if not isinstance(answer, RuntimeError) or "terminated unexpectedly" not in str(answer):
+                return answer
+        except queue.Empty:
+            answer = None
+        dead = [worker for worker in _update(started, others) if worker.exitcode]
+        if answer is None and not dead and time.monotonic() < deadline:
+            continue
+        stopped = [worker.pid for worker in started if _is_stopped(worker)]
+        for worker in started:
+            worker.kill()  # or closing would wait for it
+        if dead or answer is not None:
+            end = f"exit code {dead[0].exitcode}" if dead else str(answer)
+            raise HostError(
+                f"a worker process of the data died ({end}) while batch {index} was awaited: was it out of memory, or "
+                'does the program lack `if __name__ == "__main__":`?'
+            )
+        cause = f"process {stopped[0]} is stopped" if stopped else "the source hangs, or the machine has no memory left"
+        raise HostError(
+            f"batch {index} did not come from the {len(started)} worker processes in {seconds:g} s: {cause}; "
+            "loading.workers=0 reads in threads"
+        )
+
+
+def _update(started: list[BaseProcess], others: set[BaseProcess]) -> list[BaseProcess]:
+    """Adds the workers that have started since: the children of this process but the `others`."""
+    started += set(multiprocessing.active_children()) - others - set(started)
+    return started
+
+
+def _is_stopped(worker: BaseProcess) -> bool:
+    """Whether a signal has stopped a process that runs; on other systems than Linux nobody knows."""
+    try:
+        with open(f"/proc/{worker.pid}/stat") as file:  # noqa: PTH123 - one short read
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _start_tracker() -> None:
+    """Starts Python's tracker of shared memory, which removes what a killed worker leaves behind, without a warning.
+
+    The first worker would start it with a warning, and the start would unblock the signals of the thread.
+    """
+    before = list(sys.warnoptions)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # the tracker inherits them
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions[:] = before
+
+
+def _start_reaper(workers: Sequence[BaseProcess]) -> subprocess.Popen[bytes]:
+    """A shell that kills the workers when this process has died: a stopped worker cannot notice it and end by itself.
+
+    A line on its standard input ends it.
+    """
+    command = ["sh", "-c", 'read _ || kill -9 "$@"', "sh", *(str(worker.pid) for worker in workers)]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 def _begin(*_: int) -> None:
