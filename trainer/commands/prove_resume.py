@@ -51,6 +51,9 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"--kills is {options.kills}; it must be at least 1")
     if options.workdir is not None:
         raise UserError("prove-resume makes workdirs of its own; name a folder to keep them in with --keep=DIR")
+    keep = Path(options.keep) if options.keep else None
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise UserError(f"--keep={keep} is not empty; name a new folder")
     if options.check:
         return _check(Path(options.check))
     if options.config is None:
@@ -60,9 +63,13 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine belong to the launches
     run = find_run(options, overrides).run
+    for strategy in filter(None, dict.fromkeys(topology.strategy for topology in topologies)):
+        find_run(options, [*overrides, f"--config.parallel.strategy={strategy}"])  # raises for an unknown name
     from trainer.prove.proof import Proof
 
-    folder, began = _folder(options.keep), time.monotonic()
+    began = time.monotonic()
+    folder = keep.absolute() if keep is not None else Path(tempfile.mkdtemp(prefix="prove-resume-"))
+    folder.mkdir(parents=True, exist_ok=True)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)  # so that every launch is ended first
     proof = Proof(
@@ -75,13 +82,13 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         tolerance=options.tolerance,
         limit=options.limit,
         show=lambda text: print(text, flush=True),
-        keeps=options.keep is not None,
+        keeps=keep is not None,
     )
     try:
         differences = proof.run()
         return _report(proof, differences, time.monotonic() - began)
     finally:
-        if options.keep is None:
+        if keep is None:
             shutil.rmtree(folder)
 
 
@@ -105,16 +112,6 @@ def _numbers(name: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--{name} is {text!r}; numbers from 1 on are expected, separated by commas")
     return [int(part) for part in parts]
-
-
-def _folder(keep: str | None) -> Path:
-    if keep is None:
-        return Path(tempfile.mkdtemp(prefix="prove-resume-"))
-    folder = Path(keep).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--keep={keep} is not empty; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _report(proof: "Proof", differences: Sequence[str], seconds: float) -> int:

@@ -1,6 +1,7 @@
 """The comparison of a run that was killed and relaunched with an undisturbed one, from the files that both left."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from trainer.observe.log import read_rows
+from trainer.observe.rows import read_rows
 from trainer.observe.trace import read_trace
 from trainer.rules import paths
 
@@ -32,6 +33,7 @@ class Compared(NamedTuple):
     batches: int
     rows: int
     evaluations: int
+    apart: float  # the largest difference between two losses, relative to the larger one; 0 bit for bit
     differences: list[str]
 
 
@@ -52,6 +54,7 @@ def compare(undisturbed: Path, killed: Path, *, tolerance: float | None = None) 
     evaluations = [row for row in rows if is_evaluation(row)]
     differences += _evaluation_differences(evaluated_steps(undisturbed), rows, others)
     arrays: Mapping[str, np.ndarray] = {}
+    apart = 0.0
     if tolerance is None:
         differences += _row_differences(rows, others)
         if not differences and files[0].read_bytes() != files[1].read_bytes():
@@ -59,8 +62,9 @@ def compare(undisturbed: Path, killed: Path, *, tolerance: float | None = None) 
         arrays, state_differences = _compare_states(undisturbed / RUN, killed / RUN)
         differences += state_differences
     else:
-        differences += _loss_differences(rows, others, tolerance)
-    return Compared(len(arrays), len(batches), len(rows), len(evaluations), differences)
+        apart, loss_differences = _compare_losses(rows, others, tolerance)
+        differences += loss_differences
+    return Compared(len(arrays), len(batches), len(rows), len(evaluations), apart, differences)
 
 
 # States
@@ -206,12 +210,19 @@ def _row_differences(rows: list[dict], others: list[dict]) -> Iterator[str]:
                 yield f"{where} is {a.get(name, 'missing')} undisturbed, {b.get(name, 'missing')} killed"
 
 
-def _loss_differences(rows: list[dict], others: list[dict], tolerance: float) -> Iterator[str]:
-    if [(row["step"], is_evaluation(row)) for row in rows] != [(row["step"], is_evaluation(row)) for row in others]:
-        yield f"metrics.jsonl: {len(rows)} rows undisturbed, {len(others)} killed, of other steps"
-        return
+def _compare_losses(rows: list[dict], others: list[dict], tolerance: float) -> tuple[float, list[str]]:
+    """The largest relative difference of two losses, and a line for each that is above the tolerance."""
+    steps = [[(row["step"], is_evaluation(row)) for row in found] for found in (rows, others)]
+    if steps[0] != steps[1]:
+        return math.inf, [f"metrics.jsonl: {len(rows)} rows undisturbed, {len(others)} killed, of other steps"]
+    largest, differences = 0.0, list[str]()
     for number, (a, b) in enumerate(zip(rows, others, strict=True), 1):
         for name in (name for name in a if name.endswith("/loss")):
-            if abs(a[name] - b.get(name, np.inf)) > tolerance * max(abs(a[name]), abs(b.get(name, np.inf))):
+            here, there = a[name], b.get(name)
+            missing = here is None or there is None
+            apart = math.inf if missing else abs(here - there) / max(abs(here), abs(there), 1e-30)
+            largest = max(largest, apart)
+            if apart > tolerance:
                 where = f"metrics.jsonl, row {number} (step {a['step']}): {name}"
-                yield f"{where} is {a[name]} undisturbed, {b.get(name, 'missing')} killed, over {tolerance:g} apart"
+                differences.append(f"{where} is {here} undisturbed, {there} killed, {apart:.1e} apart")
+    return largest, differences

@@ -149,7 +149,8 @@ class Proof:
             state = f"final state ({arrays} arrays), ids of {batches} batches, {rows} rows of metrics"
             return f"{done}: {state} and {evaluations} evaluations are equal, bit for bit{runs}"
         equal = f"the state at every restore and the ids of {batches} batches are equal, bit for bit"
-        near = f"the losses of {rows} rows to {self.tolerance:g} of their size"
+        apart = max(compared.apart for compared in self.compared)
+        near = f"the losses of {rows} rows are at most {apart:.1e} of their size apart"
         return (
             f"{done}, {len(self.topologies)} topologies: {equal}; {near}; no evaluation of {evaluations} is lost{runs}"
         )
