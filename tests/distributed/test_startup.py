@@ -67,7 +67,8 @@ def answers(calls: list[tuple], port: int) -> list[str]:
 
     def answer(arguments: tuple) -> str:
         try:
-            rendezvous(f"127.0.0.1:{port}", *arguments, hosts="a,b")
+            for connection in rendezvous(f"127.0.0.1:{port}", *arguments, hosts="a,b").values():
+                connection.close()
         except UserError as error:
             return str(error)
         return ""

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Self
 
+_HOST_ERROR_CODE = 3
 _HEARTBEAT_SECONDS = 10
 _GRACE_SECONDS = 5.0  # twice what the other processes need to end in good order after one has failed
 _POLL_SECONDS = 0.05
@@ -57,9 +58,9 @@ class Group:
     def wait(self) -> int:
         """Shows the output of the processes until all have ended; kills the others soon after one has failed.
 
-        Returns the exit code of the first process to fail, 128 + N if signal N killed it; 0 if none failed.
+        Returns the exit code of the process at fault, 128 + N if signal N killed it; 0 if none failed.
         """
-        failed: int | None = None  # the first process to fail
+        ended: dict[int, int] = {}  # the exit code of each process that ended by itself, in their order
         deadline = float("inf")
         with selectors.DefaultSelector() as selector:
             for index, process in enumerate(self._processes):
@@ -70,22 +71,35 @@ class Group:
             while running or ready:  # the pipes may close later: a child of a process may keep them open
                 codes = [process.poll() for process in self._processes]
                 running = None in codes
-                if failed is None and any(codes):
-                    # Of several that ended since the last look, one killed by a signal (a negative code) is the cause.
-                    failed = min((i for i, code in enumerate(codes) if code), key=lambda i: codes[i] or 0)
-                    deadline = time.monotonic() + _GRACE_SECONDS
-                if time.monotonic() > deadline:
+                if time.monotonic() < deadline + _GRACE_SECONDS:
+                    ended |= {i: code for i, code in enumerate(codes) if code is not None and i not in ended}
+                else:
                     self.send_signal(signal.SIGKILL)
+                if any(ended.values()):
+                    deadline = min(deadline, time.monotonic())
                 ready = selector.select(_POLL_SECONDS if running else 0)
                 for key, _ in ready:
                     if not key.data.show(os.read(key.fd, 1 << 16)):
                         selector.unregister(key.fileobj)
-        if failed is None:
-            return 0
-        code = self._processes[failed].returncode
-        if any(process.returncode != code for process in self._processes):
-            end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            print(f"error: process {failed} {end}; all were ended", file=sys.stderr)
+        return self._report(ended)
+
+    def _report(self, ended: Mapping[int, int]) -> int:
+        """Names the process at fault, unless all have ended alike, and returns its exit code."""
+        left = [i for i in range(len(self._processes)) if i not in ended]  # `wait` killed them
+        if not left and len(set(ended.values())) == 1:
+            code = next(iter(ended.values()))
+            return code if code >= 0 else 128 - code
+        # A process that ended because of another one ended with `HostError`'s code, or JAX aborted it.
+        consequences = (0, _HOST_ERROR_CODE, -signal.SIGABRT)
+        causes = [i for i, code in ended.items() if code not in consequences]
+        killed = [i for i in causes if ended[i] < 0]
+        failed = next(iter([*killed, *causes, *left, *(i for i, code in ended.items() if code)]))
+        if failed in left:
+            print(f"error: process {failed} did not end and was killed; all were ended", file=sys.stderr)
+            return _HOST_ERROR_CODE
+        code = ended[failed]
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        print(f"error: process {failed} {end}; all were ended", file=sys.stderr)
         return code if code > 0 else 128 - code
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 from jax._src.clusters import ClusterEnv  # JAX's public API detects and connects in one call: no room for `rendezvous`
 
+from trainer.distributed import peers, relay
 from trainer.errors import UserError
 
 _GREETING = "belief-trainer"  # tells our processes from any other program at the port
 _RETRY_SECONDS = 0.2
+_LATER_SECONDS = 60  # JAX ends the processes so much later than `peers`, and names nobody
 _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "SLURM_STEP_NODELIST")
 
 
@@ -35,7 +37,8 @@ def initialize(
       process: the number of this process, from 0.
       processes: the number of processes.
       wait_seconds: how long to wait for the other processes, at least 1.
-      heartbeat_seconds: how long after the death of a process the others end, at least 2.
+      heartbeat_seconds: after how long a silence of a process, which is stopped or whose host is away, the others
+        end, at least 2. If a process dies, they end at once.
       preemptible: whether `distributed.Preemption` handles SIGTERM; otherwise it kills, as usual.
 
     Raises `UserError` if a process did not come in time, or environment and arguments do not describe the group.
@@ -43,9 +46,14 @@ def initialize(
     if (group := _find(coordinator, process, processes, wait_seconds)) is None:
         return
     address, index, count, local_devices = group
-    rendezvous(address, index, count, wait_seconds, next((os.environ[n] for n in _HOSTS if n in os.environ), ""))
+    hosts = next((os.environ[n] for n in _HOSTS if n in os.environ), "")
+    connections = rendezvous(address, index, count, wait_seconds, hosts)
     jax.config.update("jax_enable_preemption_service", preemptible)
-    timeouts: Any = {"initialization_timeout": max(wait_seconds, 60), "heartbeat_timeout_seconds": heartbeat_seconds}
+    seconds, heartbeat = max(wait_seconds, 60), heartbeat_seconds + _LATER_SECONDS
+    timeouts: Any = {"initialization_timeout": seconds, "heartbeat_timeout_seconds": heartbeat}
+    peers.start(index, connections, heartbeat_seconds)
+    if index > 0:
+        address = relay.start(*_parse(address), seconds)
     # `_find` has detected the cluster.
     jax.distributed.initialize(address, count, index, local_devices, cluster_detection_method="deactivate", **timeouts)
     jax.devices()  # processes exchange their devices here: one that fails earlier would leave the others waiting
@@ -94,23 +102,28 @@ def _launcher(environment: dict[str, str], platforms: str) -> str | None:
     return None if "TPU_SKIP_MDS_QUERY" in environment else "gcetpu"
 
 
-def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str = "") -> None:
-    """Returns in every process once all are there; JAX's own wait aborts those that came and names no missing one.
-
-    Process 0 listens at `address` (HOST:PORT), which is free again afterwards; `hosts` is for the error only. Raises
-    `UserError` if a process did not come in time or expects another count, or process 0 cannot listen at the port.
-    """
+def _parse(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator is {address!r}; HOST:PORT is expected")
+    return host.strip("[]"), int(port)
+
+
+def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str = "") -> dict[int, socket.socket]:
+    """Returns in every process once all are there; JAX's own wait aborts those that came and names no missing one.
+
+    Process 0 listens at `address` (HOST:PORT), where another socket can listen afterwards; `hosts` is for the error
+    only. Returns a connection to each other process from process 0, and one to process 0 from the others. Raises
+    `UserError` if a process did not come in time or expects another count, or process 0 cannot listen at the port.
+    """
+    host, port = _parse(address)
     where = f"{address}{f' (hosts: {hosts})' if hosts else ''}"
     if index == 0:
-        _receive(int(port), where, count, seconds)
-    else:
-        _report((host.strip("[]"), int(port)), where, index, count, seconds)
+        return _receive(port, where, count, seconds)
+    return {0: _report((host, port), where, index, count, seconds)}
 
 
-def _receive(port: int, where: str, count: int, seconds: float) -> None:
+def _receive(port: int, where: str, count: int, seconds: float) -> dict[int, socket.socket]:
     """Process 0: waits for the reports of all other processes, then replies to each."""
     deadline = time.monotonic() + seconds
     arrived: dict[int, socket.socket] = {}
@@ -134,30 +147,42 @@ def _receive(port: int, where: str, count: int, seconds: float) -> None:
         for connection in arrived.values():
             with suppress(OSError):  # the process is gone; JAX will miss it, too
                 connection.sendall(f"{_GREETING} {error or 'complete'}\n".encode())
-                connection.recv(1)  # the other side closes first, so that the port is free at once
-    if error:
-        raise UserError(error)
+                if error:
+                    connection.recv(1)  # the other side closes first, so that the port is free at once
+        if error:
+            raise UserError(error)
+        return {index: connection.dup() for index, connection in arrived.items()}  # the stack closes the originals
 
 
-def _report(address: tuple[str, int], where: str, index: int, count: int, seconds: float) -> None:
+def _report(address: tuple[str, int], where: str, index: int, count: int, seconds: float) -> socket.socket:
     """Any other process: reports to process 0 until it replies."""
     deadline = time.monotonic() + seconds
     while True:
         problem, reply = "did not answer", ""
         left = max(deadline - time.monotonic(), 0.001)
         # An OSError: process 0 does not listen yet, or its host has no address yet.
-        with suppress(OSError), socket.create_connection(address, timeout=left) as connection:
+        with suppress(OSError), ExitStack() as stack:
+            connection = stack.enter_context(socket.create_connection(address, timeout=left))
             problem = "still waits for another process"
             connection.sendall(f"{_GREETING} {index} {count}\n".encode())
             connection.settimeout(left + 1)  # process 0 gives up first, and names the missing process
-            _, _, reply = connection.makefile(errors="replace").readline().strip().partition(f"{_GREETING} ")
-        if reply == "complete":
-            return
+            _, _, reply = _read_line(connection).partition(f"{_GREETING} ")
+            if reply == "complete":
+                stack.pop_all()
+                return connection
         if reply:
             raise UserError(reply)
         if time.monotonic() > deadline:
             raise UserError(f"process 0 of {count} at {where} {problem}; process {index} waited {seconds:g} s")
         time.sleep(_RETRY_SECONDS)
+
+
+def _read_line(connection: socket.socket) -> str:
+    """The next line, and nothing after it: that is for `peers`."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return line.decode(errors="replace").strip()
 
 
 def _listen(port: int) -> socket.socket:
