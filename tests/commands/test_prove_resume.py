@@ -18,7 +18,7 @@ import pytest
 from trainer.commands import run
 from trainer.observe.trace import Trace
 from trainer.prove.aims import PHASES, SIGNALS, Aims
-from trainer.prove.compare import compare, newest_step, state_differences
+from trainer.prove.compare import compare, newest_step, read_tree, state_differences
 from trainer.prove.launch import SAVING, Aim, Hit, Topology, Trail, run_launch
 
 ROOT = Path(__file__).parents[2]
@@ -88,13 +88,12 @@ def save_changed_state(workdir: Path) -> str:
     """Flips the lowest bit of a number of the newest checkpoint, which Orbax saves again; returns its path."""
     step = newest_step(workdir)
     assert step is not None
-    place = workdir / "checkpoints" / str(step) / "state"
+    place, tree = workdir / "checkpoints" / str(step) / "state", read_tree(workdir, step)
+    kernel = np.array(tree["params"]["dense"]["kernel"])
+    kernel.view(np.uint32)[2, 5] ^= 1
+    tree["params"]["dense"]["kernel"] = kernel
+    shutil.rmtree(place)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(place.absolute())
-        kernel = np.array(tree["params"]["dense"]["kernel"])
-        kernel.view(np.uint32)[2, 5] ^= 1
-        tree["params"]["dense"]["kernel"] = kernel
-        shutil.rmtree(place)
         checkpointer.save(place.absolute(), tree)
     return "params/dense/kernel[2, 5]"
 

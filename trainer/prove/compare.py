@@ -25,6 +25,9 @@ SETTINGS, UNDISTURBED, KILLED, RUN, LAUNCH, BEFORE = (
     "before.json",
 )
 
+# Of Orbax, which raises an `AttributeError` if its own metadata are damaged.
+READ_ERRORS = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+
 
 class Compared(NamedTuple):
     """How much was compared, and every difference, as a line of text."""
@@ -79,12 +82,17 @@ def newest_step(workdir: Path) -> int | None:
 
 def read_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by its path, read by Orbax alone, without this project's code."""
+    tree = read_tree(workdir, step)
+    return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def read_tree(workdir: Path, step: int) -> Any:
+    """The same arrays as the tree of dicts and lists that Orbax makes."""
     folder = (workdir / "checkpoints" / str(step) / "state").absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = checkpointer.restore(folder, restore_args=as_numpy)
-    return dict(zip(paths(restored), jax.tree.leaves(restored), strict=True))
+        return checkpointer.restore(folder, restore_args=as_numpy)
 
 
 def _compare_states(undisturbed: Path, killed: Path) -> tuple[Mapping[str, np.ndarray], list[str]]:
@@ -94,7 +102,7 @@ def _compare_states(undisturbed: Path, killed: Path) -> tuple[Mapping[str, np.nd
     here = read_state(undisturbed, steps[0])
     try:
         there = read_state(killed, steps[0])
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except READ_ERRORS as error:
         return here, [f"final state: the checkpoint of the killed run cannot be read: {str(error).splitlines()[0]}"]
     return here, list(state_differences(here, there))
 
@@ -125,6 +133,8 @@ def _restore_differences(killed: Path) -> Iterator[str]:
     """A line for each launch that did not restore, bit for bit, the newest checkpoint that was on disk before it."""
     for folder in launches(killed):
         before = json.loads((folder / BEFORE).read_text())
+        if before["problem"]:
+            yield f"checkpoint {before['step']} before {folder.name} cannot be read: {before['problem']}"
         for line in _lines(folder, "restored"):
             if line["restored"] != before["step"]:
                 text = f"step {line['restored']} was restored, the newest checkpoint on disk was {before['step']}"

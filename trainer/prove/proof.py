@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from trainer.prove.compare import (
     BEFORE,
     KILLED,
     LAUNCH,
+    READ_ERRORS,
     RUN,
     SETTINGS,
     UNDISTURBED,
@@ -120,13 +121,11 @@ class Proof:
     def _launch(self, folder: Path, topology: Topology, aim: Aim | None) -> End:
         """Launches the real command on the workdir in `folder`, after it noted what the newest checkpoint holds."""
         launch = folder / f"{LAUNCH}{len(list(folder.glob(f'{LAUNCH}*'))) + 1:03}"
-        step = newest_step(folder / RUN)
-        before = {"step": step, "sums": {} if step is None else sums_of(read_state(folder / RUN, step))}
         command = [sys.executable, "-m", "trainer", "train", *self.arguments]
         command += [f"--workdir={folder / RUN}", f"--trace={launch}"]
         command += [f"--config.parallel.strategy={topology.strategy}"] if topology.strategy else []
         launch.mkdir(parents=True)
-        (launch / BEFORE).write_text(json.dumps(before))
+        (launch / BEFORE).write_text(json.dumps(_before(folder / RUN)))
         return run_launch(command, topology, launch, aim=aim, limit=self.limit)
 
     def _problem(self, aim: Aim | None, end: End, folder: Path) -> str:
@@ -154,6 +153,17 @@ class Proof:
         return (
             f"{done}, {len(self.topologies)} topologies: {equal}; {near}; no evaluation of {evaluations} is lost{runs}"
         )
+
+
+def _before(workdir: Path) -> dict[str, Any]:
+    """The newest checkpoint of a workdir, the sums of its arrays, and the problem if Orbax cannot read them."""
+    step, sums, problem = newest_step(workdir), dict[str, str](), ""
+    if step is not None:
+        try:
+            sums = sums_of(read_state(workdir, step))
+        except READ_ERRORS as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"step": step, "sums": sums, "problem": problem}
 
 
 def kill_rows(kills: Sequence[Kill]) -> list[tuple[str, ...]]:
