@@ -246,7 +246,7 @@ def test_a_workdir_that_is_taken_away_is_noticed_and_the_state_saved_beside_it(c
     folder = tmp_path / "run"
 
     class Taking(Progress):
-        def update(self, step, *_):
+        def update(self, step, loss, examples_per_second, seconds_left):
             if step == 5:
                 folder.rename(tmp_path / "moved")
                 if change == "removed":

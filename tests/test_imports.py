@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"commands"},
-    {"loop", "plan"},
+    {"loop", "plan", "prove"},
     {"session"},
     {"evaluation", "resume"},
     {"checkpoint", "program"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"data", "sharding", "workdir"},
     {"config", "state"},
     {"distributed", "experiment", "rules"},
-    {"files", "lock"},
+    {"compilation", "files", "lock"},
     {"errors", "metrics"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}

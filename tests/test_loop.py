@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 from io import StringIO
 from pathlib import Path
@@ -157,7 +156,7 @@ def test_another_configs_workdir_is_refused_and_left_alone(tmp_path):
 def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
     quietly(make_run(2, **settings()), tmp_path / "run")
     monkeypatch.setattr("trainer.program.param_table", lambda params, labels, *a: ParamTable((), config.Optimizer()))
-    with pytest.raises(UserError, match="the code has changed since the checkpoint at step 2"):
+    with pytest.raises(UserError, match="other settings: dense/kernel is no parameter any more"):
         quietly(make_run(4, **settings()), tmp_path / "run")
 
 
@@ -231,7 +230,8 @@ def test_more_steps_than_a_schedule_was_made_for_are_refused_with_the_way_out(tm
     schedule = dataclasses.replace(descent, run_steps=4)
     longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
     assert int(quietly(longer, tmp_path / "run")[0].step) == 6
-    assert [row["train/learning_rate"] for row in rows(tmp_path / "run")][4:] == [np.float32(1e-3).item()] * 2
+    rates = [row["train/learning_rate"] for row in rows(tmp_path / "run") if "train/loss" in row]
+    assert rates[4:] == [np.float32(1e-3).item()] * 2
 
 
 def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_path):
@@ -243,20 +243,6 @@ def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_p
     longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
     with pytest.raises(UserError, match=r"^optimizer.schedule is 0 from step 5 to the last step, 6"):
         quietly(longer, tmp_path / "run")
-
-
-@pytest.mark.parametrize("damaged", ["state/d/*", "metadata/metadata", "state/_METADATA"])
-def test_a_damaged_checkpoint_is_one_line_that_says_what_to_remove(damaged, tmp_path):
-    run = make_run(10, **settings(checkpoint=config.Checkpoint(every_steps=5)))
-    whole, _ = quietly(run, tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / "10"
-    for file in newest.glob(damaged):
-        file.write_bytes(b"not what it was")
-    with pytest.raises(UserError, match=rf"checkpoint 10 cannot be read .*remove {newest} to go on from step 5"):
-        quietly(run, tmp_path / "run")
-    shutil.rmtree(newest)
-    again, _ = quietly(run, tmp_path / "run")
-    assert_equal(again, whole)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore[missing-module-attribute] - made at import
 
+from tests.observe.event_reader import shown
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.workdir import Workdir
@@ -96,16 +96,8 @@ def logged_steps(workdir: Path) -> int:
 
 
 def event_steps(workdir: Path) -> list[int]:
-    """The steps of every train/loss in all event files, read record by record."""
-    steps = []
-    for file in (workdir / "tensorboard").glob("events.out.tfevents.*"):
-        data = file.read_bytes()
-        while data:
-            length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
-            data = data[12 + length + 4 :]
-    return sorted(steps)
+    """The steps of every train/loss that TensorBoard shows."""
+    return sorted(step for tag, step in shown(workdir / "tensorboard") if tag == "train/loss")
 
 
 def assert_same_run(workdir: Path, uninterrupted: Path) -> None:

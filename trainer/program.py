@@ -1,8 +1,8 @@
 """From a resolved run to its program: everything that the run computes, checked before any file is touched."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from trainer import config
+from trainer.compilation import Step
 from trainer.data import batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
-from trainer.metrics import Metrics
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optim.fused import ParamGroup
 from trainer.params import ParamTable, label_tree, param_table
@@ -50,8 +50,8 @@ class Program:
     strategy: Strategy  # how the steps spread over the devices
     state: TrainState  # abstract: a `jax.ShapeDtypeStruct` with its sharding for each array
     init: Callable[[], TrainState]  # makes the first state on the devices
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # jitted; donates the state
-    eval_step: Callable[[TrainState, Batch], Metrics]  # jitted
+    train_step: Step  # jitted: (state, batch) → (state, metrics); donates the state
+    eval_step: Step  # jitted: (state, batch) → metrics
 
     def due(self, step: Any) -> Due:
         """The work that is due after a step, counted from 1. If `step` is traced, the result is traced."""
@@ -88,7 +88,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         for source, size in ((train_source, run.batch_size), (eval_source, run.evaluation.batch_size or run.batch_size))
     )
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
-    init_key, step_key = jax.random.split(jax.random.key(run.seed))
+    init_key, step_key = run_keys(run)
     boxed = _boxed_params(experiment, init_key, train_spec)
     strategy = build_strategy(run.parallel, boxed, devices)
     check_divides(run, strategy.batch_shards)
@@ -109,15 +109,18 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         constrain_gradients=strategy.constrain_gradients,
         ema_decay=run.optimizer.ema_decay,
         frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
+        spike=_spike(run.numerics),
         statistics=build_statistics(groups, labels, run.optimizer.clip_norm),
         is_logged=lambda step: due(run, step).log,
     )
 
     def init() -> TrainState:
         ema = run.optimizer.ema_decay is not None
-        return init_state(experiment, optimizer, init_key, _zeros(train_spec), ema=ema)
+        guard = run.numerics.on_nonfinite == "skip" or settings.spike is not None
+        return init_state(experiment, optimizer, init_key, _zeros(train_spec), ema=ema, guard=guard)
 
     state = strategy.abstract_state(init)
+    train, evaluation = partial(train_step, settings), partial(eval_step, experiment, strategy.axis_name)
     program = Program(
         run,
         train_source,
@@ -129,12 +132,22 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         optimizer,
         strategy,
         state,
-        functools.partial(strategy.init_state, init),
-        strategy.compile_train(functools.partial(train_step, settings), state),
-        strategy.compile_eval(functools.partial(eval_step, experiment, strategy.axis_name), state),
+        partial(strategy.init_state, init),
+        Step(strategy.compile_train(train, state), (state, strategy.abstract_batch(train_spec))),
+        Step(strategy.compile_eval(evaluation, state), (state, strategy.abstract_batch(eval_spec))),
     )
     _check_steps(program)
     return program
+
+
+def run_keys(run: config.Run) -> tuple[Any, Any]:
+    """The key of the initial parameters, and the key that those of all steps come from."""
+    init_key, step_key = jax.random.split(jax.random.key(run.seed))
+    return init_key, step_key
+
+
+def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
+    return None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor)
 
 
 def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
@@ -150,10 +163,10 @@ def _check_steps(program: Program) -> None:
     """Traces both steps, which checks everything that can be checked without computing."""
     run, state, strategy = program.run, program.state, program.strategy
     with model_errors(program.train_spec):
-        after, _ = jax.eval_shape(program.train_step, state, strategy.abstract_batch(program.train_spec))
+        after, _ = jax.eval_shape(program.train_step.jitted, state, strategy.abstract_batch(program.train_spec))
     _check_unchanged(state, after)
     with model_errors(program.eval_spec):
-        metrics = jax.eval_shape(program.eval_step, state, strategy.abstract_batch(program.eval_spec))
+        metrics = jax.eval_shape(program.eval_step.jitted, state, strategy.abstract_batch(program.eval_spec))
     best, known = run.checkpoint.best_metric, [f"{run.evaluation.split}/{name}" for name in metrics]
     if best is not None and best not in known:
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")

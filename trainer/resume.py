@@ -122,6 +122,7 @@ class Resume:
                 old = tuple(metadata.params.get(path, (label, decay)))
                 if old != (label, decay):
                     changed.append(f"{path} was labelled {old[0]} (weight decay {old[1]}), is {label} ({decay})")
+            changed += [f"{path} is no parameter any more" for path in metadata.params if path not in labels]
             if problem := _data_difference(metadata.data, self.data):
                 changed.append(f"the training examples: {problem}")
             if changed and not self.accept_changes:

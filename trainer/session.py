@@ -5,25 +5,29 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from os import PathLike
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from trainer import distributed
 from trainer.checkpoint import Metadata, Store, make_metadata, scores
+from trainer.compilation import compile_ahead
 from trainer.data import load
-from trainer.data.stream import prefetch, train_batches
+from trainer.data.stream import prefetch, split_ids, train_batches
 from trainer.distributed import Interrupted, Preemption
 from trainer.errors import DivergedError, HostError, UserError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Metrics
-from trainer.observe.log import MetricsLog, NoLog, read_rows
+from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder, evaluation_text
+from trainer.observe.trace import NoTrace, Trace
 from trainer.program import Due, Program
 from trainer.resume import Resume, Resumed, describe_data
 from trainer.state import TrainState
 from trainer.workdir import Workdir
+
+_NO_TRACE = NoTrace()
 
 
 class SessionOptions(TypedDict, total=False):
@@ -33,6 +37,7 @@ class SessionOptions(TypedDict, total=False):
     handle_signals: bool
     accept_changes: bool
     from_step: int | None
+    trace: Trace | NoTrace
 
 
 @dataclasses.dataclass
@@ -53,6 +58,7 @@ class Session:
     progress: Progress
     profile: Profile
     preemption: Preemption
+    trace: Trace | NoTrace
     _signum: int | None = None
     _saved_step: int = 0
     _saved_at: float = dataclasses.field(default_factory=time.monotonic)
@@ -62,7 +68,9 @@ class Session:
         state, start = self.resumed.state, self.resumed.start
         self.resumed, self._saved_step = self.resumed._replace(state=None), start  # its buffers are donated
         if state is None:
+            self.trace.phase("compile", 0)
             return self.program.init()
+        self.trace.restored(start, state)
         if self.program.due(start).evaluate and "no" in distributed.gather("evaluated", self._is_evaluated(start)):
             self.progress.message(f"the evaluation of step {start} is still owed")
             self.evaluate(state)
@@ -84,12 +92,23 @@ class Session:
             local_examples=strategy.local_examples(run.batch_size),
             threads=run.loading.threads,
             workers=run.loading.workers,
+            with_ids=self.trace.is_on,
         )
-        for step, batch in enumerate(prefetch(batches, strategy.shard_batch), start + 1):
+        places = strategy.local_examples(run.batch_size)
+
+        def launch(batch: Batch) -> tuple[Any, Batch]:
+            ids, batch = split_ids(batch)
+            return ids, strategy.shard_batch(batch)
+
+        self.trace.phase("data", start + 1)
+        for step, (ids, batch) in enumerate(prefetch(batches, launch), start + 1):
+            self.trace.batch(step, ids, places)
+            self.trace.phase("compile" if step == start + 1 else "step", step)  # the first call compiles
             with self.profile.step(step):
                 yield step, batch
             if self._signum is not None:
                 return
+            self.trace.phase("data", step + 1)
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""
@@ -132,6 +151,7 @@ class Session:
           HostError: it cannot be written.
         """
         step = self.recorder.flush()
+        self.trace.phase("save", step)
         with self.recorder.paused(), self._write_errors():
             self._check_place(state, step)
             self.log.sync()
@@ -139,6 +159,7 @@ class Session:
             if not self.store.save(state, self._metadata(step)):
                 raise DivergedError(f"the state after step {step} holds NaN or Inf")
             self._saved_step, self._saved_at = step, time.monotonic()
+            self.trace.saving(step)
 
     def _metadata(self, step: int) -> Metadata:
         run, table = self.program.run, self.program.param_table
@@ -148,6 +169,7 @@ class Session:
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the state after the newest step, and writes the result in a row of its own."""
         step, settings = self.recorder.flush(), self.program.run.checkpoint
+        self.trace.phase("evaluate", step)
         with self.recorder.paused():
             metrics = evaluate_split(self.program, state, self.eval_source)
             self.progress.message(f"step {step}: {evaluation_text(metrics)}")
@@ -202,6 +224,7 @@ def open_session(
     handle_signals: bool = True,
     accept_changes: bool = False,
     from_step: int | None = None,
+    trace: Trace | NoTrace = _NO_TRACE,
 ) -> Iterator[Session]:
     """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""
     folder, run, table = Workdir(workdir), program.run, str(program.param_table)
@@ -210,17 +233,19 @@ def open_session(
         with distributed.collective_errors("the workdir and the data"):
             if profile is not None and profile[1] > run.total_steps:
                 raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
-            store = Store(folder.checkpoints, run.checkpoint)
+            store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # first, so that a kill at any moment leaves a folder to launch again
                 store.remove_incomplete()
+            compile_ahead(program.train_step, program.eval_step)
             limit = run.loading.in_memory_bytes
             sources = (load(program.train_source, limit), load(program.eval_source, limit))
             data = describe_data(sources[0])
         stack.push(lambda _, error, __: store.close(error))
+        trace.phase("restore", 0)
         with distributed.collective_errors("the checkpoint"):
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
             start = resumed.start
@@ -236,9 +261,9 @@ def open_session(
             folder.write(run, table, resumed.accepted)
             on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
             log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
-            if resumed.changed:
+            if resumed.changed and not log.has_evaluation(start, "accepted"):
                 log.write(start, {"accepted": resumed.changed}, {})
-            store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
+            store.scores = scores(log.rows(), run.checkpoint.best_metric)
         stack.callback(log.close)
         stack.enter_context(_naming_the_last_checkpoint(store))
         profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
@@ -249,7 +274,7 @@ def open_session(
         # above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
-        yield Session(program, folder, resumed, *sources, store, log, recorder, progress, profiler, preemption)
+        yield Session(program, folder, resumed, *sources, store, log, recorder, progress, profiler, preemption, trace)
 
 
 @contextmanager

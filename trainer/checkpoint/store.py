@@ -5,7 +5,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ class Store:
         return ocp.utils.is_checkpoint_finalized(path)
 
 
-def scores(rows: Iterator[Mapping[str, Any]], metric: str | None) -> dict[int, float]:
+def scores(rows: Iterable[Mapping[str, Any]], metric: str | None) -> dict[int, float]:
     """The value of a metric by step, from the rows of metrics.jsonl; a value that is null there is NaN."""
     found = {row["step"]: row[metric] for row in rows if metric is not None and metric in row}
     return {step: math.nan if value is None else float(value) for step, value in found.items()}

@@ -67,6 +67,7 @@ def _run(argv: list[str]) -> int:
         with _group(options) as collective_errors:
             with collective_errors("the command line"):
                 arguments = find_run(options, overrides)
+                _use_cache(options.compilation_cache)
             return module.main(arguments)
     except (UserError, HostError) as error:
         if "--traceback" in rest:
@@ -105,6 +106,12 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
         if distributed.is_primary():
             raise
         sys.exit(128 + getattr(error, "signum", 2))
+
+
+def _use_cache(folder: str | None) -> None:
+    from trainer.compilation import use_cache  # imports JAX
+
+    use_cache(folder)
 
 
 def _prepare_hint(arguments: list[str]) -> str:

@@ -44,6 +44,8 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = _Parser(f"python -m trainer {command}", usage, description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE[:arg]", help="config file; get_config receives what follows a colon")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run")
+    cache = "where compiled programs are kept for the next launch (default: ~/.cache/belief-trainer); off for nowhere"
+    parser.add_argument("--compilation-cache", metavar="DIR", help=cache)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

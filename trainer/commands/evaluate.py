@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import math
+import sys
 
 from trainer.commands.arguments import Arguments, add_group_options
 
@@ -17,7 +19,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Prints a line for each metric, the number of examples, and the step of the checkpoint."""
+    """Prints a line for each metric, the number of examples, and the checkpoint's step.
+
+    The exit code is 1 if a metric is not finite, on every process.
+    """
     from trainer.distributed import collective_errors, is_primary
     from trainer.evaluation import evaluate
 
@@ -25,11 +30,14 @@ def main(arguments: Arguments) -> int:
         path = arguments.required_workdir().path
     metrics = evaluate(path, arguments.run, step=arguments.options.step, split=arguments.options.split)
     step = metrics.pop("step")
+    bad = [name.replace("/", " ") for name, value in metrics.items() if not math.isfinite(value)]
     if not is_primary():
-        return 0
+        return 1 if bad else 0
     for name, value in metrics.items():
         print(name.replace("/", " ") + ":", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     # TensorBoard is an extra: pip install 'belief-trainer[tensorboard]'.
     curves = f"; its curves: tensorboard --logdir {path}" if importlib.util.find_spec("tensorboard") else ""
     print(f"step {step} of {path}{curves}")
-    return 0
+    if bad:
+        print(f"error: not finite: {', '.join(bad)}", file=sys.stderr)
+    return 1 if bad else 0

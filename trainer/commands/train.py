@@ -31,6 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="FIRST:LAST", help=profile)
     parser.add_argument("--accept-changes", action="store_true", help=accept)
     parser.add_argument("--from-step", metavar="STEP", type=int, help=earlier)
+    parser.add_argument(
+        "--trace", metavar="DIR", help="also write what the run does, as it does it, to DIR, per process"
+    )
     add_group_options(parser)
     parser.set_defaults(preemptible=True)
 
@@ -41,17 +44,21 @@ def main(arguments: Arguments) -> int:
     from trainer.experiment import Reports
     from trainer.loop import train
     from trainer.observe.log import read_rows
+    from trainer.observe.trace import NoTrace, Trace
     from trainer.workdir import Mirror
 
     options, experiment = arguments.options, arguments.run.experiment
+    trace = Trace(options.trace) if options.trace else NoTrace()
     try:
         if options.dry_run:
             print(_dry_run(arguments.run), end="")
             return 0
         path = arguments.required_workdir().path
+        trace.phase("compile", 0)
         train(
             arguments.run,
             path,
+            trace=trace,
             profile=_steps(options.profile) if options.profile else None,
             accept_changes=options.accept_changes,
             from_step=options.from_step,

@@ -1,0 +1,118 @@
+"""Compilation: ahead of the first step, in a thread of its own, and kept on disk for the next launch."""
+
+import hashlib
+import os
+import platform
+import stat
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trainer.errors import UserError
+
+_CACHE_BYTES = 10 << 30
+_LEAST_SECONDS = 0.3  # of compilation; a program that compiles faster is not kept
+_THREAD = "compilation ahead of the first step"
+
+
+class Step:
+    """A jitted function that can be compiled ahead of its first call, which then waits for the compilation.
+
+    It is called as the jitted function is.
+    """
+
+    def __init__(self, jitted: Any, arguments: tuple[Any, ...]) -> None:
+        """`arguments` are those of every call, abstract: a `jax.ShapeDtypeStruct` with its sharding for each array."""
+        self.jitted, self._arguments = jitted, arguments
+        self._compiled: Future[Callable[..., Any]] | None = None
+        self._call: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the compiled function."""
+        if self._call is None:
+            if self._compiled is None:
+                return self.jitted(*arguments)
+            self._call = self._compiled.result()
+        return self._call(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As that of the jitted function."""
+        return self.jitted.lower(*arguments)
+
+    def announce(self) -> bool:
+        """Makes the first call wait for a `compile` in another thread; returns whether it is needed."""
+        if self._compiled is not None or not hasattr(self.jitted, "lower"):
+            return False
+        self._compiled = Future()
+        return True
+
+    def compile(self) -> None:
+        """Compiles what was announced. An error is raised by the first call instead."""
+        assert self._compiled is not None
+        try:
+            self._compiled.set_result(self.jitted.lower(*self._arguments).compile())
+        except BaseException as error:
+            self._compiled.set_exception(error)
+
+
+def compile_ahead(*steps: Step) -> None:
+    """Compiles steps in a thread, one after the other. XLA compiles without Python's lock, so other work goes on."""
+    announced = [step for step in steps if step.announce()]
+
+    def run() -> None:
+        for step in announced:
+            step.compile()
+
+    if announced:  # no daemon: at the end of Python XLA would abort the process
+        threading.Thread(target=run, name=_THREAD).start()
+
+
+def is_compiling() -> bool:
+    """Whether a thread still compiles, for which the end of Python would wait."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
+def use_cache(folder: str | None) -> None:
+    """Keeps what XLA compiles on disk, at most 10 GiB, so that the next launch need not compile it again.
+
+    Args:
+      folder: "off" for no cache; None for JAX_COMPILATION_CACHE_DIR or, if that is not set, a folder of the user's in
+        XDG_CACHE_HOME or ~/.cache. Programs for CPUs are kept apart by the kind of CPU, whose code they are.
+
+    Raises `UserError` if the folder is not the user's own: what lies there is executed.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if folder is None and jax.config.jax_compilation_cache_dir is not None:  # pyrefly: ignore[missing-attribute]
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "belief-trainer"
+    place = Path(folder) if folder is not None else cache / f"compiled-{_cpu()}"
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = place.lstat()
+    except OSError as error:
+        if folder is None:
+            return  # no home to write in: nothing is kept
+        raise UserError(f"--compilation-cache={folder}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        if folder is None:
+            return
+        raise UserError(f"--compilation-cache={folder} is no folder that only you can write in: its code is executed")
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+
+
+def _cpu() -> str:
+    """A name for the instructions that this CPU has."""
+    text = platform.machine() + platform.processor()
+    with suppress(OSError):  # no Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
