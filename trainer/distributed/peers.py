@@ -90,7 +90,7 @@ def fail(error: BaseException, code: int) -> None:
     """
     if _watch is None:
         return
-    if isinstance(error, JaxRuntimeError):
+    if isinstance(error, JaxRuntimeError) or "Gloo" in str(error):  # at a dispatch it is a ValueError
         time.sleep(_BLAME_SECONDS)
     named = "" if isinstance(error, UserError | HostError) else f"{type(error).__name__}: "
     first = next(iter(str(error).splitlines()), "")
