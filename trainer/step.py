@@ -18,7 +18,7 @@ from trainer.experiment import Batch, Collections, Experiment, set_replica_axis
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, global_norm
 from trainer.sharding.reduction import sum_in_float32
-from trainer.state import TrainState, update_ema
+from trainer.state import TrainState, drop_bad_update, update_ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class StepSettings:
     constrain_gradients: Callable[[Any], Any] = lambda gradients: gradients
     ema_decay: float | None = None  # of the EMA params; None where none are kept
     frozen: Any = False  # a tree of bools like the parameters, or a prefix of one: True where nothing is updated
+    # A quantile and a factor: the limit of a loss, of a state that has a `Guard` (see `drop_bad_update`).
+    spike: tuple[float, float] | None = None
     statistics: Statistics | None = None  # per-label numbers, from gradients, new parameters and new optimizer state
     # Whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
     is_logged: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)
@@ -50,8 +52,8 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     statistics.
     """
     axis = settings.replica_axis
-    key, example_key = jax.random.split(jax.random.fold_in(settings.key, state.step))
-    batch = {**batch, "example_key": _per_example_keys(example_key, len(batch["mask"]), axis)}
+    key, example_key = step_keys(settings.key, state.step)
+    batch = {**batch, "example_key": per_example_keys(example_key, len(batch["mask"]), axis)}
     if axis is not None:  # each replica draws its own dropout masks; under jit one mask covers the global arrays
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     # A frozen parameter is None from here on, which JAX takes for no leaf: it has no gradient and no update.
@@ -81,13 +83,24 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
 
     updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p if u is None else (p + u).astype(p.dtype), state.params, updates)
-    ema = None if settings.ema_decay is None else update_ema(state.ema, params, state.step, settings.ema_decay)
+    made = state.step if state.guard is None else state.opt_state.count  # updates before this one
+    ema = None if settings.ema_decay is None else update_ema(state.ema, params, made, settings.ema_decay)
 
-    own = {"grad_norm": global_norm(jax.tree.leaves(grads)), "learning_rate": settings.learning_rate(state.step)}
+    own = {"grad_norm": global_norm(jax.tree.leaves(grads)), "learning_rate": settings.learning_rate(made)}
     metrics = {**metrics, **{name: Mean.single(value) for name, value in own.items()}}
     if settings.statistics is not None:
         metrics |= _only_if(settings.is_logged(state.step + 1), settings.statistics, grads, params, opt_state)
-    return TrainState(state.step + 1, params, collections, opt_state, ema), metrics
+    after = TrainState(state.step + 1, params, collections, opt_state, ema)
+    if state.guard is not None:
+        after, dropped = drop_bad_update(state, after, metrics["loss"], own["grad_norm"], settings.spike)
+        metrics |= dropped
+    return after, metrics
+
+
+def step_keys(key: Key[Array, ""], step: Int32[Array, ""] | int) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """The key of an update and that of its examples, where `step` counts the steps before it."""
+    key, example_key = jax.random.split(jax.random.fold_in(key, step))
+    return key, example_key
 
 
 def eval_step(experiment: Experiment, replica_axis: str | None, state: TrainState, batch: Batch) -> Metrics:
@@ -210,7 +223,7 @@ def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any
     return jax.lax.cond(condition, measure, lambda *_: nothing, *arguments)
 
 
-def _per_example_keys(key: Key[Array, ""], count: int, axis: str | None) -> Key[Array, " examples"]:
+def per_example_keys(key: Key[Array, ""], count: int, axis: str | None) -> Key[Array, " examples"]:
     """A key for each example, by its position in the global batch."""
     first = 0 if axis is None else jax.lax.axis_index(axis) * count
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))

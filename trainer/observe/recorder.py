@@ -80,7 +80,7 @@ class Recorder:
 
     def _read(self, step: int, metrics: Metrics) -> dict[str, float]:
         """The values of a step's row, none if no row is due; shows them."""
-        _check_finite(step, metrics)
+        self._check(step, metrics)
         run = self._run
         if not self._is_logged(step):
             if step == self._first:  # its time includes compilation and says nothing about the others
@@ -96,20 +96,37 @@ class Recorder:
         self._progress.update(step, values["train/loss"], run.batch_size / self._seconds_per_step, remaining)
         return values
 
+    def _check(self, step: int, metrics: Metrics) -> None:
+        """Shows an update that was skipped; raises `DivergedError` if the settings end the run."""
+        # Wait first, then read: reading an array that is not ready costs XLA:CPU a twentieth of a 4 ms step.
+        metrics["loss"].total.block_until_ready()
+        bad, numerics = _not_finite(metrics), self._run.numerics
+        if bad is not None and numerics.on_nonfinite == "stop":
+            raise DivergedError(f"the {bad[0]} of step {step} is {bad[1]}")
+        if "skipped" not in metrics or not metrics["skipped"].compute():
+            return
+        if bad is not None:
+            problem = f"the {bad[0]} is {bad[1]}"
+        else:
+            loss, limit = metrics["loss"].compute(), metrics["spike_limit"].compute()
+            base = f"{numerics.spike_factor:g} × the {numerics.spike_quantile:g} quantile of the losses before"
+            problem = f"the loss is {loss:.6g}, above {limit:.6g}, {base}"
+        in_row = round(metrics["skipped_in_row"].compute())
+        self._progress.message(f"step {step}: {problem}: the update is skipped ({in_row} in a row)")
+        if in_row >= numerics.max_skips:
+            raise DivergedError(f"step {step}: {problem}, and {in_row} updates in a row were skipped")
+
     def _write(self, step: int, values: dict[str, float], evaluated: dict[str, float]) -> None:
         if values or evaluated:
             rate = {"examples_per_second": self._run.batch_size / self._seconds_per_step} if values else {}
             self._log.write(step, values | evaluated, rate)
 
 
-def _check_finite(step: int, metrics: Metrics) -> None:
-    # Wait first, then read: reading an array that is not ready costs XLA:CPU a twentieth of a 4 ms step.
-    metrics["loss"].total.block_until_ready()
+def _not_finite(metrics: Metrics) -> tuple[str, float] | None:
+    """The loss or the gradient norm, if it is not finite."""
     # The gradient too: a finite loss with a NaN gradient would put NaN into a checkpoint of this very step.
-    for name in ("loss", "grad_norm"):
-        value = float(np.asarray(metrics[name].total))
-        if not math.isfinite(value):
-            raise DivergedError(f"the {name} of step {step} is {value}")
+    values = ((name, float(np.asarray(metrics[name].total))) for name in ("loss", "grad_norm"))
+    return next(((name, value) for name, value in values if not math.isfinite(value)), None)
 
 
 def evaluation_text(metrics: dict[str, float]) -> str:
