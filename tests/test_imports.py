@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"commands"},
-    {"loop", "plan", "prove"},
+    {"determinism", "loop", "plan", "prove", "replay"},
     {"session"},
-    {"evaluation", "resume"},
+    {"watch"},
+    {"divergence", "evaluation", "resume"},
     {"checkpoint", "program"},
     {"params", "step"},
     {"optim"},

@@ -72,9 +72,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "microbatches"), [("one", 1), ("one", 2), ("data", 1), ("fsdp", 1), ("pmap", 1)]
-)
+@pytest.mark.parametrize(("strategy", "microbatches"), [("one", 1), ("one", 2), ("data", 1), ("fsdp", 1), ("pmap", 1)])
 def test_a_bad_update_changes_nothing_but_the_step_and_the_counts(strategy, microbatches):
     program = program_of(strategy, microbatches=microbatches)
     states, metrics = go(program, program.init())

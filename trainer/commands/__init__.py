@@ -25,6 +25,7 @@ _COMMANDS = {
     "prepare": "write the data of a run to disk",
     "rehearse": "train in several processes on this machine, as hosts of a pod would",
     "prove-resume": "kill and relaunch a run at random moments, and compare it with an undisturbed one",
+    "replay": "execute a step that diverged again, and name where its numbers stop being finite",
     "plan": "compile a run for TPUs that you do not have: memory, communication, what fits",
 }
 

@@ -34,6 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", metavar="DIR", help="also write what the run does, as it does it, to DIR, per process"
     )
+    twice = "only make the first N steps twice, and name the first metric and parameter that differ; exit code 1 if any"
+    parser.add_argument("--check-determinism", metavar="N", type=int, help=twice)
     add_group_options(parser)
     parser.set_defaults(preemptible=True)
 
@@ -53,6 +55,8 @@ def main(arguments: Arguments) -> int:
         if options.dry_run:
             print(_dry_run(arguments.run), end="")
             return 0
+        if options.check_determinism is not None:
+            return _check_determinism(arguments.run, options.check_determinism)
         path = arguments.required_workdir().path
         trace.phase("compile", 0)
         train(
@@ -84,6 +88,19 @@ def _steps(text: str) -> tuple[int, int]:
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"--profile is {text!r}; FIRST:LAST is expected, two steps from 1 on, such as 10:12")
     return int(first), int(last)
+
+
+def _check_determinism(run: "Run", steps: int) -> int:
+    from trainer import distributed
+    from trainer.determinism import check_determinism
+
+    if not 1 <= steps <= run.total_steps:
+        raise UserError(f"--check-determinism is {steps}; a number of steps from 1 to {run.total_steps} is expected")
+    if distributed.count() > 1:
+        raise UserError("--check-determinism compares two passes of one process")
+    is_equal, text = check_determinism(run, steps)
+    print(text)
+    return 0 if is_equal else 1
 
 
 class _SilentProgress(Progress):

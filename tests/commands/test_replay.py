@@ -1,0 +1,166 @@
+"""The folder of a diverged step, and `replay`, which names where its numbers stop being finite."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import config
+from trainer.checkpoint import Data
+from trainer.commands import run as run_command
+from trainer.config import Group, Optimizer, Parallel, Run
+from trainer.data import ArraySource
+from trainer.data.stream import Order, train_batches
+from trainer.divergence import keep, read, read_state
+from trainer.errors import UserError
+from trainer.metrics import Mean
+from trainer.program import compile_program
+from trainer.replay import replay
+
+EXAMPLES, BATCH, STEP = 40, 8, 3
+ORDER = Order(EXAMPLES, 0)(0, EXAMPLES)
+BAD = int(ORDER[(STEP - 1) * BATCH + 5])  # an example of the third batch
+
+
+class Planted(nn.Module):
+    """Two layers; the one named `squares` may give exactly 0, of which a logarithm is taken."""
+
+    fault: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(4, name="first", dtype=self.dtype)(x))
+        if self.fault == "overflow":  # 200³ fits into float32, and not into float16
+            x = Cube(name="cube")(x)
+        y = nn.Dense(1, name="squares", dtype=self.dtype, kernel_init=nn.initializers.ones)(x)
+        return Logarithm(name="log")(y) if self.fault == "log" else y
+
+
+class Cube(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x**3
+
+
+class Logarithm(nn.Module):
+    @nn.compact
+    def __call__(self, y):
+        return jnp.log(jnp.abs(y))
+
+
+@dataclasses.dataclass
+class Task:
+    """Examples of which one meets the planted fault."""
+
+    fault: str = "log"
+    dtype: str = "float32"
+
+    def _model(self):
+        return Planted(self.fault, self.dtype)
+
+    def init(self, key, batch):
+        return self._model().init(key, batch["x"])
+
+    def loss(self, variables, batch, *, key, train):
+        out = self._model().apply(variables, batch["x"])[:, 0]
+        return {"loss": Mean.of(out.astype(jnp.float32) ** 2, batch["mask"])}, {}
+
+    def source(self, split):
+        x = np.random.default_rng(0).uniform(0.5, 1, (EXAMPLES, 6)).astype(np.float32)
+        x[BAD] = {"log": 0.0, "overflow": 300.0, "data": np.nan}[self.fault]
+        return ArraySource({"x": x})
+
+
+def planted(fault: str, dtype: str = "float32", steps: int = STEP) -> Run:
+    # Biases stay 0 under SGD with learning rate 0, so that `squares` gives log(0) at the planted example.
+    optimizer = Optimizer(
+        name="sgd", schedule=config.Schedule(peak=0.0), labels=((".*", "all"),), groups={"all": Group()}
+    )
+    task = Task(fault, dtype)
+    return config.resolve(
+        Run(task, total_steps=steps, batch_size=BATCH, optimizer=optimizer, parallel=Parallel(devices=1))
+    )
+
+
+def kept(run: Run, folder: Path, step: int = STEP) -> str:
+    program = compile_program(run)
+
+    def batches(start: int):
+        found = train_batches(program.train_source, seed=0, batch_size=BATCH, start=start, stop=run.total_steps)
+        return map(program.strategy.shard_batch, found)
+
+    data = Data(EXAMPLES, None)
+    return keep(program, folder, step, "the loss is inf", data=data, restore=program.init, batches=batches)
+
+
+def test_a_logarithm_of_zero_is_named_by_module_and_parameter(tmp_path, capsys):
+    folder = tmp_path / "diverged" / str(STEP)
+    text = kept(planted("log"), folder)
+    assert text.startswith("recomputed, the loss is inf again")
+    told = read(folder)
+    assert (told.step, told.seed, told.reason, told.has_state) == (STEP, 0, "the loss is inf", True)
+    assert told.positions == [16, 24]
+    assert told.ids == ORDER[16:24].tolist()
+    assert told.versions["jax"] == jax.__version__
+    assert len(told.key) == 2
+    assert json.loads((folder / "step.json").read_text())["config"]["batch_size"] == BATCH
+    state = read_state(folder, told, compile_program(planted("log")).state)
+    assert int(state.step) == STEP - 1
+    assert run_command(["replay", str(folder)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "first module Planted/log" in shown
+    assert "first gradient squares/" in shown
+    assert f"examples by their own loss 1: {BAD}" in shown
+
+
+def test_nan_in_the_data_is_named_with_its_example(tmp_path):
+    kept(planted("data"), tmp_path / "d")
+    result = replay(tmp_path / "d")
+    shown = " ".join(result.text.split())
+    assert not result.is_finite
+    assert f"input x of the examples {BAD}" in shown
+    assert "first module Planted/first" in shown
+
+
+def test_an_overflow_of_16_bits_is_told_from_a_fault_in_the_numbers(tmp_path):
+    text = kept(planted("overflow", "float16"), tmp_path / "d")
+    assert "again" in text
+    result = replay(tmp_path / "d")
+    shown = " ".join(result.text.split())
+    assert result.is_finite
+    assert "in float32 all is finite" in shown
+    assert "first module (own dtype) Planted/cube" in shown
+    assert "overflows in the 16-bit dtype" in shown
+
+
+def test_a_step_that_is_finite_when_computed_again_points_at_the_hardware(tmp_path):
+    text = kept(planted("log"), tmp_path / "d", step=2)
+    assert text.startswith("recomputed, it is finite: suspect the hardware or nondeterminism")
+    result = replay(tmp_path / "d")
+    assert result.is_finite
+    assert "on the CPU all is finite" in result.text
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"step": 1}'])
+def test_any_other_folder_is_one_line(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "step.json").write_text(content)
+    assert run_command(["replay", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match=r"step\.json"):
+        read(tmp_path)
+
+
+@pytest.mark.slow
+def test_help_and_a_missing_folder(tmp_path):
+    for arguments, code in (["--help"], 0), ([], 2), ([str(tmp_path / "none")], 2):
+        command = [sys.executable, "-m", "trainer", "replay", *arguments]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == code
