@@ -13,6 +13,7 @@ beside the output, and the exit code is 1.
 import argparse
 import itertools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -21,6 +22,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from benchmarks import header
 from trainer.observe import table
@@ -31,7 +34,7 @@ KILLS = 10  # of one proof
 STEPS = 24
 _SMALL = (
     f"--config.total_steps={STEPS}",
-    "--config.evaluation.every_steps=6",
+    "--config.evaluation.every_steps=2",
     "--config.checkpoint.every_steps=4",
     "--config.logging.every_steps=1",
     "--config.optimizer.schedule.warmup=4",
@@ -53,6 +56,7 @@ CONFIGS = {
         "--config.loading.workers=1",
         "--config.loading.threads=1",
         "--config.evaluation.split=test[:512]",
+        "--config.checkpoint.best_metric=None",  # it names another split
         "--config.evaluation.batch_size=128",
     ),
 }
@@ -140,6 +144,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no proof after this time")
     options = parser.parse_args()
     print(header())
+    jax.config.update("jax_platforms", "cpu")  # this process computes nothing
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says that it finds none of its optional files
     output: Path = options.output.absolute()
     folders = output.with_name(f"{output.name}-folders")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folders / "compiled"))

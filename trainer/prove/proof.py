@@ -103,9 +103,12 @@ class Proof:
             end = self._launch(folder, topology, aim)
             launch = sorted(folder.glob(f"{LAUNCH}*"))[-1]
             aims.learn(launch)
-            if aim is not None and end.hit is not None:
+            if aim is not None and (hit := end.hit) is not None:
+                if hit.step > self.total_steps:  # it waited for the last save: no batch is left to wait for
+                    hit = hit._replace(phase="end", step=self.total_steps)
+                end = end._replace(hit=hit)
                 self.done.append(Kill(f"{folder.name}/{launch.name}", topology, aim, end))
-                aims.count(aim, end.hit)
+                aims.count(aim, hit)
                 self.show(f"kill {len(self.done)} of {self.kills}: {_text(self.done[-1])}")
             if problem := self._problem(aim, end, folder):
                 return [f"{folder.name}/{launch.name} {problem}:\n{_errors(folder)}"]
