@@ -119,7 +119,7 @@ def fresh() -> TrainState:
 
 @functools.partial(jax.jit, static_argnums=(3,))
 def drop(state: TrainState, loss: Mean, norm, spike):
-    after = state.replace(step=state.step + 1, params={"w": state.params["w"] + 1}, guard=None)
+    after = dataclasses.replace(state, step=state.step + 1, params={"w": state.params["w"] + 1}, guard=None)
     return drop_bad_update(state, after, loss, norm, spike)
 
 
@@ -132,7 +132,7 @@ def test_the_limit_is_numpys_quantile_of_the_last_128_kept_losses(quantile, shif
         weight = 0.0 if step % 50 == 20 else 4.0
         limit = np.inf
         if len(kept) >= RECENT:
-            middle = np.quantile(np.float64(kept[-RECENT:]), quantile)
+            middle = np.quantile(np.asarray(kept[-RECENT:], np.float64), quantile)
             limit = middle + 0.5 * abs(middle)
             np.testing.assert_allclose(float(spike_limit(state.guard, quantile, 1.5)), limit, rtol=1e-5)
         state, metrics = drop(state, Mean(jnp.float32(loss * weight), jnp.float32(weight)), 1.0, (quantile, 1.5))
@@ -209,5 +209,5 @@ def test_a_run_repeats_itself_and_one_with_noise_of_the_host_does_not():
     noisy = dataclasses.replace(run, experiment=HostNoise())
     is_equal, text = check_determinism(noisy, 2)
     assert not is_equal
-    assert text.splitlines()[0].startswith("step 1: the metric loss differs first: ") or "grad_norm" in text
+    assert text.startswith("step 1: the metric loss differs first: ")
     assert "after 2 steps params/" in text

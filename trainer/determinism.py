@@ -48,7 +48,8 @@ def _one_pass(run: config.Run, steps: int) -> tuple[list[dict[str, np.ndarray]],
     )
     for batch in batches:
         state, found = program.train_step(state, strategy.shard_batch(batch))
-        metrics.append({name: np.asarray(jax.device_get(tuple(mean))) for name, mean in found.items()})
+        names = dict.fromkeys(("loss", "grad_norm", *found))  # the loss first: the others follow from it
+        metrics.append({name: np.asarray(jax.device_get(tuple(found[name]))) for name in names})
     leaves = jax.tree_util.tree_leaves_with_path(state)
     arrays = {path_of(keys): np.asarray(jax.device_get(leaf)) for keys, leaf in leaves}
     return metrics, dict(sorted(arrays.items(), key=lambda item: not item[0].startswith("params/")))

@@ -1,5 +1,6 @@
 """TrainState: everything a run carries from one step to the next, as arrays."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -107,10 +108,11 @@ def drop_bad_update(
         jnp.where(good, 0, guard.in_row + 1),
         guard.dropped + ~good,
     )
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), after.replace(guard=None), before.replace(guard=None))
+    old, updated = (dataclasses.replace(state, guard=None) for state in (before, after))
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), updated, old)
     numbers = {"skipped": ~good, "skipped_in_row": new.in_row, "skipped_so_far": new.dropped, **limits}
     metrics = {name: Mean.single(number) for name, number in numbers.items()}
-    return kept.replace(step=after.step, guard=new), metrics
+    return dataclasses.replace(kept, step=after.step, guard=new), metrics
 
 
 def spike_limit(guard: Guard, quantile: float, factor: float) -> Float[Array, ""]:
