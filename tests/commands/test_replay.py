@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,8 +71,8 @@ class Task:
         return self._model().init(key, batch["x"])
 
     def loss(self, variables, batch, *, key, train):
-        out = self._model().apply(variables, batch["x"])[:, 0]
-        return {"loss": Mean.of(out.astype(jnp.float32) ** 2, batch["mask"])}, {}
+        out: Any = self._model().apply(variables, batch["x"])
+        return {"loss": Mean.of(out[:, 0].astype(jnp.float32) ** 2, batch["mask"])}, {}
 
     def source(self, split):
         x = np.random.default_rng(0).uniform(0.5, 1, (EXAMPLES, 6)).astype(np.float32)
