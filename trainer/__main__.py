@@ -27,9 +27,11 @@ def main() -> None:
         # Else libtpu would search for TPUs, which takes a second, and print a page of errors before JAX takes the CPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     code = run(sys.argv[1:])
-    compilation = sys.modules.get("trainer.compilation")
-    if compilation is not None and compilation.is_compiling():  # the command failed: its program is not needed
-        sys.stderr.flush()
+    distributed = sys.modules.get("trainer.distributed")
+    if code and distributed is not None and distributed.count() == 1:
+        # The end of Python would wait for threads that still compile, or that read an example for ever.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(code)
     sys.exit(code)
 

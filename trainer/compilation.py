@@ -72,11 +72,6 @@ def compile_ahead(*steps: Step) -> None:
         threading.Thread(target=run, name=_THREAD).start()
 
 
-def is_compiling() -> bool:
-    """Whether a thread still compiles, for which the end of Python would wait."""
-    return any(thread.name == _THREAD for thread in threading.enumerate())
-
-
 def use_cache(folder: str | None) -> None:
     """Keeps what XLA compiles on disk, at most 10 GiB, so that the next launch need not compile it again.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from os import PathLike
 
@@ -76,8 +77,13 @@ def _restore(store: Store, program: Program, step: int | str) -> tuple[int, Trai
     raise UserError(gone)
 
 
-def evaluate_split(program: Program, state: TrainState, source: RandomAccessSource) -> dict[str, float]:
-    """The metrics of `source` by name, such as "test/accuracy", and "test/examples", how many examples there are."""
+def evaluate_split(
+    program: Program, state: TrainState, source: RandomAccessSource, on_batch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """The metrics of `source` by name, such as "test/accuracy", and "test/examples", how many examples there are.
+
+    `on_batch` is called after each batch; an exception of it ends the evaluation.
+    """
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     strategy, size = program.strategy, program.eval_spec["mask"].shape[0]
     # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
@@ -88,6 +94,7 @@ def evaluate_split(program: Program, state: TrainState, source: RandomAccessSour
     for metrics in prefetch(on_devices, lambda batch: program.eval_step(state, batch), 0 if fake else 2):
         for name, mean in jax.device_get(metrics).items():
             sums[name] += (float(mean.total), float(mean.weight))
+        on_batch()
     seen = round(sums.pop("examples")[0])
     if seen != len(source):
         raise UserError(f"the evaluation saw {seen} examples of {len(source)}")

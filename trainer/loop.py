@@ -56,7 +56,7 @@ def train_program(
         state = session.initial_state()
         for step, batch in session.batches():
             state, metrics = program.train_step(state, batch)
-            session.record(step, metrics)
+            session.record(step, state, metrics)
             due = session.due(step)
             if due.save:
                 session.save(state)

@@ -12,7 +12,7 @@ from trainer.checkpoint import Metadata, Store, make_metadata, scores
 from trainer.compilation import compile_ahead
 from trainer.data import load
 from trainer.data.stream import prefetch, split_ids, train_batches
-from trainer.distributed import Interrupted, Preemption
+from trainer.distributed import Break, Interrupted, Preemption, peers
 from trainer.errors import DivergedError, HostError, UserError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
@@ -25,6 +25,7 @@ from trainer.observe.trace import NoTrace, Trace
 from trainer.program import Due, Program
 from trainer.resume import Resume, Resumed, describe_data
 from trainer.state import TrainState
+from trainer.watch import Watch
 from trainer.workdir import Workdir
 
 _NO_TRACE = NoTrace()
@@ -58,8 +59,10 @@ class Session:
     progress: Progress
     profile: Profile
     preemption: Preemption
+    watch: Watch
     trace: Trace | NoTrace
     _signum: int | None = None
+    _newest: tuple[int, TrainState] | None = None  # the step that was dispatched last, and the state after it
     _saved_step: int = 0
     _saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -68,7 +71,7 @@ class Session:
         state, start = self.resumed.state, self.resumed.start
         self.resumed, self._saved_step = self.resumed._replace(state=None), start  # its buffers are donated
         if state is None:
-            self.trace.phase("compile", 0)
+            self._enter("compile", 0)
             return self.program.init()
         self.trace.restored(start, state)
         if self.program.due(start).evaluate and "no" in distributed.gather("evaluated", self._is_evaluated(start)):
@@ -92,6 +95,7 @@ class Session:
             local_examples=strategy.local_examples(run.batch_size),
             threads=run.loading.threads,
             workers=run.loading.workers,
+            seconds=run.watch.data_seconds,
             with_ids=self.trace.is_on,
         )
         places = strategy.local_examples(run.batch_size)
@@ -100,18 +104,30 @@ class Session:
             ids, batch = split_ids(batch)
             return ids, strategy.shard_batch(batch)
 
-        self.trace.phase("data", start + 1)
-        for step, (ids, batch) in enumerate(prefetch(batches, launch), start + 1):
+        ready = prefetch(batches, launch)
+        for step in range(start + 1, run.total_steps + 1):
+            self._enter("data", step)
+            try:
+                with self.preemption.breakable():
+                    ids, batch = next(ready)
+            except Break:
+                self._signum = self.preemption.signal_after()
+                return
             self.trace.batch(step, ids, places)
-            self.trace.phase("compile" if step == start + 1 else "step", step)  # the first call compiles
+            self._enter("compile" if step == start + 1 else "step", step)  # the first call compiles
             with self.profile.step(step):
                 yield step, batch
             if self._signum is not None:
                 return
-            self.trace.phase("data", step + 1)
 
-    def record(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was just dispatched, and writes those of earlier steps that are computed."""
+    def _enter(self, phase: str, step: int) -> None:
+        self.trace.phase(phase, step)
+        self.watch.enter(phase, step)
+
+    def record(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Takes the results of a step that was just dispatched, and writes the metrics of earlier steps."""
+        self.watch.enter("device", step)
+        self._newest = step, state
         self.profile.dispatched(step, metrics)
         self.recorder.add(step, metrics)
 
@@ -121,7 +137,7 @@ class Session:
         Call this once a step: here the processes agree whether the step is the last.
         """
         due = self.program.due(step)
-        self._signum = self.preemption.signal_after(step)
+        self._signum = self.preemption.signal_after()
         is_lost = False
         with self._write_errors():
             try:
@@ -151,7 +167,7 @@ class Session:
           HostError: it cannot be written.
         """
         step = self.recorder.flush()
-        self.trace.phase("save", step)
+        self._enter("save", step)
         with self.recorder.paused(), self._write_errors():
             self._check_place(state, step)
             self.log.sync()
@@ -169,20 +185,34 @@ class Session:
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the state after the newest step, and writes the result in a row of its own."""
         step, settings = self.recorder.flush(), self.program.run.checkpoint
-        self.trace.phase("evaluate", step)
-        with self.recorder.paused():
-            metrics = evaluate_split(self.program, state, self.eval_source)
-            self.progress.message(f"step {step}: {evaluation_text(metrics)}")
-            with self._write_errors():
-                self.log.write(step, metrics, {})
+        self._enter("evaluate", step)
+        try:
+            with self.recorder.paused(), self.preemption.breakable():
+                metrics = evaluate_split(self.program, state, self.eval_source, self._after_batch)
+        except Break:
+            self._signum = self._signum or self.preemption.signal_after()
+            self.progress.message(f"the evaluation of step {step} is broken off: the next launch makes it")
+            return
+        self._enter("device", step)
+        self.progress.message(f"step {step}: {evaluation_text(metrics)}")
+        with self._write_errors():
+            self.log.write(step, metrics, {})
         if settings.best_metric in metrics:
             self.store.scores[step] = metrics[settings.best_metric]
+
+    def _after_batch(self) -> None:
+        self.watch.beat()
+        if distributed.count() > 1 and self._signum is None:
+            self._signum = self.preemption.signal_after()  # the processes break off together
+            if self._signum is not None:
+                raise Break
 
     def finish(self, state: TrainState) -> None:
         """Waits until the newest state is saved; raises `Interrupted` if a signal ended the run."""
         step = self.recorder.flush()
         if self._saved_step != step:
             self.save(state)
+        self._enter("save", step)
         self.store.wait()
         if distributed.is_primary():
             self.store.remove_old()  # the last evaluation may have found a better one
@@ -190,6 +220,14 @@ class Session:
             # A process that got no signal assumes SIGTERM. SIGINT, if any process got it, wins: its number is smaller.
             signals = distributed.gather("signal", str(int(self._signum)))
             raise Interrupted(step, min(map(int, signals)))
+
+    def rescue(self) -> str:
+        """Saves the newest state for a main thread that cannot; returns what is saved."""
+        step, state = self._newest or (self._saved_step, None)
+        if state is not None and self._saved_step != step:
+            self.save(state)
+        self.store.wait()
+        return f"step {step} is saved" if step else "no step was complete"
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -245,12 +283,15 @@ def open_session(
             sources = (load(program.train_source, limit), load(program.eval_source, limit))
             data = describe_data(sources[0])
         stack.push(lambda _, error, __: store.close(error))
+        watch = stack.enter_context(Watch(run.watch, run.batch_size))
         trace.phase("restore", 0)
+        watch.enter("restore", 0)
         with distributed.collective_errors("the checkpoint"):
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
             start = resumed.start
             if profile is not None and profile[0] <= start:
                 raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
+        peers.set_limits(run.watch.end_seconds)
         distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
         stack.callback(progress.end_line)
         for text in (table, *program.strategy.notes, *resumed.notes):
@@ -269,12 +310,15 @@ def open_session(
         profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
         stack.callback(profiler.close)
         # Until here there is nothing to save, and Ctrl-C may act at once.
-        preemption = stack.enter_context(Preemption(handle_signals))
+        preemption = stack.enter_context(Preemption(handle_signals, watch.wake_at))
         # Entered last, so left first. If one process of several raises an exception, it must end here: the callbacks
         # above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
-        yield Session(program, folder, resumed, *sources, store, log, recorder, progress, profiler, preemption, trace)
+        parts = (store, log, recorder, progress, profiler, preemption, watch, trace)
+        session = Session(program, folder, resumed, *sources, *parts)
+        watch.rescues_with(session.rescue)
+        yield session
 
 
 @contextmanager

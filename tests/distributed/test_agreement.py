@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from trainer.distributed import Preemption
+from trainer.distributed import Break, Preemption
 
 ROOT = Path(__file__).parents[2]
 # Each process runs it with the flags of its place in the group, by `launch.Group`.
@@ -81,25 +82,50 @@ def test_a_mistake_of_any_process_is_a_collective_error_in_all_and_its_cause_whe
 
 
 def handlers() -> list:
-    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 def test_a_signal_is_reported_and_a_second_interrupt_acts_at_once():
     before = handlers()
     with Preemption() as preemption:
-        assert preemption.signal_after(1) is None
+        assert preemption.signal_after() is None
         os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.signal_after(2) == signal.SIGINT
+        assert preemption.signal_after() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert handlers() == before
+
+
+def break_off(preemption: Preemption) -> None:
+    with preemption.breakable():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(10)
+
+
+def test_a_region_is_broken_off_at_once_by_a_signal_in_it_or_before_it():
+    with Preemption() as preemption:
+        with pytest.raises(Break):
+            break_off(preemption)
+        with pytest.raises(Break):
+            break_off(preemption)
+        assert preemption.signal_after() == signal.SIGHUP
+
+
+def test_nohup_keeps_its_signal():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert preemption.signal_after() is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_no_handler_is_installed_when_signals_are_not_to_be_handled():
     before = handlers()
     with Preemption(handle_signals=False) as preemption:
         assert handlers() == before
-        assert preemption.signal_after(1) is None
+        assert preemption.signal_after() is None
 
 
 def test_no_handler_is_installed_outside_of_the_main_thread():
@@ -107,7 +133,7 @@ def test_no_handler_is_installed_outside_of_the_main_thread():
 
     def enter() -> None:
         with Preemption() as preemption:
-            seen.extend([*handlers(), preemption.signal_after(1)])
+            seen.extend([*handlers(), preemption.signal_after()])
 
     thread = threading.Thread(target=enter)
     thread.start()

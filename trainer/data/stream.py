@@ -94,17 +94,19 @@ def train_batches(
     local_examples: np.ndarray | None = None,
     threads: int = 4,
     workers: int = 0,
+    seconds: float = 300.0,
     with_ids: bool = False,
 ) -> Iterator[Batch]:
     """Training batches start … stop − 1, in host memory.
 
     Arrays in memory are indexed here. Grain reads any other source ahead: with `workers` 0 in `threads` threads of this
-    process, else in `workers` processes with `threads` threads each. `with_ids` adds the array `IDS` to each batch.
+    process, else in `workers` processes with `threads` threads each, which end the run if no batch comes in `seconds`.
+    `with_ids` adds the array `IDS` to each batch.
     """
     batches = Batches(
         source, seed=seed, batch_size=batch_size, steps=stop, local_examples=local_examples, with_ids=with_ids
     )
-    return _read(batches, start, threads, workers)
+    return _read(batches, start, threads, workers, seconds)
 
 
 def eval_batches(
@@ -123,7 +125,7 @@ def split_ids(batch: Batch) -> tuple[np.ndarray | None, Batch]:
     return batch[IDS], {name: array for name, array in batch.items() if name != IDS}
 
 
-def _read(batches: Batches, start: int, threads: int, workers: int) -> Iterator[Batch]:
+def _read(batches: Batches, start: int, threads: int, workers: int, seconds: float = 300.0) -> Iterator[Batch]:
     """The batches from `start` on, read ahead unless they lie in memory."""
     if isinstance(batches.source, ArraySource):
         # Several batches at once: on CPUs every microsecond of Python is taken from the step.
@@ -133,7 +135,7 @@ def _read(batches: Batches, start: int, threads: int, workers: int) -> Iterator[
         return chain.from_iterable(batches.read(first, min(first + many, len(batches))) for first in firsts)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
-    return read_in_workers(dataset, workers) if workers else iter(dataset)
+    return read_in_workers(dataset, workers, seconds=seconds, first=start) if workers else iter(dataset)
 
 
 def prefetch(items: Iterable[_Item], launch: Callable[[_Item], _Result], depth: int = 2) -> Iterator[_Result]:

@@ -18,6 +18,7 @@ import grain
 import jax
 from absl import flags
 
+from trainer.distributed import Break
 from trainer.errors import HostError
 from trainer.experiment import Batch
 
@@ -73,6 +74,10 @@ def read_in_workers(
                 raise answer
             reaper = reaper or _start_reaper(_update(started, others))
             yield answer
+    except Break:
+        for worker in _update(started, others):
+            worker.kill()  # or closing would wait for the batch
+        raise
     finally:
         requests.put(False)
         if reaper is not None:

@@ -2,13 +2,15 @@
 
 import itertools
 import os
+import shlex
 import signal
 import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -16,6 +18,7 @@ import jax
 from jax._src.distributed import global_state  # strings and barriers with a time limit: JAX has no public ones
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from trainer.distributed import peers
 from trainer.errors import CollectiveError, HostError, UserError
 
 _BARRIER_SECONDS = 600  # far more than hosts differ by in loading their data
@@ -54,7 +57,8 @@ def gather(name: str, value: str = "", *, seconds: float = _BARRIER_SECONDS) -> 
     key = f"trainer/{name}/{_calls[name]}"
     client.key_value_set(f"{key}/{index():06}", value)
     try:
-        client.wait_at_barrier(key, round(seconds * 1000))
+        with peers.waiting("processes"):
+            client.wait_at_barrier(key, round(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
         arrived = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
         missing = ", ".join(str(i) for i in range(count()) if i not in arrived)
@@ -113,6 +117,7 @@ def fail_fast() -> Iterator[None]:
             message, code = "", error.code
         else:
             message, code = traceback.format_exc(), 1
+        peers.fail(error, code)
         sys.stdout.flush()
         print(message, end="", file=sys.stderr, flush=True)
         os._exit(code)
@@ -124,42 +129,71 @@ class Interrupted(KeyboardInterrupt, CollectiveError):  # noqa: N818 - named lik
     def __init__(self, step: int, signum: int) -> None:
         """`step` is the saved step, from which the run can continue."""
         self.signum = signal.Signals(signum)
-        super().__init__(f"stopped by {self.signum.name} at step {step}, which is saved; launch it again to go on")
+        super().__init__(f"stopped by {self.signum.name} at step {step}, which is saved; {again()}")
+
+
+class Break(BaseException):
+    """A signal came in a region that may be broken off."""
 
 
 class Preemption:
-    """While entered, SIGINT and SIGTERM do not break a step: `signal_after` reports them. A second SIGINT breaks it.
+    """While entered, SIGINT, SIGTERM and SIGHUP do not break a step: `signal_after` reports them. A second SIGINT does.
 
     A process alone handles signals in its main thread only, as Python demands. Of several processes, JAX's preemption
-    service takes a SIGTERM to any of them and informs the others; a SIGINT is handed on to the service. A Jupyter
-    kernel keeps its SIGINT, which interrupts the cell.
+    service takes a SIGTERM to any of them and informs the others; the other signals are handed on to the service. A
+    Jupyter kernel keeps its SIGINT, which interrupts the cell, and `nohup` its SIGHUP.
     """
 
-    def __init__(self, handle_signals: bool = True) -> None:
-        """`handle_signals=False` installs no handler and reports no signal."""
-        self._enabled, self._group = handle_signals, count() > 1
+    def __init__(self, handle_signals: bool = True, wake_at: Callable[[Collection[int]], int] | None = None) -> None:
+        """`handle_signals=False` installs no handler and reports no signal.
+
+        `wake_at`, given the signals, returns a descriptor on which the number of each is written when it comes, even
+        if the main thread is in a long call of C.
+        """
+        self._enabled, self._group, self._wake_at = handle_signals, count() > 1, wake_at
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
+        self._calls, self._is_breakable, self._wakeup = 0, False, -1
 
     def __enter__(self) -> Self:
         if self._enabled and threading.current_thread() is threading.main_thread():
-            left_alone = {signal.SIGINT: _in_jupyter(), signal.SIGTERM: self._group}
+            left_alone = {
+                signal.SIGINT: _in_jupyter(),
+                signal.SIGTERM: self._group,
+                signal.SIGHUP: signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
+            }
             self._previous = {s: signal.signal(s, self._handle) for s, is_left in left_alone.items() if not is_left}
+            if self._wake_at is not None and not self._group:
+                self._wakeup = signal.set_wakeup_fd(self._wake_at(list(self._previous)), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._previous and self._wake_at is not None and not self._group:
+            signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous.clear()
 
-    def signal_after(self, step: int) -> int | None:
-        """The signal that ends the run after `step`, the same step in every process; None if none came.
+    def signal_after(self) -> int | None:
+        """The signal that ends the run now, in every process; None if none came.
 
-        Call it once a step, in every process. A process that received no signal itself gets SIGTERM.
+        Every process calls it at the same points. A process that received no signal itself gets SIGTERM.
         """
         if not self._group or not self._enabled:
             return self._signum
-        return (self._signum or signal.SIGTERM) if reached_preemption_sync_point(step) else None
+        self._calls += 1
+        return (self._signum or signal.SIGTERM) if reached_preemption_sync_point(self._calls) else None
+
+    @contextmanager
+    def breakable(self) -> Iterator[None]:
+        """A region that a signal to a process alone ends at once, by raising `Break`."""
+        self._is_breakable = not self._group
+        try:
+            if self._signum is not None and self._is_breakable:
+                raise Break
+            yield
+        finally:
+            self._is_breakable = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:
@@ -167,6 +201,18 @@ class Preemption:
         self._signum = signum
         if self._group:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self._is_breakable:
+            self._is_breakable = False
+            raise Break
+
+
+def again() -> str:
+    """How to go on with a run that was stopped: the command line, if it was one of ours."""
+    program = Path(sys.argv[0])
+    ours = {"__main__.py": "python -m trainer", "trainer": "trainer"}.get(program.name)
+    if ours is None or count() > 1 or (program.name == "__main__.py" and program.parent.name != "trainer"):
+        return "launch it again to go on"
+    return f"continue with: {ours} {shlex.join(sys.argv[1:])}"
 
 
 def _in_jupyter() -> bool:
