@@ -17,6 +17,7 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"determinism", "loop", "plan", "prove", "replay"},
+    {"opening"},
     {"session"},
     {"watch"},
     {"divergence", "evaluation", "resume"},

@@ -99,8 +99,14 @@ def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
     bad = next(i for i in range(200) if 9 * 16 <= list(Order(200, 0)(0, 200)).index(i) < 10 * 16)  # in the tenth batch
     task = dataclasses.replace(TASK, examples=200, explode_at=bad)
     run = make_run(20, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
-    with pytest.raises(DivergedError, match="loss of step 10 is inf"):
+    with pytest.raises(
+        DivergedError, match="loss of step 10 is inf; the run is stopped, the last checkpoint is that of"
+    ) as e:
         quietly(run, tmp_path / "run")
+    assert f"recomputed, the loss is inf again; python -m trainer replay {tmp_path}/run/diverged/10" in str(e.value)
+    about = json.loads((tmp_path / "run" / "diverged" / "10" / "step.json").read_text())
+    assert bad in about["ids"]
+    assert (about["step"], about["has_state"]) == (10, True)
     store = Store(tmp_path / "run" / "checkpoints", run.checkpoint)
     assert store.steps() == [5]  # step 10 was due to be saved, and was not
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))

@@ -27,6 +27,11 @@ class CollectiveError(Exception):
 class DivergedError(CollectiveError):
     """The loss, the gradient or the state of a step is not finite."""
 
+    def __init__(self, text: str, step: int) -> None:
+        """`step` is counted from 1."""
+        super().__init__(text)
+        self.step = step
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text to append to an error about an unknown `name`: the closest of the `known` names, and all if few."""

@@ -8,8 +8,8 @@ from typing import Unpack
 from trainer import config, distributed
 from trainer.checkpoint import versions
 from trainer.observe.progress import Progress
+from trainer.opening import SessionOptions, open_session
 from trainer.program import Program, compile_program
-from trainer.session import SessionOptions, open_session
 from trainer.state import TrainState
 
 

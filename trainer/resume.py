@@ -138,9 +138,10 @@ class Resume:
         differences = leaf_differences(metadata.leaves, here)
         if not differences:
             return self.store.restore(like, step, metadata)
-        fixed = [text for text in differences if text.startswith(("params/", "collections/"))]
-        if fixed or not changed:
-            raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or differences, 8)}")
+        others = [text for text in differences if not text.startswith("guard/")]  # as `numerics` may change
+        fixed = [text for text in others if text.startswith(("params/", "collections/"))]
+        if fixed or (others and not changed):
+            raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or others, 8)}")
         saved = restore_fitting(self.store.path(step), like, metadata)
         fresh = self.program.init()
         state = jax.tree_util.tree_map_with_path(lambda keys, x: saved.get(path_of(keys), x), fresh)

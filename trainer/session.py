@@ -1,19 +1,17 @@
-"""A session: an opened workdir with its lock, state, batches, metrics, checkpoints and signals."""
+"""A session: an opened workdir with its state, batches, metrics, checkpoints and signals."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from os import PathLike
-from typing import Any, TypedDict
+from contextlib import closing, contextmanager
+from typing import Any
 
-from trainer import distributed
-from trainer.checkpoint import Metadata, Store, make_metadata, scores
-from trainer.compilation import compile_ahead
-from trainer.data import load
+from trainer import distributed, divergence
+from trainer.checkpoint import Metadata, Store, make_metadata
 from trainer.data.stream import prefetch, split_ids, train_batches
-from trainer.distributed import Break, Interrupted, Preemption, peers
-from trainer.errors import DivergedError, HostError, UserError
+from trainer.distributed import Break, Interrupted, Preemption
+from trainer.errors import DivergedError, HostError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Metrics
@@ -23,22 +21,10 @@ from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder, evaluation_text
 from trainer.observe.trace import NoTrace, Trace
 from trainer.program import Due, Program
-from trainer.resume import Resume, Resumed, describe_data
+from trainer.resume import Resumed
 from trainer.state import TrainState
 from trainer.watch import Watch
 from trainer.workdir import Workdir
-
-_NO_TRACE = NoTrace()
-
-
-class SessionOptions(TypedDict, total=False):
-    """The options of `open_session`, which `train` hands on."""
-
-    profile: tuple[int, int] | None
-    handle_signals: bool
-    accept_changes: bool
-    from_step: int | None
-    trace: Trace | NoTrace
 
 
 @dataclasses.dataclass
@@ -86,25 +72,13 @@ class Session:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step that is left, counted from 1, with its batch on the devices, until a signal comes."""
         run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
-        batches = train_batches(
-            self.train_source,
-            seed=run.seed,
-            batch_size=run.batch_size,
-            start=start,
-            stop=run.total_steps,
-            local_examples=strategy.local_examples(run.batch_size),
-            threads=run.loading.threads,
-            workers=run.loading.workers,
-            seconds=run.watch.data_seconds,
-            with_ids=self.trace.is_on,
-        )
         places = strategy.local_examples(run.batch_size)
 
         def launch(batch: Batch) -> tuple[Any, Batch]:
             ids, batch = split_ids(batch)
             return ids, strategy.shard_batch(batch)
 
-        ready = prefetch(batches, launch)
+        ready = prefetch(self._host_batches(start, with_ids=self.trace.is_on), launch)
         for step in range(start + 1, run.total_steps + 1):
             self._enter("data", step)
             try:
@@ -119,6 +93,21 @@ class Session:
                 yield step, batch
             if self._signum is not None:
                 return
+
+    def _host_batches(self, start: int, *, with_ids: bool = False) -> Iterator[Batch]:
+        run = self.program.run
+        return train_batches(
+            self.train_source,
+            seed=run.seed,
+            batch_size=run.batch_size,
+            start=start,
+            stop=run.total_steps,
+            local_examples=self.program.strategy.local_examples(run.batch_size),
+            threads=run.loading.threads,
+            workers=run.loading.workers,
+            seconds=run.watch.data_seconds,
+            with_ids=with_ids,
+        )
 
     def _enter(self, phase: str, step: int) -> None:
         self.trace.phase(phase, step)
@@ -173,7 +162,7 @@ class Session:
             self.log.sync()
             # Loss and gradient of this step may be finite, and the parameters after it not.
             if not self.store.save(state, self._metadata(step)):
-                raise DivergedError(f"the state after step {step} holds NaN or Inf")
+                raise DivergedError(f"the state after step {step} holds NaN or Inf", step)
             self._saved_step, self._saved_at = step, time.monotonic()
             self.trace.saving(step)
 
@@ -229,6 +218,28 @@ class Session:
         self.store.wait()
         return f"step {step} is saved" if step else "no step was complete"
 
+    def diverged(self, error: DivergedError) -> DivergedError:
+        """The error with the last checkpoint and the folder about the step, which is made here: see `divergence`."""
+        program, strategy = self.program, self.program.strategy
+        self._enter("save", error.step)
+        earlier = [step for step in self.store.steps() if step < error.step]
+        last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
+        folder = self.workdir.path / "diverged" / f"{error.step}"
+        try:
+            self.store.wait()
+            about = divergence.keep(
+                program,
+                next(p for i in itertools.count() if not (p := folder.with_name(folder.name + "-again" * i)).exists()),
+                error.step,
+                str(error),
+                data=self.resumed.data,
+                restore=lambda: self.store.restore(program.state, earlier[-1]) if earlier else program.init(),
+                batches=lambda start: map(strategy.shard_batch, self._host_batches(start)),
+            )
+        except HostError as fault:
+            about = f"nothing more is known: {fault}"
+        return DivergedError(f"{error}; the run is stopped, {last}; {about}", error.step)
+
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
         """With `checkpoint.on_error="continue"`, shows an error of the disk, and the run goes on."""
@@ -250,83 +261,3 @@ class Session:
             beside.write(self.program.run, str(self.program.param_table), self.resumed.accepted)
         cause = f"workdir {self.workdir.path} was moved, removed or replaced while the run trained in it"
         raise HostError(f"{cause}; the state of step {step} is saved in {beside.path}: go on there with --workdir")
-
-
-@contextmanager
-def open_session(
-    program: Program,
-    workdir: str | PathLike[str],
-    progress: Progress,
-    *,
-    profile: tuple[int, int] | None = None,
-    handle_signals: bool = True,
-    accept_changes: bool = False,
-    from_step: int | None = None,
-    trace: Trace | NoTrace = _NO_TRACE,
-) -> Iterator[Session]:
-    """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""
-    folder, run, table = Workdir(workdir), program.run, str(program.param_table)
-    with ExitStack() as stack:
-        stack.enter_context(distributed.fail_fast())
-        with distributed.collective_errors("the workdir and the data"):
-            if profile is not None and profile[1] > run.total_steps:
-                raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
-            store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
-            if distributed.is_primary():
-                folder.check()
-                stack.enter_context(folder.locked())
-                if not folder.has_checkpoint():
-                    folder.write(run, table)  # first, so that a kill at any moment leaves a folder to launch again
-                store.remove_incomplete()
-            compile_ahead(program.train_step, program.eval_step)
-            limit = run.loading.in_memory_bytes
-            sources = (load(program.train_source, limit), load(program.eval_source, limit))
-            data = describe_data(sources[0])
-        stack.push(lambda _, error, __: store.close(error))
-        watch = stack.enter_context(Watch(run.watch, run.batch_size))
-        trace.phase("restore", 0)
-        watch.enter("restore", 0)
-        with distributed.collective_errors("the checkpoint"):
-            resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
-            start = resumed.start
-            if profile is not None and profile[0] <= start:
-                raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
-        peers.set_limits(run.watch.end_seconds)
-        distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
-        stack.callback(progress.end_line)
-        for text in (table, *program.strategy.notes, *resumed.notes):
-            progress.message(text)
-        log: MetricsLog | NoLog = NoLog()
-        if distributed.is_primary():
-            # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
-            folder.write(run, table, resumed.accepted)
-            on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
-            log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
-            if resumed.changed and not log.has_evaluation(start, "accepted"):
-                log.write(start, {"accepted": resumed.changed}, {})
-            store.scores = scores(log.rows(), run.checkpoint.best_metric)
-        stack.callback(log.close)
-        stack.enter_context(_naming_the_last_checkpoint(store))
-        profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
-        stack.callback(profiler.close)
-        # Until here there is nothing to save, and Ctrl-C may act at once.
-        preemption = stack.enter_context(Preemption(handle_signals, watch.wake_at))
-        # Entered last, so left first. If one process of several raises an exception, it must end here: the callbacks
-        # above would wait for the others.
-        stack.enter_context(distributed.fail_fast())
-        recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
-        parts = (store, log, recorder, progress, profiler, preemption, watch, trace)
-        session = Session(program, folder, resumed, *sources, *parts)
-        watch.rescues_with(session.rescue)
-        yield session
-
-
-@contextmanager
-def _naming_the_last_checkpoint(store: Store) -> Iterator[None]:
-    try:
-        yield
-    except DivergedError as error:
-        store.wait()
-        steps = store.steps()
-        last = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
-        raise DivergedError(f"{error}; the run is stopped, {last}") from None

@@ -57,19 +57,9 @@ class Recorder:
         """Waits for all steps but the newest `keep`, and writes the rows that are due. Returns the newest step."""
         while len(self._in_flight) > keep:
             step, metrics = self._in_flight.popleft()
-            self._write(step, self._read(step, metrics), {})
+            if values := self._read(step, metrics):
+                self._log.write(step, values, {"examples_per_second": self._run.batch_size / self._seconds_per_step})
         return self._newest
-
-    def flush_with(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Like `flush`, but the newest row also has what `evaluate` returns."""
-        self.flush(keep=1)
-        step, metrics = self._in_flight.popleft()
-        values = self._read(step, metrics)
-        with self.paused():
-            evaluated = evaluate()
-        self._progress.message(f"step {step}: {evaluation_text(evaluated)}")
-        self._write(step, values, evaluated)
-        return evaluated
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,7 +92,7 @@ class Recorder:
         metrics["loss"].total.block_until_ready()
         bad, numerics = _not_finite(metrics), self._run.numerics
         if bad is not None and numerics.on_nonfinite == "stop":
-            raise DivergedError(f"the {bad[0]} of step {step} is {bad[1]}")
+            raise DivergedError(f"the {bad[0]} of step {step} is {bad[1]}", step)
         if "skipped" not in metrics or not metrics["skipped"].compute():
             return
         if bad is not None:
@@ -114,12 +104,7 @@ class Recorder:
         in_row = round(metrics["skipped_in_row"].compute())
         self._progress.message(f"step {step}: {problem}: the update is skipped ({in_row} in a row)")
         if in_row >= numerics.max_skips:
-            raise DivergedError(f"step {step}: {problem}, and {in_row} updates in a row were skipped")
-
-    def _write(self, step: int, values: dict[str, float], evaluated: dict[str, float]) -> None:
-        if values or evaluated:
-            rate = {"examples_per_second": self._run.batch_size / self._seconds_per_step} if values else {}
-            self._log.write(step, values | evaluated, rate)
+            raise DivergedError(f"step {step}: {problem}, and {in_row} updates in a row were skipped", step)
 
 
 def _not_finite(metrics: Metrics) -> tuple[str, float] | None:

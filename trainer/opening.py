@@ -1,0 +1,116 @@
+"""Opening a workdir for a session: lock, data, checkpoint, metrics log and signals, in this order."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from typing import TypedDict
+
+from trainer import distributed
+from trainer.checkpoint import Store, scores
+from trainer.compilation import compile_ahead
+from trainer.data import load
+from trainer.distributed import Preemption, peers
+from trainer.errors import DivergedError, UserError
+from trainer.observe.log import MetricsLog, NoLog
+from trainer.observe.profile import Profile
+from trainer.observe.progress import Progress
+from trainer.observe.recorder import Recorder
+from trainer.observe.trace import NoTrace, Trace
+from trainer.program import Program
+from trainer.resume import Resume, describe_data
+from trainer.session import Session
+from trainer.watch import Watch
+from trainer.workdir import Workdir
+
+_NO_TRACE = NoTrace()
+
+
+class SessionOptions(TypedDict, total=False):
+    """The options of `open_session`, which `train` hands on."""
+
+    profile: tuple[int, int] | None
+    handle_signals: bool
+    accept_changes: bool
+    from_step: int | None
+    trace: Trace | NoTrace
+
+
+@contextmanager
+def open_session(
+    program: Program,
+    workdir: str | PathLike[str],
+    progress: Progress,
+    *,
+    profile: tuple[int, int] | None = None,
+    handle_signals: bool = True,
+    accept_changes: bool = False,
+    from_step: int | None = None,
+    trace: Trace | NoTrace = _NO_TRACE,
+) -> Iterator[Session]:
+    """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""
+    folder, run, table = Workdir(workdir), program.run, str(program.param_table)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.fail_fast())
+        with distributed.collective_errors("the workdir and the data"):
+            if profile is not None and profile[1] > run.total_steps:
+                raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
+            store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
+            if distributed.is_primary():
+                folder.check()
+                stack.enter_context(folder.locked())
+                if not folder.has_checkpoint():
+                    folder.write(run, table)  # first, so that a kill at any moment leaves a folder to launch again
+                store.remove_incomplete()
+            compile_ahead(program.train_step, program.eval_step)
+            limit = run.loading.in_memory_bytes
+            sources = (load(program.train_source, limit), load(program.eval_source, limit))
+            data = describe_data(sources[0])
+        stack.push(lambda _, error, __: store.close(error))
+        watch = stack.enter_context(Watch(run.watch, run.batch_size))
+        trace.phase("restore", 0)
+        watch.enter("restore", 0)
+        with distributed.collective_errors("the checkpoint"):
+            resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
+            start = resumed.start
+            if profile is not None and profile[0] <= start:
+                raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
+        peers.set_limits(run.watch.end_seconds)
+        distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
+        stack.callback(progress.end_line)
+        for text in (table, *program.strategy.notes, *resumed.notes, *_diverged_later(folder, start)):
+            progress.message(text)
+        log: MetricsLog | NoLog = NoLog()
+        if distributed.is_primary():
+            # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
+            folder.write(run, table, resumed.accepted)
+            on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
+            log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
+            if resumed.changed and not log.has_evaluation(start, "accepted"):
+                log.write(start, {"accepted": resumed.changed}, {})
+            store.scores = scores(log.rows(), run.checkpoint.best_metric)
+        stack.callback(log.close)
+        profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
+        stack.callback(profiler.close)
+        # Until here there is nothing to save, and Ctrl-C may act at once.
+        preemption = stack.enter_context(Preemption(handle_signals, watch.wake_at))
+        # Entered last, so left first. If one process of several raises an exception, it must end here: the callbacks
+        # above would wait for the others.
+        stack.enter_context(distributed.fail_fast())
+        recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
+        parts = (store, log, recorder, progress, profiler, preemption, watch, trace)
+        session = Session(program, folder, resumed, *sources, *parts)
+        watch.rescues_with(session.rescue)
+        try:
+            yield session
+        except DivergedError as error:
+            raise session.diverged(error) from None
+
+
+def _diverged_later(folder: Workdir, start: int) -> list[str]:
+    """A note if an earlier launch diverged after the checkpoint from which this one starts."""
+    place = folder.path / "diverged"
+    names = [path.name for path in place.iterdir()] if start and place.is_dir() else []
+    if not (steps := [int(name) for name in names if name.isdecimal() and int(name) > start]):
+        return []
+    again = f"if it does so again, the checkpoint of step {start} may be the cause: go on from an earlier one"
+    return [f"note: step {min(steps)} diverged in an earlier launch; {again} with --from-step"]
