@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from trainer import distributed, divergence
@@ -222,11 +222,12 @@ class Session:
         """The error with the last checkpoint and the folder about the step, which is made here: see `divergence`."""
         program, strategy = self.program, self.program.strategy
         self._enter("save", error.step)
+        folder = self.workdir.path / "diverged" / f"{error.step}"
+        with suppress(HostError):  # of the save before, which is not the cause
+            self.store.wait()
         earlier = [step for step in self.store.steps() if step < error.step]
         last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
-        folder = self.workdir.path / "diverged" / f"{error.step}"
         try:
-            self.store.wait()
             about = divergence.keep(
                 program,
                 next(p for i in itertools.count() if not (p := folder.with_name(folder.name + "-again" * i)).exists()),
