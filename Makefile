@@ -10,11 +10,12 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test quick coverage check format clean
+.PHONY: help demo test prove quick coverage check format clean
 
 help:
 	@echo "make demo      train digits, evaluate it from its checkpoint (about a minute after set-up)"
 	@echo "make test      every test;  make quick  without the slow ones and those that need the TPU compiler"
+	@echo "make prove     kill a training twelve times; it must end as if nothing had been"
 	@echo "make coverage  every test, and the share of the lines that they run"
 	@echo "make check     lint, format, types and workflows;  make format  rewrite in the one format"
 
@@ -37,6 +38,14 @@ demo: $(STAMP)
 
 test: $(TPU)
 	$(PYTEST)
+
+# A small run, often saved and evaluated, whose data take long enough to be killed in.
+prove: $(STAMP)
+	$(BIN)/python -m trainer prepare --config=configs/digits.py
+	$(BIN)/python -m trainer prove-resume --config=configs/digits.py --kills=12 \
+		--config.total_steps=24 --config.batch_size=16 --config.optimizer.schedule.warmup=4 \
+		--config.logging.every_steps=1 --config.evaluation.every_steps=2 --config.checkpoint.every_steps=4 \
+		--config.loading.in_memory_bytes=0
 
 quick: $(STAMP)
 	$(PYTEST) -m "not slow and not tpu"

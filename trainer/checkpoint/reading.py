@@ -55,7 +55,7 @@ def restore(place: Folder, like: TrainState, metadata: Metadata) -> TrainState:
     def read() -> TrainState:
         if leaves_of(_tree(place)) != dict(metadata.leaves):
             raise DamagedError(f"{place} holds other arrays than its metadata say")
-        return _read(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), place)
+        return read_arrays(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), place)
 
     state = _retry(read, place)
     _compare(_checksums(dict(zip(metadata.leaves, jax.tree.leaves(state), strict=True))), metadata, place)
@@ -80,7 +80,7 @@ def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict
         return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
 
     tree = jax.tree_util.tree_map_with_path(abstract, _tree(place), is_leaf=_is_leaf)
-    restored = _retry(lambda: _read(tree, place), place)
+    restored = _retry(lambda: read_arrays(tree, place), place)
     leaves = jax.tree_util.tree_leaves_with_path(restored)
     found = {path_of(keys): leaf for keys, leaf in leaves if leaf is not ocp.PLACEHOLDER}
     _compare(_checksums(found), metadata, place)
@@ -102,7 +102,7 @@ def verify(place: Folder) -> tuple[int, int]:
 
     def read() -> dict[str, np.ndarray]:
         tree = jax.tree_util.tree_map_with_path(abstract, _tree(place), is_leaf=_is_leaf)
-        leaves = jax.tree_util.tree_leaves_with_path(_read(tree, place))
+        leaves = jax.tree_util.tree_leaves_with_path(read_arrays(tree, place))
         return {path_of(keys): np.asarray(x) for keys, x in leaves}
 
     arrays = _retry(read, place)
@@ -123,7 +123,7 @@ def _tree(place: Folder) -> Any:
     return ARRAYS.metadata(epath.Path(place / "state")).tree
 
 
-def _read(like: Any, place: Folder) -> Any:
+def read_arrays(like: Any, place: Folder) -> Any:
     """The arrays as they are on disk.
 
     Not through Orbax's checkpointer: at its end the processes wait for each other, and would wait for ever for one

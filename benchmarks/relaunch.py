@@ -1,0 +1,65 @@
+"""How long a launch takes to its first step, without and with the compilation cache.
+
+    python -m benchmarks.relaunch [--rounds=3] [--config=FILE --config.any.field=value …]
+
+In each round, in turn: a cold launch with an empty cache, and a warm relaunch that restores its checkpoint. The times
+are those of the real command, from its start to the line of the first step. By default: a decoder of the depth of
+`configs/lm_110m.py` at a tenth of its width.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import header
+
+DECODER = (
+    "--config=configs/shakespeare.py",
+    *(f"--config.experiment.{name}={value}" for name, value in {"layers": 12, "width": 72, "heads": 12}.items()),
+    "--config.optimizer.schedule.warmup=2",
+    "--config.optimizer.schedule.run_steps=1000",
+)
+
+
+def launch(arguments: list[str], steps: int) -> float:
+    """Seconds from the start of the command to the line of its first step."""
+    flags = ("--config.logging.every_steps=1", f"--config.total_steps={steps}")
+    command = [sys.executable, "-m", "trainer", "train", *arguments, *flags]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                taken = time.perf_counter() - began
+                process.communicate()
+                return taken
+    raise RuntimeError(f"no step: {command}")
+
+
+def main() -> None:
+    """Prints the times and their ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    options, rest = parser.parse_known_args()
+    print(header())
+    cold, warm = [], []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = [
+                *(rest or DECODER),
+                f"--workdir={Path(folder) / 'run'}",
+                f"--compilation-cache={Path(folder) / 'cache'}",
+            ]
+            cold.append(launch(flags, 3))
+            warm.append(launch(flags, 6))
+        print(f"cold {cold[-1]:.2f} s, warm {warm[-1]:.2f} s")
+    ratio = statistics.median(w / c for w, c in zip(warm, cold, strict=True))
+    print(f"warm / cold: {ratio:.3f} (bar: 0.35)")
+
+
+if __name__ == "__main__":
+    main()
