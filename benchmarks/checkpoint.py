@@ -21,8 +21,9 @@ import numpy as np
 
 from benchmarks import header
 from trainer import config
-from trainer.checkpoint import Data, Metadata, Store, reading
+from trainer.checkpoint import Data, Metadata, Store
 from trainer.checkpoint.checksum import check_state
+from trainer.checkpoint.reading import read_arrays
 from trainer.state import TrainState
 
 LEAVES = 48  # parameters, each with two moments
@@ -83,11 +84,8 @@ def main() -> None:
             measure("save: blocking", lambda metadata=metadata: store.save(state, metadata))
             store.wait()
             times.setdefault("save: whole", []).append(time.perf_counter() - began)
-            like = jax.tree.map(reading.ocp.utils.to_shape_dtype_struct, state)
-            measure(
-                "restore: read",
-                lambda step=step, like=like: jax.block_until_ready(reading._read(like, store.path(step))),
-            )
+            like, place = jax.tree.map(abstract, state), store.path(step)
+            measure("restore: read", lambda like=like, place=place: jax.block_until_ready(read_arrays(like, place)))
             measure("restore: checksums", lambda: jax.device_get(check_state(state)))
         store.close()
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first compiles

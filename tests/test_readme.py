@@ -55,7 +55,7 @@ def test_the_example_learns(tmp_path):
 def test_every_command_and_file_that_it_names_is_there():
     from trainer.commands import _COMMANDS
 
-    assert set(re.findall(r"python -m trainer (\w+)", README)) == set(_COMMANDS)
+    assert set(re.findall(r"python -m trainer ([\w-]+)", README)) == set(_COMMANDS)
     root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([\w./]+)\)", README):
         assert (root / target).exists(), target
