@@ -19,6 +19,7 @@ from trainer.experiment import RandomAccessSource
 from trainer.metrics import Mean
 from trainer.observe.log import read_rows
 from trainer.program import Program, compile_program
+from trainer.resume import kept_run
 from trainer.state import TrainState
 from trainer.workdir import Workdir
 
@@ -42,7 +43,7 @@ def evaluate(
     """
     folder = Workdir(workdir)
     with distributed.collective_errors("the run"):
-        run = config.resolve(run) if run is not None else folder.run()
+        run = config.resolve(run) if run is not None else kept_run(folder)
         if run is None or not folder.has_checkpoint():
             raise UserError(f"workdir {folder.path} holds no {'run' if run is None else 'checkpoint'}")
         folder.check_run(run)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -176,6 +177,26 @@ class Resume:
         done = " (finished: nothing is left to do)" if start >= run.total_steps else ""
         notes.append(f"resumed from step {start}{done}")
         return Resumed(state, start, metadata.rows, self.data, accepted, notes, list(changed))
+
+
+def kept_run(workdir: Workdir) -> config.Run | None:
+    """The run kept in a workdir; where config.json is lost or damaged, that of its newest good checkpoint.
+
+    None if there is neither. Raises `UserError` if a class that the JSON names has changed.
+    """
+    try:
+        run, problem = workdir.run(), None
+    except DamagedError as error:
+        run, problem = None, error
+    if run is not None:
+        return run
+    store = Store(workdir.checkpoints, config.Checkpoint())
+    for step in reversed(store.steps()):
+        with suppress(DamagedError, FileNotFoundError):  # an earlier one may be good
+            return config.from_json(json.dumps(dict(store.metadata(step).config)))
+    if problem is not None:
+        raise problem
+    return None
 
 
 def describe_data(source: RandomAccessSource) -> Data:

@@ -95,7 +95,10 @@ class Workdir:
     def check_run(self, run: config.Run) -> None:
         """Raises `UserError` if the run kept here has other settings than `run`, other than harmless ones."""
         self.check()
-        kept = self.kept() if self.has_checkpoint() else None
+        try:
+            kept = self.kept() if self.has_checkpoint() else None
+        except DamagedError:  # the checkpoint has a copy
+            kept = None
         changed = [change.text for change in config.changes(kept, run) if not change.harmless] if kept else []
         if changed:
             raise UserError(f"{self.other_settings(run, changed)}; choose another --workdir")

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -305,7 +306,8 @@ def test_workdir_of_another_config_is_left_alone(workdir, capsys, data_dir):
     assert message.startswith(
         f"workdir {workdir} holds a run with other settings: experiment.model was 'mlp', is 'cnn'"
     )
-    assert message.endswith("; choose another --workdir")
+    end = "; choose another --workdir, or go on with these settings from step 3 with --accept-changes"
+    assert message.endswith(end)
     assert contents(workdir) == before
 
 
@@ -350,18 +352,28 @@ def test_workdir_that_cannot_be_written_is_one_line_and_nothing_on_standard_outp
     assert message == f"nothing can be written in workdir {tmp_path}/run: Is a directory"
 
 
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "prepare", "train"])
+def test_damaged_config_of_a_workdir_is_taken_from_its_checkpoint(command, workdir, capsys):
+    whole = output(capsys, command, f"--workdir={workdir}")
+    (workdir / "config.json").write_text('{"class": ')
+    assert output(capsys, command, f"--workdir={workdir}").splitlines()[-2:] == whole.splitlines()[-2:]
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "prepare"])
-def test_damaged_config_of_a_workdir_is_one_line(command, workdir, capsys):
+def test_damaged_config_of_a_workdir_without_a_checkpoint_is_one_line(command, workdir, capsys):
+    shutil.rmtree(workdir / "checkpoints")
     (workdir / "config.json").write_text('{"class": ')
     before = contents(workdir)
-    assert mistake(capsys, command, f"--workdir={workdir}").startswith(f"{workdir}/config.json cannot be read: ")
+    assert mistake(capsys, command, f"--workdir={workdir}").startswith(f"{workdir}/config.json is not valid JSON: ")
     assert contents(workdir) == before
 
 
 def test_run_that_another_process_trains_is_left_alone(workdir, capsys):
     before = contents(workdir)
     with Workdir(workdir).locked():
-        assert mistake(capsys, "train", f"--workdir={workdir}") == f"another process is training in workdir {workdir}"
+        who = f"process {os.getpid()} on {socket.gethostname()}"
+        message = mistake(capsys, "train", f"--workdir={workdir}")
+        assert message == f"another process is training in workdir {workdir} ({who})"
     assert contents(workdir) == before
 
 
@@ -378,7 +390,7 @@ def test_workdir_of_a_model_that_was_edited_since_is_left_alone(capsys, monkeypa
     before = contents(workdir)
     monkeypatch.setattr(Linear, "shapes", lambda self: {"kernel": (8, 3), "bias": (3,)})
     message = mistake(capsys, "train", file, f"--workdir={workdir}")
-    assert message.startswith("the code has changed since the checkpoint at step 1: ")
+    assert message.startswith("the checkpoint at step 1 does not fit this run: params/bias is missing there, ")
     assert contents(workdir) == before
 
 
@@ -399,7 +411,7 @@ def test_checkpoint_that_is_not_there_is_one_line(step, message, workdir, capsys
 def test_run_without_a_checkpoint_yet_is_not_evaluated(workdir, capsys):
     for step in ("2", "3"):
         shutil.rmtree(workdir / "checkpoints" / step)
-    assert mistake(capsys, "evaluate", f"--workdir={workdir}") == "there is no checkpoint yet"
+    assert mistake(capsys, "evaluate", f"--workdir={workdir}") == f"workdir {workdir} holds no checkpoint"
     shutil.rmtree(workdir / "checkpoints")
     assert mistake(capsys, "evaluate", f"--workdir={workdir}") == f"workdir {workdir} holds no checkpoint"
 
@@ -569,7 +581,7 @@ def test_prepare_says_when_there_is_nothing_to_prepare(capsys, tmp_path):
 def test_help_lists_every_command(arguments, capsys):
     printed = output(capsys, *arguments)
     files = {file.stem for file in (ROOT / "trainer/commands").glob("*.py")} - {"__init__", "arguments"}
-    assert set(re.findall(r"^  (\w+)  ", printed, re.MULTILINE)) == files
+    assert set(re.findall(r"^  ([\w-]+)  ", printed, re.MULTILINE)) == {file.replace("_", "-") for file in files}
 
 
 def test_no_command_at_all_prints_the_usage_and_is_a_mistake(capsys):
@@ -577,15 +589,16 @@ def test_no_command_at_all_prints_the_usage_and_is_a_mistake(capsys):
     assert capsys.readouterr().out.startswith("usage: python -m trainer COMMAND ")
 
 
+RESUME = {"--accept-changes", "--from-step"}
 GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
 
 
 @pytest.mark.parametrize(
     ("command", "own"),
     [
-        ("train", {"--dry-run", "--profile", *GROUP}),
+        ("train", {"--dry-run", "--profile", *RESUME, "--check-determinism", "--trace", *GROUP}),
         ("evaluate", {"--step", "--split", *GROUP}),
-        ("inspect", {"--probe", "--compile"}),
+        ("inspect", {"--probe", "--compile", "--verify"}),
         ("prepare", set()),
         ("rehearse", {"--processes", "--devices", "--command", "--profile", "--step"}),
     ],
@@ -602,6 +615,7 @@ def test_help_of_a_command_explains_its_flags(command, own, capsys):
         "--help",
         "--config",
         "--workdir",
+        "--compilation-cache",
         "--traceback",
     }
 

@@ -93,9 +93,15 @@ def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments
         run = load_config(options.config)
     elif workdir is None:
         raise UserError("give --config=FILE, or the --workdir of a run")
-    elif (run := workdir.run()) is None:
+    elif (run := _kept_run(workdir)) is None:
         raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
     return Arguments(config.resolve(_override(run, overrides)), workdir, options)
+
+
+def _kept_run(workdir: "Workdir") -> "Run | None":
+    from trainer.resume import kept_run  # imports Flax and Orbax, for which a mistyped --config need not wait
+
+    return kept_run(workdir)
 
 
 def _override(run: "Run", overrides: Sequence[str]) -> "Run":

@@ -16,22 +16,31 @@ _CHUNK = 1 << 16
 
 
 def read_rows(file: Folder) -> Iterator[Row]:
-    """The rows of a file; none if it is not there. Skips a last line that a killed run left incomplete.
+    """One row for each step of a file, with its metrics and those of its evaluation; none if there is no file.
 
-    Raises `UserError` for any other line that is no row, with its number, and for what is no file.
+    Skips a last line that a killed run left incomplete. Raises `UserError` for any other line that is no row, with its
+    number, and for what is no file.
     """
     try:
         lines = contents(file).split(b"\n")
     except FileNotFoundError:
         return
+    before: Row | None = None
     for number, line in enumerate(lines, 1):
         if number == len(lines) and (not line or (is_torn(line) and row_or_none(line) is None)):
-            return
+            break
         try:
             row = _parse(line)
         except ValueError as error:
             raise UserError(f"{file}, line {number}, {error}") from error
-        yield row
+        if before is not None and before["step"] == row["step"]:
+            before = {**before, **row}
+            continue
+        if before is not None:
+            yield before
+        before = row
+    if before is not None:
+        yield before
 
 
 def lines_from_end(descriptor: int, end: int) -> Iterator[tuple[int, bytes]]:
