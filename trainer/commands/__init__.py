@@ -18,6 +18,7 @@ from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.errors import HostError, NotPreparedError, UserError, did_you_mean
 
 _USAGE = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
+_HALF = 2000  # characters of the longest error
 _COMMANDS = {
     "train": "train a run, or continue it from its last checkpoint",
     "evaluate": "evaluate a checkpoint of a run on every example of a split",
@@ -74,11 +75,16 @@ def _run(argv: list[str]) -> int:
         if "--traceback" in rest:
             traceback.print_exc()
         hint = _prepare_hint(rest) if isinstance(error, NotPreparedError) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(f"error: {_shortened(str(error))}{hint}", file=sys.stderr)
         return 3 if isinstance(error, HostError) else 2
     except KeyboardInterrupt as error:
         print(f"\n{error}" if str(error) else "\ninterrupted", file=sys.stderr)
         return 128 + getattr(error, "signum", 2)
+
+
+def _shortened(text: str) -> str:
+    """The text without its middle if it is too long to read, as when it names a value of 100,000 characters."""
+    return text if len(text) <= 2 * _HALF else f"{text[:_HALF]} … {text[-_HALF:]}"
 
 
 @contextmanager
@@ -90,6 +96,9 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
     if "coordinator" not in options:
         yield nullcontext
         return
+    for name, least in (("wait", 1), ("heartbeat", 2), ("processes", 1)):
+        if (number := getattr(options, name)) is not None and number < least:
+            raise UserError(f"--{name} is {number}; it must be at least {least}")
     from trainer import distributed
     from trainer.distributed import startup
 

@@ -74,6 +74,9 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
         else:
             own.append(argument)
     options, unknown = parser.parse_known_args(own)
+    for name, value in vars(options).items():
+        if value == "" and parser.get_default(name) != "":
+            raise UserError(f"--{name.replace('_', '-')} has no value")
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown flag {flag}{did_you_mean(flag, set(re.findall('--[a-z_-]+', parser.format_help())))}")
@@ -150,7 +153,7 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
 def load_config(text: str) -> Any:
     """The result of `get_config` in the file named before the colon, called with the text after it.
 
-    Raises `UserError` if there is no such file or no `get_config` in it, and errors inside the file as they are.
+    Raises `UserError` if there is no such file, if it has no `get_config`, or for an error inside the file.
     """
     from trainer import config
 
@@ -162,7 +165,7 @@ def load_config(text: str) -> Any:
     if path.suffix != ".py":
         raise UserError(f"config file {name!r} is not a Python file")
     module = config.import_file(path)
-    if not hasattr(module, "get_config"):
+    if not callable(getattr(module, "get_config", None)):
         raise UserError(f"config file {name!r} has no function get_config")
     arguments = [argument] if colon else []
     try:
@@ -170,4 +173,5 @@ def load_config(text: str) -> Any:
     except TypeError as error:
         takes = "no argument" if colon else "an argument, as in --config=FILE:argument"
         raise UserError(f"get_config in {name!r} takes {takes}") from error
-    return module.get_config(*arguments)
+    with config.user_errors(f"get_config in {name!r}"):
+        return module.get_config(*arguments)

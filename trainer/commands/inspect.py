@@ -35,6 +35,9 @@ def main(arguments: Arguments) -> int:
     from trainer.program import compile_program
 
     run, workdir = arguments.run, arguments.workdir
+    asked = [f"--{name}" for name in ("probe", "verify", "compile") if getattr(arguments.options, name)]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} cannot be combined: give one of them")
     if arguments.options.verify:
         return _verify(arguments.required_workdir(), run.checkpoint)
     if workdir is not None:

@@ -47,12 +47,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Makes the proof and shows it; the exit code is 1 if anything differs."""
-    if options.kills < 1:
-        raise UserError(f"--kills is {options.kills}; it must be at least 1")
+    for name, least in (("kills", 1), ("seed", 0), ("tolerance", 0)):
+        if not getattr(options, name) >= least:
+            raise UserError(f"--{name} is {getattr(options, name):g}; it must be at least {least}")
+    if not options.limit > 0:
+        raise UserError(f"--limit is {options.limit:g}; it must be above 0")
     if options.workdir is not None:
         raise UserError("prove-resume makes workdirs of its own; name a folder to keep them in with --keep=DIR")
     keep = Path(options.keep) if options.keep else None
-    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+    if keep is not None and keep.is_dir() and any(keep.iterdir()):
         raise UserError(f"--keep={keep} is not empty; name a new folder")
     if options.check:
         return _check(Path(options.check))
@@ -69,7 +72,10 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     began = time.monotonic()
     folder = keep.absolute() if keep is not None else Path(tempfile.mkdtemp(prefix="prove-resume-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--keep={keep} cannot be made: {error.strerror}; name a new folder") from error
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)  # so that every launch is ended first
     proof = Proof(

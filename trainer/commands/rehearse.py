@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from trainer.commands.train import steps
 from trainer.errors import UserError
 
 DESCRIPTION = (
@@ -34,6 +35,8 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name, command in (("profile", "train"), ("step", "evaluate")):
         if getattr(options, name) is not None and options.command != command:
             raise UserError(f"--{name} is for --command={command}")
+    if options.profile is not None:
+        steps(options.profile)
     from trainer.distributed.launch import Group
 
     if options.workdir is None:

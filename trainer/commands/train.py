@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """Trains and lets the experiment report; the exit code is 1 if the loss is no longer finite."""
-    from trainer.distributed import is_primary
+    from trainer.distributed import collective_errors, is_primary
     from trainer.experiment import Reports
     from trainer.loop import train
     from trainer.observe.log import read_rows
@@ -50,6 +50,8 @@ def main(arguments: Arguments) -> int:
     from trainer.workdir import Mirror
 
     options, experiment = arguments.options, arguments.run.experiment
+    with collective_errors("the flags"):
+        _check(options)
     trace = Trace(options.trace) if options.trace else NoTrace()
     try:
         if options.dry_run:
@@ -57,13 +59,17 @@ def main(arguments: Arguments) -> int:
             return 0
         if options.check_determinism is not None:
             return _check_determinism(arguments.run, options.check_determinism)
-        path = arguments.required_workdir().path
+        with collective_errors("the workdir"):
+            workdir = arguments.required_workdir()
+            if options.from_step is not None and not workdir.has_checkpoint():
+                raise UserError(f"--from-step is {options.from_step}, but workdir {workdir.path} holds no checkpoint")
+        path = workdir.path
         trace.phase("compile", 0)
         train(
             arguments.run,
             path,
             trace=trace,
-            profile=_steps(options.profile) if options.profile else None,
+            profile=None if options.profile is None else steps(options.profile),
             accept_changes=options.accept_changes,
             from_step=options.from_step,
         )
@@ -83,7 +89,25 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
-def _steps(text: str) -> tuple[int, int]:
+def _check(options: argparse.Namespace) -> None:
+    """Raises `UserError` for flags that have no effect together, and for those that are out of range."""
+    for trial in ("dry_run", "check_determinism"):
+        if getattr(options, trial) in (None, False):
+            continue
+        for name in ("dry_run", "check_determinism", "profile", "accept_changes", "from_step", "trace"):
+            if name != trial and getattr(options, name) not in (None, False):
+                flags = [f"--{flag.replace('_', '-')}" for flag in (trial, name)]
+                raise UserError(f"{flags[0]} tries the run without its workdir, where {flags[1]} does nothing")
+    if options.from_step is not None and options.from_step < 1:
+        raise UserError(f"--from-step is {options.from_step}; the step of a checkpoint is expected, 1 or more")
+    if options.profile is not None:
+        steps(options.profile)
+    if options.trace is not None and Path(options.trace).exists() and not Path(options.trace).is_dir():
+        raise UserError(f"--trace={options.trace} is no folder")
+
+
+def steps(text: str) -> tuple[int, int]:
+    """The first and the last step to profile, from the text of `--profile`; raises `UserError`."""
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"--profile is {text!r}; FIRST:LAST is expected, two steps from 1 on, such as 10:12")

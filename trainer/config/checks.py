@@ -18,6 +18,7 @@ from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Experiment
 
 _SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
+_LARGEST = 2.0**127 * (2 - 2.0**-23)  # the largest float32
 _IS_WRONG = {"minimum": operator.lt, "maximum": operator.gt, "above": operator.le, "below": operator.ge}
 _BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below": "below"}
 _DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
@@ -144,6 +145,9 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         if 0 < getattr(optimizer, name) < _SMALLEST:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
     names = {optimizer.name, *(group.optimizer or optimizer.name for group in optimizer.groups.values())}
+    for path, _, value, _ in _fields(optimizer, "optimizer."):
+        if isinstance(value, int | float) and abs(value) > _LARGEST:
+            raise UserError(f"{path} is {value}, which is infinite in float32")
     if optimizer.eps == optimizer.eps_root == 0 and names != {"sgd"}:
         raise UserError("optimizer.eps and optimizer.eps_root are both 0: a gradient of zero would be divided by zero")
     if optimizer.rectify and optimizer.amsgrad:
@@ -171,6 +175,8 @@ def check_types(run: Run) -> None:
     """Raises `UserError` for the first value whose type or range is not as its setting declares."""
     if not isinstance(run, Run):
         raise UserError(f"get_config() must return a trainer.config.Run, not {type(run).__name__}")
+    if isinstance(run.experiment, type):
+        raise UserError(f"experiment is the class {run.experiment.__name__}; an instance is expected, as a call makes")
     if not isinstance(run.experiment, Experiment) or not dataclasses.is_dataclass(run.experiment):
         kind = type(run.experiment).__name__
         raise UserError(f"experiment is {kind}, which is not a dataclass with init, loss and source")

@@ -7,8 +7,10 @@ import importlib.util
 import json
 import math
 import sys
+import traceback
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from urllib.parse import unquote
 
 from trainer.config import settings
 from trainer.config.settings import Run
-from trainer.errors import UserError, did_you_mean
+from trainer.errors import HostError, UserError, did_you_mean
 
 # JSON keys that name a dataclass: its class as "module:class"; or its class name, config file and the file's hash.
 _CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
@@ -30,7 +32,7 @@ def to_json(run: Run) -> str:
 
 
 def _encode(value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _encode(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
         return _names(type(value)) | fields
     if isinstance(value, dict):
@@ -135,9 +137,31 @@ def _find_class(names: Mapping[str, str]) -> Any:
 
 def _import(module: str, wanted: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        with user_errors(wanted):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"{wanted}: {error}: run from the folder that holds it, or set PYTHONPATH") from error
+
+
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Turns an error of the user's own file, such as "config file 'a.py'", into a `UserError` with its line.
+
+    Our own errors and a module that is not found stay as they are.
+    """
+    try:
+        yield
+    except (UserError, HostError, ModuleNotFoundError):
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<frozen")]
+        file, line = own[-1].filename, own[-1].lineno
+        if isinstance(error, SyntaxError) and error.filename:
+            file, line = error.filename, error.lineno
+        text = next(iter(str(error).splitlines()), "")
+        kind = f"{type(error).__name__}: {text}".rstrip(": ")
+        raise UserError(f"{what} ends with {kind} ({file}:{line}; --traceback shows the whole error)") from error
 
 
 class _ConfigFileLoader(importlib.machinery.SourceFileLoader):

@@ -6,6 +6,7 @@ from typing import Any
 from trainer.experiment import Experiment
 
 _SHAPES = ("constant", "linear", "cosine", "polynomial", "wsd", "step", "inverse_sqrt")
+_MOST = 2**31 - 1  # steps are counted in int32
 _STRATEGIES = ("data", "zero1", "fsdp", "tensor", "zero1_tensor", "fsdp_tensor", "pmap")
 
 
@@ -33,16 +34,16 @@ class Schedule:
     unit: str = setting("steps", choices=("steps", "epochs", "examples", "percent"))
     """Unit of `warmup`, `end`, `descent` and `boundaries`: updates, passes over the training split, training examples,
     or percent of the run. Each is rounded to the nearest update."""
-    warmup: float = setting(0.0, minimum=0)  # time in which the value rises linearly from 0 to `peak`
-    end: float | None = setting(None, minimum=0)
+    warmup: float = setting(0.0, minimum=0, maximum=_MOST)  # time in which the value rises linearly from 0 to `peak`
+    end: float | None = setting(None, minimum=0, maximum=_MOST)
     """Time from the first update until a descent reaches `final`, warm-up included; None for the end of the run."""
-    descent: float | None = setting(None, minimum=0)  # duration of the descent of `wsd`, up to `end`
+    descent: float | None = setting(None, minimum=0, maximum=_MOST)  # duration of the descent of `wsd`, up to `end`
     boundaries: tuple[float, ...] = setting(())
     """Times from the first update at which `step` multiplies by `factor`."""
     factor: float = setting(0.1, minimum=0, maximum=1)  # factor of `step`
     power: float = setting(1.0, above=0)
     """Exponent of `polynomial`: peak − final is multiplied by (share of the descent that is left) ** power."""
-    run_steps: int | None = setting(None, minimum=1)
+    run_steps: int | None = setting(None, minimum=1, maximum=_MOST)
     """Length in updates of the run that the schedule is made for; None for `total_steps`. If the
     schedule depends on the length of the run, `config.resolve` writes that length here. Then a larger `total_steps`
     cannot change the values of updates already made."""
@@ -63,7 +64,7 @@ class Group:
     """Whether the parameters never change; no gradients are computed for them, and no moments kept."""
     clip_norm: float | None = setting(None, above=0)
     """Largest norm of the group's gradient; a larger gradient is scaled down to this norm. None for no limit."""
-    every_steps: int = setting(1, minimum=1)
+    every_steps: int = setting(1, minimum=1, maximum=_MOST)
     """Steps between updates of the group, from the first step on; the gradients between are not used."""
     mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
     """Dtype in which the first moment is stored; None for `Optimizer.mu_dtype`."""
@@ -116,9 +117,9 @@ class Evaluation:
     """The evaluations of the run."""
 
     split: str = setting("test", may_change=True)  # the split given to the experiment's `source`
-    every_steps: int | None = setting(None, minimum=1, may_change=True)
+    every_steps: int | None = setting(None, minimum=1, maximum=_MOST, may_change=True)
     """Updates between evaluations; None for the end only. The end is always evaluated."""
-    batch_size: int | None = setting(None, minimum=1, may_change=True)
+    batch_size: int | None = setting(None, minimum=1, maximum=_MOST, may_change=True)
     """Examples per evaluation batch over all devices; None for the run's `batch_size`."""
 
 
@@ -126,13 +127,14 @@ class Evaluation:
 class Checkpoint:
     """The checkpoints of the run."""
 
-    every_steps: int = setting(1000, minimum=1, may_change=True)  # updates between checkpoints; the end is always saved
+    every_steps: int = setting(1000, minimum=1, maximum=_MOST, may_change=True)
+    """Updates between checkpoints; the end is always saved."""
     keep_last: int = setting(2, minimum=1, may_change=True)  # number of newest checkpoints to keep
     best_metric: str | None = setting(None, may_change=True)
     """Evaluation metric, such as "test/accuracy", whose best checkpoint is kept, too; None for the newest only."""
     best_mode: str = setting("max", choices=("max", "min"), may_change=True)
     """Whether the best value is the largest or the smallest."""
-    keep_every_steps: int | None = setting(None, minimum=1, may_change=True)
+    keep_every_steps: int | None = setting(None, minimum=1, maximum=_MOST, may_change=True)
     """Checkpoints whose step is a multiple of it are kept for ever; None for no such checkpoints."""
     every_seconds: float | None = setting(None, above=0, may_change=True)
     """Longest time between checkpoints, besides `every_steps`; None for no limit. Several processes look at the clock
@@ -148,7 +150,7 @@ class Checkpoint:
 class Logging:
     """The metrics written during the run."""
 
-    every_steps: int = setting(50, minimum=1, may_change=True)  # updates between rows of metrics
+    every_steps: int = setting(50, minimum=1, maximum=_MOST, may_change=True)  # updates between rows of metrics
 
 
 @dataclasses.dataclass
@@ -235,10 +237,10 @@ class Run:
     """The complete description of a run."""
 
     experiment: Experiment
-    total_steps: int = setting(minimum=1, may_change=True)
+    total_steps: int = setting(minimum=1, maximum=_MOST, may_change=True)
     """Updates of the run. A finished run continues with a larger number, unless a schedule of its learning rate has no
     `end` and falls to 0: such a schedule stays at 0 after the steps that it was made for."""
-    batch_size: int = setting(128, minimum=1)  # examples per update, over all devices and microbatches
+    batch_size: int = setting(128, minimum=1, maximum=_MOST)  # examples per update, over all devices and microbatches
     microbatches: int = setting(1, minimum=1)
     """Microbatches into which each batch is cut to save memory. Gradients and metrics are summed over them and divided
     once. BatchNorm normalizes each microbatch separately: in a model with it, their number changes the result."""

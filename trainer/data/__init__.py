@@ -1,7 +1,7 @@
 """Sources of examples: arrays in memory, and many examples of any source as one batch."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,8 @@ def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
         source = experiment.source(split)
     except KeyError as error:
         raise UserError(f"{name}: KeyError: {error}; is there such a split? (--traceback shows where)") from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{name}: {error} (--traceback shows where)") from error
     if not isinstance(source, RandomAccessSource):
         raise UserError(f"{name} is a {type(source).__name__}, which has no length and indices")
     if not len(source):
@@ -64,7 +66,11 @@ def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
     arrays = {name: np.empty((len(source), *x.shape[1:]), x.dtype) for name, x in _stack([source[0]]).items()}
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
-        for name, part in _stack(_read(source, list(range(start, stop)))).items():
+        parts = _stack(_read(source, list(range(start, stop))))
+        _check_names(arrays, parts)
+        for name, part in parts.items():
+            _check_same(name, "shapes", (arrays[name].shape[1:], part.shape[1:]))
+            _check_same(name, "dtypes", (arrays[name].dtype, part.dtype))
             arrays[name][start:stop] = part
     return ArraySource(arrays)
 
@@ -106,6 +112,8 @@ def batch_spec(source: RandomAccessSource, batch_size: int) -> dict[str, jax.Sha
     """Shapes and dtypes of a batch, the mask included; raises `UserError` if an entry is not numeric or is misnamed."""
     example = _stack([source[0]])
     for name, array in example.items():
+        if not isinstance(name, str):
+            raise UserError(f"entry {name!r} of the data is named by a {type(name).__name__}; a text is expected")
         if name in ("mask", "example_key"):
             raise UserError(f"entry {name!r} of the data has a name that the harness uses: give it another")
         if not (array.dtype.kind in "iufcb" or jax.dtypes.issubdtype(array.dtype, np.inexact)):
@@ -121,13 +129,31 @@ def _read(source: RandomAccessSource, indices: list[int]) -> Sequence[Mapping[st
 
 def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     def stack(name: str) -> np.ndarray:
-        arrays = [np.asarray(example[name]) for example in examples]
-        shapes = sorted({array.shape for array in arrays})
-        if len(shapes) > 1:
-            raise UserError(f"entry {name!r} of the data has examples of different shapes: {shapes[0]}, {shapes[1]}")
+        try:
+            arrays = [np.asarray(example[name]) for example in examples]
+        except ValueError as error:  # a list of lists of different lengths
+            raise UserError(f"entry {name!r} of the data is no array: {error}") from error
+        _check_same(name, "shapes", (array.shape for array in arrays))
+        if len({array.dtype for array in arrays}) > 1:
+            arrays = [_narrow(array) for array in arrays]
+            _check_same(name, "dtypes", (array.dtype for array in arrays))
         return _narrow(np.stack(arrays))
 
+    for example in examples:
+        _check_names(examples[0], example)
     return {name: stack(name) for name in examples[0]}
+
+
+def _check_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    if first.keys() != other.keys():
+        texts = [", ".join(map(str, example)) or "none" for example in (first, other)]
+        raise UserError(f"the examples of the data have different entries: {texts[0]}; and {texts[1]}")
+
+
+def _check_same(name: str, kind: str, values: Iterable[Any]) -> None:
+    if len(found := set(values)) > 1:
+        texts = sorted(map(str, found))
+        raise UserError(f"entry {name!r} of the data has examples of different {kind}: {texts[0]}, {texts[1]}")
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:
