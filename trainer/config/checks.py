@@ -186,6 +186,9 @@ def check_types(run: Run) -> None:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             raise UserError(f"{path} is {value!r}; {type_name(hint)} is expected") from error
+        kinds = typing.get_args(hint) or (hint,)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & {*kinds}:  # Python counts True as 1
+            raise UserError(f"{path} is {value}; {type_name(hint)} is expected")
         for name, bound in field.metadata.get("bounds", {}).items() if isinstance(value, int | float) else ():
             if _IS_WRONG[name](value, bound):
                 raise UserError(f"{path} is {value}; it must be {_BOUNDS[name]} {bound}")
