@@ -1,6 +1,7 @@
 """The folder of one run, which holds its settings and lets only one process train in it."""
 
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from trainer import config
 from trainer.errors import UserError
 from trainer.files import DamagedError, Folder, host_error, is_bucket, read_json, write_text
 from trainer.lock import locked
+
+_NAME_BYTES = 255  # the longest name of a file or folder
 
 
 class Mirror:
@@ -47,7 +50,7 @@ class Workdir:
     """The files of a workdir, a folder or a path in a bucket. Making one touches nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path: Folder = epath.Path(path) if is_bucket(path) else Path(path)
+        self.path: Folder = _folder(os.fspath(path))
         names = ("config.json", "params.txt", "checkpoints")
         self.config, self.params, self.checkpoints = (self.path / name for name in names)
         self._identity: tuple[int, int] | None = None  # device and inode when it was locked
@@ -75,6 +78,8 @@ class Workdir:
         """Raises `UserError` if other files are kept here, or a link, or if the path is that of a file."""
         if not isinstance(self.path, Path):
             return
+        if self.path.is_symlink() and not self.path.exists():
+            raise UserError(f"workdir {self.path} is a link that leads nowhere")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"workdir {self.path} is not a folder")
         files = list(self.path.iterdir()) if self.path.is_dir() else []
@@ -157,6 +162,23 @@ def listed(texts: Sequence[str], most: int = 4) -> str:
     """Some texts in one line."""
     more = f"; and {len(texts) - most} more" if len(texts) > most else ""
     return "; ".join(texts[:most]) + more
+
+
+def _folder(path: str) -> Folder:
+    """The path as an object. Raises `UserError` if no file system can have such a path."""
+    if is_bucket(path):
+        scheme = path.partition("://")[0]
+        if scheme == "gs" and not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+            raise UserError(f"workdir {path} is in a bucket, which needs: pip install 'belief-trainer[gcs]'")
+        try:
+            return epath.Path(path)
+        except KeyError as error:
+            raise UserError(f"workdir {path!r} is on {scheme}://, which is unknown; gs:// is a bucket") from error
+    if "\0" in path:
+        raise UserError(f"workdir {path!r} holds a null character, which no file system takes")
+    if long := next((name for name in path.split("/") if len(os.fsencode(name)) > _NAME_BYTES), None):
+        raise UserError(f"workdir has a name of {len(os.fsencode(long))} bytes; at most {_NAME_BYTES} are possible")
+    return Path(path)
 
 
 def _identity(path: Folder) -> tuple[int, int] | None:
