@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input.catalogue import CASES, RESUMED_CONFIG, Case
+from tests.bad_input.catalogue import CASES, HEAD, RESUMED_CONFIG, Case
 from tests.bad_input.fork_server import ROOT, Ended, ForkServer
 
 _LEAST = 120
@@ -99,6 +99,32 @@ def test_wrong_input_is_one_line_and_leaves_every_file_as_it_was(case, server, t
     if case.name in _READ_LATE:
         after = {path: content for path, content in after.items() if path not in _BEGUN}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "answer"),
+    [
+        ("train", "loading.split=trian", "data set 'digits' has no split 'trian'; did you mean 'train'?"),
+        ("train", "loading.split=train+tset", "data set 'digits' has no split 'tset'; did you mean 'test'?"),
+        ("train", "loading.split=train[", "data set 'digits', split 'train[': "),
+        ("train", "loading.split=train[:900%]", "data set 'digits', split 'train[:900%]': "),
+        ("train", "loading.split=train[500:100]", "data set 'digits', split 'train[500:100]': "),
+        ("train", "experiment.feature=imgae", "data set 'digits' has no feature 'imgae'; did you mean 'image'?"),
+        ("train", "experiment.dataset=digts", "data set 'digts' is not prepared in "),
+        ("train", "experiment.dataset=", "data set '': "),
+        ("train", "experiment.dataset=digits:9.9.9", "data set 'digits:9.9.9' is not prepared in "),
+        ("train", "experiment.data_dir=config.py", "data set 'digits' is not prepared in config.py; prepare it with: "),
+        ("prepare", "experiment.dataset=mnits", "TFDS knows no data set 'mnits'; did you mean 'mnist'?"),
+    ],
+)
+def test_wrong_name_of_a_data_set_is_one_line_and_leaves_nothing(command, flags, answer, server, data_dir, tmp_path):
+    run = "\n\ndef get_config():\n    return Run(OfTfds(), total_steps=1, batch_size=8)\n"
+    (tmp_path / "config.py").write_text(HEAD + run)
+    arguments = [command, "--config=config.py", "--workdir=run", f"--config.experiment.data_dir={data_dir}"]
+    prepared = contents(data_dir)
+    assert message(server.run([*arguments, f"--config.{flags}"], tmp_path)).startswith(answer)
+    assert set(contents(tmp_path)) == {"config.py"}
+    assert contents(data_dir) == prepared
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def _run(arguments: str) -> str:
 
 def _cases() -> Iterator[Case]:
     for line, answer, slow in _answers("command_lines"):
-        yield Case(line, tuple(shlex.split(line)), answer, slow)
+        yield Case(line, tuple(shlex.split(line.replace("@LONG@", _LONG))), answer, slow)
     for name, answer, slow in _answers("config_files"):
         yield Case(f"config file: {name}", _TRAIN, answer, slow, _CONFIG_FILES[name])
     for flags, answer, slow in _answers("overrides"):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from trainer.data import ArraySource
-from trainer.data.tfds import TfdsSource
+from trainer.data.tfds import TfdsSource, prepare
 from trainer.errors import UserError
 from trainer.metrics import Mean
 
@@ -358,6 +358,21 @@ class SourceMissesFile(Task):
 class SourceIsNotPrepared(Task):
     def source(self, split):
         return TfdsSource("points", split, ("x",), data_dir="data")
+
+
+@dataclasses.dataclass
+class OfTfds(Task):
+    """The images of a data set of TFDS."""
+
+    dataset: str = "digits"
+    feature: str = "image"
+    data_dir: str | None = None
+
+    def source(self, split):
+        return TfdsSource(self.dataset, split, (self.feature, "label"), self.data_dir)
+
+    def prepare(self):
+        prepare(self.dataset, self.data_dir)
 
 
 # Classes that are no experiment.

@@ -173,6 +173,7 @@ WORKDIRS = {
     "below a file": Workdir(nothing, "train --config=config.py --workdir=config.py/run"),
     "in /proc": Workdir(nothing, "train --config=config.py --workdir=/proc/run"),
     "with a name too long": Workdir(nothing, "train --config=config.py --workdir=" + "x" * 300),
+    "with a line break": Workdir(nothing, "inspect '--workdir=a\nb'"),
     "with a null": Workdir(nothing, "train --config=config.py --workdir=a\0b"),
     "in a bucket of no known kind": Workdir(nothing, "train --config=config.py --workdir=ftp://host/run"),
     "locked": Workdir(is_locked, LONGER),

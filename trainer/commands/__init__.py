@@ -83,7 +83,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _shortened(text: str) -> str:
-    """The text without its middle if it is too long to read, as when it names a value of 100,000 characters."""
+    """The text in one line, without its middle if it is too long to read, as with a value of 100,000 characters."""
+    text = " ".join(text.splitlines())
     return text if len(text) <= 2 * _HALF else f"{text[:_HALF]} … {text[-_HALF:]}"
 
 

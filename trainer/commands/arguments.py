@@ -75,8 +75,9 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
             own.append(argument)
     options, unknown = parser.parse_known_args(own)
     for name, value in vars(options).items():
-        if value == "" and parser.get_default(name) != "":
-            raise UserError(f"--{name.replace('_', '-')} has no value")
+        flag = f"--{name.replace('_', '-')}"
+        if value == "" and (flag in own or f"{flag}=" in own):
+            raise UserError(f"{flag} has no value")
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown flag {flag}{did_you_mean(flag, set(re.findall('--[a-z_-]+', parser.format_help())))}")
@@ -159,7 +160,11 @@ def load_config(text: str) -> Any:
 
     name, colon, argument = text.partition(":")
     path = Path(name)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"no config file {name!r}: {error.strerror}") from error
+    if not is_file:
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"no config file {name!r}{did_you_mean(name, siblings)}")
     if path.suffix != ".py":

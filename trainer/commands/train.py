@@ -102,8 +102,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--from-step is {options.from_step}; the step of a checkpoint is expected, 1 or more")
     if options.profile is not None:
         steps(options.profile)
-    if options.trace is not None and Path(options.trace).exists() and not Path(options.trace).is_dir():
-        raise UserError(f"--trace={options.trace} is no folder")
+    place = Path(options.trace or ".")
+    if found := next((path for path in (place, *place.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"--trace={place}: {found} is no folder")
 
 
 def steps(text: str) -> tuple[int, int]:
