@@ -57,7 +57,7 @@ class Resume:
 
     def newest(self) -> Resumed:
         """The state of the newest good checkpoint; raises `UserError` if there are checkpoints, but no good one."""
-        steps = json.loads(distributed.gather("checkpoints", json.dumps(self.store.steps()))[0])
+        steps = json.loads(distributed.gather("checkpoints", json.dumps(self.store.numbered()))[0])
         kept, notes = self._kept()
         candidates = [s for s in reversed(steps) if self.from_step is None or s <= self.from_step]
         if self.from_step is not None and self.from_step not in steps:

@@ -164,8 +164,8 @@ def _checked(result: Any) -> tuple[Metrics, Collections]:
         raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
     for name, mean in metrics.items():
         if not isinstance(mean, Mean):
-            kind = type(mean).__name__
-            raise UserError(f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), not a {kind}")
+            kind = "an array" if isinstance(mean, jax.Array) else f"a {type(mean).__name__}"
+            raise UserError(f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), not {kind}")
         if jnp.shape(mean.total) or jnp.shape(mean.weight):
             shapes = f"{jnp.shape(mean.total)}, {jnp.shape(mean.weight)}"
             raise UserError(f"metric {name!r} must hold two scalars; its total and weight have shapes {shapes}")

@@ -86,6 +86,8 @@ class Workdir:
         for file in files:
             if file.is_symlink():
                 raise UserError(f"{file} is a link, which is not followed in a workdir: put the file or folder there")
+        if self.checkpoints in files and not self.checkpoints.is_dir():
+            raise UserError(f"{self.checkpoints} is not a folder: move it elsewhere, or choose another --workdir")
         # Hidden files are our own: a launch that was killed before it wrote config.json may have left some.
         shown = [file for file in files if not file.name.startswith(".")]
         if self.has_checkpoint() or not shown:

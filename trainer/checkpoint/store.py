@@ -17,7 +17,7 @@ from etils import epath
 from trainer import config, distributed
 from trainer.checkpoint.checksum import check_state
 from trainer.checkpoint.metadata import Metadata
-from trainer.checkpoint.reading import ARRAYS, cause, read_metadata, restore
+from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, restore
 from trainer.errors import HostError, UserError
 from trainer.files import Folder, host_error, sync_folder, sync_tree
 from trainer.state import TrainState
@@ -44,12 +44,17 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that are there, ascending; they are listed anew, since another process may save and remove."""
+        return [step for step in self.numbered() if self._is_complete(self.path(step))]
+
+    def numbered(self) -> list[int]:
+        """As `steps`, with the steps whose place has something else than a folder: those can only be moved aside."""
         try:
             names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
         except OSError as error:
             raise host_error(self._directory, error) from error
         steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-        return [step for step in steps if self._is_complete(self.path(step))]
+        # In a bucket, a folder without its mark of completeness is a save that was killed.
+        return [step for step in steps if isinstance(self._directory, Path) or self._is_complete(self.path(step))]
 
     def path(self, step: int) -> Folder:
         """The folder of a step."""
@@ -92,7 +97,7 @@ class Store:
             return False
         metadata = metadata.with_state(state, checksums)
         if self._checkpointer is None:
-            items = {"state": ARRAYS, "metadata": ocp.JsonCheckpointHandler()}
+            items = {"state": arrays_handler(), "metadata": ocp.JsonCheckpointHandler()}
             handler = ocp.CompositeCheckpointHandler(**items)
             # Else Orbax would wait minutes for a folder that cannot be made.
             options = ocp.AsyncOptions(create_directories_asynchronously=False)
