@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from pydantic import ValidationError
 
 from trainer.commands.arguments import find_run, make_parser, parse_flags
+from trainer.observe.log import read_rows
 
 ROOT = Path(__file__).parents[1]
 JOBSET = yaml.safe_load((ROOT / "deploy" / "jobset.yaml").read_text())
@@ -236,4 +236,4 @@ def test_processes_that_slurm_starts_find_each_other_and_train_one_run(tmp_path)
     logs = [(tmp_path / f"{task}.log").read_text() for task in (0, 1)]
     assert result.returncode == 0, logs
     assert sum("done:" in log for log in logs) == 1  # two processes, one run
-    assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]

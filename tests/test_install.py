@@ -83,11 +83,13 @@ from trainer import (
     Evaluation,
     Experiment,
     Group,
+    HostError,
     Interrupted,
     Loading,
     Logging,
     Mean,
     NotPreparedError,
+    Numerics,
     Optimizer,
     Parallel,
     Run,
@@ -95,6 +97,7 @@ from trainer import (
     TfdsSource,
     TrainState,
     UserError,
+    Watch,
     adabelief,
     evaluate,
     from_optax,
@@ -112,6 +115,7 @@ assert_type(run.optimizer.schedule.peak, float)
 assert_type(run.optimizer.groups["default"], Group)
 assert_type((run.loading, run.evaluation, run.checkpoint), tuple[Loading, Evaluation, Checkpoint])
 assert_type((run.logging, run.parallel), tuple[Logging, Parallel])
+assert_type((run.watch, run.numerics), tuple[Watch, Numerics])
 assert_type(train(run, Path("run"), verbose=False, handle_signals=False), TrainState)
 assert_type(replica_axis(), str | None)
 assert_type(Mean.of(jnp.ones(3), jnp.ones(3)).compute(), float)

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,24 @@ from trainer.watch import Watch
 ROOT = Path(__file__).parents[1]
 
 
-def start(where: str, folder: Path, *flags: str) -> subprocess.Popen[str]:
+@contextmanager
+def start(where: str, folder: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A training that gets its signals although the tests may run under `nohup`; it is killed at the end."""
     command = [sys.executable, "-m", "trainer", "train", f"--config=tests/stuck_config.py:{where}"]
     command += [f"--workdir={folder / 'run'}", f"--trace={folder / 'trace'}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(folder: Path, key: str, value: str | int, step: int, seconds: float = 120) -> None:

@@ -201,7 +201,7 @@ class Session:
         step = self.recorder.flush()
         if self._saved_step != step:
             self.save(state)
-        self._enter("save", step)
+        self.watch.enter("save", step)
         self.store.wait()
         if distributed.is_primary():
             self.store.remove_old()  # the last evaluation may have found a better one

@@ -177,8 +177,13 @@ def test_a_mistake_that_only_the_first_process_can_find_ends_all(running, tmp_pa
 def test_divergence_ends_all_at_the_same_step_with_one_line(running, tmp_path):
     running.append(rehearse(CONFIG, f"--workdir={tmp_path}/run", "--config.experiment.explode_at=1"))
     assert running[0].end() == 1
-    error = r"\[0\] error: the loss of step [1-4] is inf; the run is stopped, there is no checkpoint yet\n"
-    assert re.fullmatch(error, running[0].stderr)
+    error = (
+        r"\[0\] error: the loss of step ([1-4]) is inf; the run is stopped, there is no checkpoint yet; recomputed, "
+    )
+    found = re.fullmatch(
+        error + r"the loss is inf again; python -m trainer replay .*diverged/\1 .*\n", running[0].stderr
+    )
+    assert found, running[0].stderr
     assert rows_of(tmp_path / "run") < 4
 
 

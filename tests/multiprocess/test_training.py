@@ -111,7 +111,7 @@ def test_every_process_writes_a_profile_of_its_own(in_two):
 def test_a_checkpoint_of_two_processes_has_shards_of_both_and_one_metadata(in_two):
     folder = in_two[0] / "checkpoints" / "20"
     assert {path.name for path in (folder / "state").glob("ocdbt.process_*")} == {"ocdbt.process_0", "ocdbt.process_1"}
-    assert json.loads((folder / "metadata" / "metadata").read_text())["step"] == 20
+    assert json.loads((folder / "metadata" / "metadata").read_text())["content"]["step"] == 20
 
 
 def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):

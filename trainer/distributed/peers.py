@@ -92,6 +92,7 @@ def fail(error: BaseException, code: int) -> None:
         return
     if isinstance(error, JaxRuntimeError) or "Gloo" in str(error):  # at a dispatch it is a ValueError
         time.sleep(_BLAME_SECONDS)
+    _watch.is_failing = True
     named = "" if isinstance(error, UserError | HostError) else f"{type(error).__name__}: "
     first = next(iter(str(error).splitlines()), "")
     text = f"{_watch.name(_watch.index)} failed: {named}{first}; the run ends"
@@ -118,6 +119,7 @@ class _Watch:
     def __init__(self, index: int, connections: Mapping[int, socket.socket], seconds: float) -> None:
         self.index = index
         self.end_seconds: float | None = None
+        self.is_failing = False  # the main thread reports its own error, and ends the process
         self._left = False
         self._seconds, self._host, self._beaten = seconds, socket.gethostname(), time.monotonic()
         self._peers = {i: _Peer(connection, self._beaten) for i, connection in connections.items()}
@@ -200,6 +202,8 @@ class _Watch:
             self._hosts = {int(i): host for i, host in json.loads(values[0]).items()}
         elif kind == "fault":
             text, code = values
+            if self.is_failing:
+                return
             self.say("fault", text, code)  # process 0 hands it on
             _end(text if self.index == 0 else "", code)
 
@@ -217,7 +221,7 @@ class _Watch:
 
     def _fault(self, what: Mapping[int, str]) -> None:
         """Ends all processes if any is at fault; the others hear it from process 0, or from its silence."""
-        if not what:
+        if not what or self.is_failing:
             return
         text = f"{', '.join(f'{self.name(i)} {said}' for i, said in sorted(what.items()))}; {_ENDS}"
         self.say("fault", text, 3)
