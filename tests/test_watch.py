@@ -24,14 +24,9 @@ def start(where: str, folder: Path, *flags: str) -> Iterator[subprocess.Popen[st
     """A training that gets its signals although the tests may run under `nohup`; it is killed at the end."""
     command = [sys.executable, "-m", "trainer", "train", f"--config=tests/stuck_config.py:{where}"]
     command += [f"--workdir={folder / 'run'}", f"--trace={folder / 'trace'}", *flags]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the process inherits
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     try:
         yield process
     finally:
