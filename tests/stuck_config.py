@@ -61,7 +61,7 @@ def get_config(where: str) -> config.Run:
     run = make_run(100_000, experiment=Stuck(where=where, examples=examples), batch_size=16)
     run.loading = config.Loading(in_memory_bytes=0, threads=1)
     run.evaluation = config.Evaluation(every_steps=4, batch_size=8)
-    if where in ("c", "data"):
+    if where not in ("evaluate", "compile"):
         run.evaluation.every_steps = None
     run.checkpoint = config.Checkpoint(every_steps=1 if where == "save" else 1000)
     return run

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import statistics
 import time
 from contextlib import closing
 from io import StringIO
@@ -228,12 +227,10 @@ def test_a_launch_keeps_a_damaged_file_aside_and_goes_on_with_its_readable_rows(
     assert [row["step"] for row in rows(tmp_path, name)] == [1, 2, 4, 5]
     (aside,) = tmp_path.glob(f"{name}.damaged-*")
     assert aside.read_bytes() == damaged
-    repaired, *hole = said
+    (repaired,) = said
     assert f"{file} is damaged" in repaired
     assert "line 3" in repaired
-    assert hole == [f"warning: 1 of the 4 rows up to step 4 are missing in {file}; the run goes on without them"] * (
-        name == "metrics.jsonl"
-    )
+    assert f"its {3:,} readable rows up to step 4 are carried over" in repaired
     write(tmp_path, range(6, 8), after_step=5)  # and says nothing more
 
 
@@ -278,7 +275,7 @@ def test_a_launch_goes_on_whatever_is_in_place_of_a_file(tmp_path, name, kind):
     asides = list(workdir.glob(f"{name}.damaged-*"))
     assert len(asides) == (kind not in ("empty", "gone"))
     assert all("\n" not in text and str(file) in text for text in said)
-    assert len(said) == len(asides) + (name == "metrics.jsonl")
+    assert len(said) == (1 if asides or name == "metrics.jsonl" else 0)
 
 
 def test_a_hole_that_the_checkpoint_knows_of_is_said_once_and_the_run_goes_on(tmp_path):
@@ -540,9 +537,7 @@ def test_evaluations_and_saves_do_not_count_in_the_examples_per_second_of_the_ne
     timings = rows(tmp_path, "timing.jsonl")
     rates = {row["step"]: row["examples_per_second"] for row in timings if "examples_per_second" in row}
     assert len(rates) == 12
-    usual = statistics.median(rate for step, rate in rates.items() if step % 10 == 0)
-    after_saves = [rates[step] for step in (15, 35, 55)]
-    after_evaluations = [rates[step] for step in (25, 45)]
-    # The largest, as other processes of this machine may have delayed some.
-    assert max(after_saves) > usual / 5
-    assert max(after_evaluations) > usual / 5
+    counted = 5 * run.batch_size / 0.3  # what the rate would be at most if the 0.3 s of a save or an evaluation counted
+    # The largest, as other processes of this machine, and the writing itself, may have delayed some.
+    assert max(rates[step] for step in (15, 35, 55)) > 2 * counted
+    assert max(rates[step] for step in (25, 45)) > 2 * counted

@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,10 @@ def restore(place: Folder, like: TrainState, metadata: Metadata) -> TrainState:
 
     The leaves must be those of the metadata: compare them first. Errors are those of `read_metadata`.
     """
-
-    def read() -> TrainState:
-        if leaves_of(_tree(place)) != dict(metadata.leaves):
-            raise DamagedError(f"{place} holds other arrays than its metadata say")
-        return read_arrays(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), place)
-
-    state = _retry(read, place)
-    _compare(_checksums(dict(zip(metadata.leaves, jax.tree.leaves(state), strict=True))), metadata, place)
-    return state
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    arrays = _read(place, metadata, _by_path(wanted))
+    _compare(_checksums(arrays), metadata, place)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in leaves_of(like)])
 
 
 def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict[str, jax.Array]:
@@ -81,24 +77,17 @@ def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict
 
     Their checksums were compared. Errors are those of `read_metadata`.
     """
-    wanted = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(like)}
-
-    def abstract(keys: Any, leaf: Any) -> Any:
-        target = wanted.get(path := path_of(keys))
-        saved = metadata.leaves[path]
-        floating = jnp.issubdtype(saved.dtype, jnp.floating)
+    fitting, like_leaves = {}, _by_path(like)
+    for path, saved in metadata.leaves.items():
+        target = like_leaves.get(path)
         if target is None or saved.shape != tuple(target.shape):
-            return ocp.PLACEHOLDER
-        if saved.dtype != str(target.dtype) and not (floating and jnp.issubdtype(target.dtype, jnp.floating)):
-            return ocp.PLACEHOLDER
-        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
-
-    tree = jax.tree_util.tree_map_with_path(abstract, _tree(place), is_leaf=_is_leaf)
-    restored = _retry(lambda: read_arrays(tree, place), place)
-    leaves = jax.tree_util.tree_leaves_with_path(restored)
-    found = {path_of(keys): leaf for keys, leaf in leaves if leaf is not ocp.PLACEHOLDER}
-    _compare(_checksums(found), metadata, place)
-    return {path: jnp.asarray(x, wanted[path].dtype) for path, x in found.items()}
+            continue
+        floating = jnp.issubdtype(saved.dtype, jnp.floating) and jnp.issubdtype(target.dtype, jnp.floating)
+        if floating or saved.dtype == str(target.dtype):
+            fitting[path] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
+    arrays = _read(place, metadata, fitting)
+    _compare(_checksums(arrays), metadata, place)
+    return {path: jnp.asarray(x, like_leaves[path].dtype) for path, x in arrays.items()}
 
 
 def verify(place: Folder) -> tuple[int, int]:
@@ -107,23 +96,31 @@ def verify(place: Folder) -> tuple[int, int]:
     It needs no model. Errors are those of `read_metadata`.
     """
     metadata = read_metadata(place)
-
     on_host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-
-    def abstract(keys: Any, _: Any) -> jax.ShapeDtypeStruct:
-        leaf = metadata.leaves[path_of(keys)]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host)
-
-    def read() -> dict[str, np.ndarray]:
-        tree = jax.tree_util.tree_map_with_path(abstract, _tree(place), is_leaf=_is_leaf)
-        leaves = jax.tree_util.tree_leaves_with_path(read_arrays(tree, place))
-        return {path_of(keys): np.asarray(x) for keys, x in leaves}
-
-    arrays = _retry(read, place)
-    if leaves_of(arrays) != dict(metadata.leaves):
-        raise DamagedError(f"{place} holds other arrays than its metadata say")
+    every = {path: jax.ShapeDtypeStruct(*leaf, sharding=on_host) for path, leaf in metadata.leaves.items()}
+    arrays = {path: np.asarray(x) for path, x in _read(place, metadata, every).items()}
     _compare({path: checksum_on_host(x) for path, x in arrays.items()}, metadata, place)
     return len(arrays), sum(x.nbytes for x in arrays.values())
+
+
+def _read(place: Folder, metadata: Metadata, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of the paths in `wanted`, in their order."""
+
+    def read() -> dict[str, jax.Array]:
+        tree = _tree(place)
+        if leaves_of(tree) != dict(metadata.leaves):
+            raise DamagedError(f"{place} holds other arrays than its metadata say")
+        like = jax.tree_util.tree_map_with_path(
+            lambda keys, _: wanted.get(path_of(keys), ocp.PLACEHOLDER), tree, is_leaf=_is_leaf
+        )
+        arrays = _by_path(read_arrays(like, place))
+        return {path: arrays[path] for path in wanted}
+
+    return _retry(read, place)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _check_types(place: Folder) -> None:
@@ -157,8 +154,6 @@ def read_arrays(like: Any, place: Folder) -> Any:
     Not through Orbax's checkpointer: at its end the processes wait for each other, and would wait for ever for one
     that cannot read.
     """
-    if not isinstance(sys.unraisablehook, _DropLateReadErrors):  # before a read can fail
-        sys.unraisablehook = _DropLateReadErrors(sys.unraisablehook)
     arguments = ocp.checkpoint_utils.construct_restore_args(like)
     return arrays_handler().restore(
         epath.Path(place / "state"), args=ocp.args.PyTreeRestore(like, restore_args=arguments)
@@ -167,6 +162,7 @@ def read_arrays(like: Any, place: Folder) -> Any:
 
 def _retry(read: Callable[[], Any], place: Folder) -> Any:
     """The result of `read`, which is tried again after an error that may pass."""
+    _drop_late_read_errors()
     for wait in (*_WAITS, None):
         try:
             return read()
@@ -205,6 +201,13 @@ def cause(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def _drop_late_read_errors() -> None:
+    """Keeps what Orbax leaves behind after a failed read from being shown: reads that end later, or never began."""
+    if not isinstance(sys.unraisablehook, _DropLateReadErrors):
+        sys.unraisablehook = _DropLateReadErrors(sys.unraisablehook)
+    warnings.filterwarnings("ignore", r"coroutine '(_read_array|ArrayHandler\.)", RuntimeWarning)
+
+
 class _DropLateReadErrors:
     """Drops errors of TensorStore reads that end after an earlier read failed and Orbax closed their event loop."""
 
@@ -212,5 +215,7 @@ class _DropLateReadErrors:
         self._report = report
 
     def __call__(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that is dropped
+        is_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+        if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
             self._report(unraisable)

@@ -152,7 +152,7 @@ class MetricsLog:
     def _report_hole(self, rows: int | None, after_step: int, known: Mark) -> None:
         if rows is None:
             rows = known.metrics.rows if known.metrics.step <= after_step else 0
-        if self.count < rows and not self._metrics_outage.is_on:
+        if self.count < rows and not self._metrics.was_damaged and not self._metrics_outage.is_on:
             missing = f"{rows - self.count:,} of the {rows:,} rows up to step {after_step}"
             self._report(f"warning: {missing} are missing in {self._metrics.file}; the run goes on without them")
 

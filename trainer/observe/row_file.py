@@ -37,6 +37,7 @@ class RowFile:
         """Rows after `after_step` will be cut off by `open`. `report` shows one line about damage."""
         self.file, self._after_step, self._report = file, after_step, report
         self.is_intact = False  # whether `open` found the rows of an earlier sync as they were
+        self.was_damaged = False  # whether `open` moved a file aside, and reported it
         self._descriptor: int | None = None
         self._synced = _NOTHING
         self._tail = bytearray()  # rows since the last sync
@@ -180,6 +181,7 @@ class RowFile:
             aside = _aside(self.file)
             self.file.rename(aside)
             sync_folder(self.file.parent)
+            self.was_damaged = True
             self._report(f"warning: {self.file} is {what}, and was moved to {aside.name}; it is begun anew")
 
     def _repair(self, problem: str) -> None:
@@ -198,6 +200,7 @@ class RowFile:
         except OSError:
             aside.rename(self.file)
             raise
+        self.was_damaged = True
         self._report(
             f"warning: {self.file} is damaged: {problem}; it is kept as {aside.name}, "
             f"and its {len(kept):,} readable rows up to step {self._after_step} are carried over"

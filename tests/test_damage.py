@@ -1,0 +1,52 @@
+"""A part of `benchmarks/damage.py`: a damaged workdir goes on bit for bit, or is refused in one line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import damage
+from benchmarks.damage import DAMAGES, EARLIER, FAILED, NEWEST, REFUSED, SAID, UNNOTICED, Case, flip, try_it
+
+STEP = f"checkpoints/{NEWEST}"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield damage.make_case(tmp_path_factory.mktemp("damage"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize(
+    ("place", "kinds"),
+    [
+        (f"{STEP}/metadata/metadata", {EARLIER}),
+        (f"{STEP}/state/manifest.ocdbt", {EARLIER}),
+        (f"{STEP}/state", {EARLIER, UNNOTICED}),  # a stray file is nothing
+        ("metrics.jsonl", {SAID, REFUSED}),
+        ("config.json", {SAID, REFUSED}),
+    ],
+)
+def test_a_damaged_file_costs_one_line_and_no_bit(case, tmp_path, name, place, kinds):
+    outcome = try_it(case, DAMAGES[name], place, tmp_path)
+    assert outcome.kind in kinds, outcome.text
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_costs_no_bit(case, tmp_path):
+    kinds = [try_it(case, flip(bit), place, tmp_path).kind for place, bit in damage.flips(case, 12, seed=1)]
+    assert set(kinds) <= {UNNOTICED, EARLIER}
+    assert EARLIER in kinds
+
+
+@pytest.mark.slow
+def test_a_launch_with_other_numbers_would_be_seen(case, tmp_path):
+    """The comparison itself: a changed digit of a row that is cut off changes nothing, one of a kept row is seen."""
+
+    def change(file: Path) -> None:
+        lines = file.read_text().splitlines(keepends=True)
+        lines[0] = lines[0].replace("2.75", "2.25", 1)
+        file.write_text("".join(lines))
+
+    assert try_it(case, change, "metrics.jsonl", tmp_path).kind == FAILED
