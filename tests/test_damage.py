@@ -1,6 +1,5 @@
 """A part of `benchmarks/damage.py`: a damaged workdir goes on bit for bit, or is refused in one line."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ STEP = f"checkpoints/{NEWEST}"
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    yield damage.make_case(tmp_path_factory.mktemp("damage"))
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return damage.make_case(tmp_path_factory.mktemp("damage"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ replica's share of the batch, and sums over `replica_axis` are written out.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -216,6 +217,7 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
 def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
     """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
 
+    @functools.partial(jax.jit, inline=True)  # so that it is traced once for both uses
     def measure(*arguments: Any) -> Metrics:
         return {name: Mean.single(value) for name, value in statistics(*arguments).items()}
 

@@ -170,7 +170,7 @@ def _folder(path: str) -> Folder:
     """The path as an object. Raises `UserError` if no file system can have such a path."""
     if is_bucket(path):
         scheme = path.partition("://")[0]
-        if scheme == "gs" and not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+        if scheme == "gs" and not _can_open_gs():
             raise UserError(f"workdir {path} is in a bucket, which needs: pip install 'belief-trainer[gcs]'")
         try:
             return epath.Path(path)
@@ -181,6 +181,10 @@ def _folder(path: str) -> Folder:
     if long := next((name for name in path.split("/") if len(os.fsencode(name)) > _NAME_BYTES), None):
         raise UserError(f"workdir has a name of {len(os.fsencode(long))} bytes; at most {_NAME_BYTES} are possible")
     return Path(path)
+
+
+def _can_open_gs() -> bool:
+    return any(map(importlib.util.find_spec, ("gcsfs", "tensorflow")))
 
 
 def _identity(path: Folder) -> tuple[int, int] | None:

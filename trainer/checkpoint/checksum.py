@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array, Bool, UInt32
 
 
-@jax.jit
 def check_state(state: Any) -> tuple[Bool[Array, ""], UInt32[Array, " leaves"]]:
     """Whether every floating-point element is finite, and the checksum of each leaf, in one pass over the arrays.
 
@@ -16,11 +15,17 @@ def check_state(state: Any) -> tuple[Bool[Array, ""], UInt32[Array, " leaves"]]:
     to a word each, and elements of 64 bits are two words. An odd weight has an inverse, so one changed word, or any one
     flipped bit, always changes the sum. The sum is made where the shards are: no array is gathered.
     """
-    checked = [_check(leaf) for leaf in jax.tree.leaves(state)]
+    return _check_leaves(jax.tree.leaves(state))  # a list, so that a save runs what a restore has compiled
+
+
+@jax.jit
+def _check_leaves(leaves: list[Array]) -> tuple[Bool[Array, ""], UInt32[Array, " leaves"]]:
+    checked = [_check(leaf) for leaf in leaves]
     finite = jnp.stack([jnp.asarray(True), *(finite for finite, _ in checked)])
     return jnp.all(finite), jnp.stack([jnp.zeros((), jnp.uint32), *(total for _, total in checked)])[1:]
 
 
+@jax.jit  # which traces and lowers it once for all arrays of the same shape and dtype
 def _check(x: Array) -> tuple[Bool[Array, ""], UInt32[Array, ""]]:
     """Whether all elements are finite, and the checksum."""
     words = _words(x)

@@ -30,16 +30,18 @@ def sum_in_float32(gradient: Callable) -> Callable:
     return float32 if its 16-bit output is only moved, scaled, added up and cast to float32 on the way to results.
     The gradient of a parameter that the model casts comes from such an output. Operands and other operations stay, so
     activations keep their dtype, and every operation keeps its module name. The body of a loop, a branch or a
-    `jax.checkpoint` is rewritten separately: parameters must be cast inside it, as Linen modules do. A function without
-    a 16-bit operation is called as it is.
+    `jax.checkpoint` is rewritten separately: parameters must be cast inside it, as Linen modules do. The equations of a
+    function without a 16-bit operation stay as they are.
     """
 
     @functools.wraps(gradient)
     def rewritten(*arguments: Any) -> Any:
         jaxpr, shapes = jax.make_jaxpr(gradient, return_shape=True)(*arguments)
-        if not _has_16_bits(jaxpr.jaxpr):
-            return gradient(*arguments)
-        results = core.jaxpr_as_fun(_rewritten(jaxpr))(*jax.tree.leaves(arguments))
+        leaves = jax.tree.leaves(arguments)
+        if _has_16_bits(jaxpr.jaxpr):
+            results = core.jaxpr_as_fun(_rewritten(jaxpr))(*leaves)
+        else:
+            results = _evaluate(jaxpr, leaves, _bind)  # the same equations: to trace a large model again takes seconds
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return rewritten
