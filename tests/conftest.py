@@ -25,6 +25,7 @@ install_import_hook(
 
 from pathlib import Path
 
+import jax
 import pytest
 
 
@@ -44,9 +45,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _commands_share_what_they_compile(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Those that tests start, in all workers; this process, in which JAX has started, compiles for itself."""
+def _what_is_compiled_is_shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By all tests, all workers and all commands that they start: compilation is nearly all of their time."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -16,7 +16,6 @@ import jax
 from trainer.errors import UserError
 
 _CACHE_BYTES = 10 << 30
-_LEAST_SECONDS = 0.3  # of compilation; a program that compiles faster is not kept
 _THREAD = "compilation ahead of the first step"
 
 
@@ -101,7 +100,7 @@ def use_cache(folder: str | None) -> None:
         raise UserError(f"--compilation-cache={folder} is no folder that only you can write in: its code is executed")
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too, add up to half a second
 
 
 def _cpu() -> str:
