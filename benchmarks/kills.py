@@ -2,6 +2,7 @@
 
     python -m benchmarks.kills --output=kills.jsonl
     python -m benchmarks.kills --output=kills.jsonl --minutes=30        # stops cleanly; the same command goes on
+    python -m benchmarks.kills --output=kills.jsonl --part=1/2          # half of the proofs; another process 2/2
     python -m benchmarks.kills --output=kills.jsonl --kills=0           # only the totals
 
 Each proof trains a small version of a config once undisturbed and once while it is killed ten times, and is one line of
@@ -115,6 +116,11 @@ def prove(one: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
+def read(output: Path) -> list[dict[str, Any]]:
+    """The lines of an output, none if there is no file yet."""
+    return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+
+
 def totals(rows: Sequence[dict[str, Any]]) -> str:
     """Tables of the kills per combination and per phase, and the sum."""
     combinations: Counter[tuple[str, str]] = Counter()
@@ -142,7 +148,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no proof after this time")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th proof, from the I-th on")
     options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
     print(header())
     jax.config.update("jax_platforms", "cpu")  # this process computes nothing
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says that it finds none of its optional files
@@ -150,17 +158,17 @@ def main() -> int:
     folders = output.with_name(f"{output.name}-folders")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folders / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    finished, began = {row["proof"] for row in rows}, time.monotonic()
-    for one in plan(options.kills):
+    finished, began = {row["proof"] for row in read(output)}, time.monotonic()
+    for one in plan(options.kills)[part - 1 :: parts]:
         if one.number in finished:
             continue
         if time.monotonic() - began > options.minutes * 60:
             break
         print(f"proof {one.number}: {one.config}, {one.topology}, {one.kills} kills", flush=True)
-        rows.append(prove(one, folders / f"proof-{one.number}"))
+        row = prove(one, folders / f"proof-{one.number}")
         with output.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+            file.write(json.dumps(row) + "\n")
+    rows = read(output)
     print(totals(rows))
     for row in rows:
         for text in row["differences"]:

@@ -93,7 +93,7 @@ def use_cache(folder: str | None) -> None:
     except OSError as error:
         if folder is None:
             return  # no home to write in: nothing is kept
-        raise UserError(f"--compilation-cache={folder}: {error.strerror}") from error
+        raise UserError(f"--compilation-cache={folder} cannot be made a folder: {error.strerror}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         if folder is None:
             return

@@ -3,22 +3,22 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from trainer import config, distributed
-from trainer.checkpoint import Data, Store, check_leaves, make_metadata, versions
+from trainer.checkpoint import Store, check_leaves, make_metadata, versions
 from trainer.checkpoint.checksum import check_state
 from trainer.data.stream import Order
-from trainer.errors import UserError
-from trainer.experiment import Batch
+from trainer.errors import DivergedError, HostError, UserError
 from trainer.files import DamagedError, Folder, read_json, write_text
 from trainer.metrics import Metrics
-from trainer.program import Program, run_keys
+from trainer.program import run_keys
+from trainer.session import Session
 from trainer.state import TrainState
 from trainer.step import step_keys
 
@@ -40,43 +40,43 @@ class Diverged(NamedTuple):
     config: Mapping[str, Any]  # the JSON of the resolved run
 
 
-def keep(
-    program: Program,
-    folder: Folder,
-    step: int,
-    reason: str,
-    *,
-    data: Data,
-    restore: Callable[[], TrainState],
-    batches: Callable[[int], Iterator[Batch]],
-) -> str:
-    """Writes `folder` about a step that diverged, and returns a text about it. All processes of a run call it.
+def explain(session: Session, error: DivergedError) -> DivergedError:
+    """The error with the last checkpoint and the folder about the step, which is written here.
 
-    The state before the step was donated to it, so it is made again: a state from before is restored, and the steps
-    between are repeated.
-
-    Args:
-      program: of the run, on the devices on which it diverged.
-      folder: a new folder, such as WORKDIR/diverged/STEP.
-      step: the step, counted from 1.
-      reason: why the run is stopped.
-      data: the number and fingerprint of the training examples.
-      restore: gives the state of a checkpoint from before the step, or a fresh one.
-      batches: gives the batches on the devices that follow after so many steps.
-
-    Raises `HostError` if the folder cannot be written.
+    All processes of a run call it. The folder is WORKDIR/diverged/STEP, or a name after it that is free.
     """
-    run, state = program.run, restore()
-    start = int(state.step)
-    following = batches(start)
-    for batch in itertools.islice(following, step - 1 - start):
-        state, _ = program.train_step(state, batch)
-    metadata = make_metadata(run, program.param_table, data, step - 1)
-    with closing(Store(folder / _STATE, run.checkpoint)) as store:
-        saved = store.save(state, metadata)
+    step, store = error.step, session.store
+    with suppress(HostError):  # of the save before, which is not the cause
         store.wait()
-    state, metrics = program.train_step(state, next(following))
-    if not saved:
+    earlier = [saved for saved in store.steps() if saved < step]
+    last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
+    names = (f"{step}{'-again' * i}" for i in itertools.count())
+    folder = next(path for name in names if not (path := session.workdir.path / "diverged" / name).exists())
+    try:
+        about = f"{_keep(session, error, earlier[-1] if earlier else 0, folder)}"
+        about += f"; python -m trainer replay {folder} looks for the cause"
+    except HostError as fault:
+        about = f"nothing more is known: {fault}"
+    return DivergedError(f"{error}; the run is stopped, {last}; {about}", step)
+
+
+def _keep(session: Session, error: DivergedError, start: int, folder: Folder) -> str:
+    """Writes a new folder about a step that diverged, and returns what a second computation of the step gave.
+
+    The state before the step was donated to it, so it is made again: the state of the checkpoint at `start` is restored
+    (0: a fresh one), and the steps between are repeated. Raises `HostError` if the folder cannot be written.
+    """
+    program, run, step = session.program, session.program.run, error.step
+    state = session.store.restore(program.state, start) if start else program.init()
+    batches = map(program.strategy.shard_batch, session.host_batches(start))
+    for batch in itertools.islice(batches, step - 1 - start):
+        state, _ = program.train_step(state, batch)
+    metadata = make_metadata(run, program.param_table, session.resumed.data, step - 1)
+    with closing(Store(folder / _STATE, run.checkpoint)) as store:
+        has_state = store.save(state, metadata)
+        store.wait()
+    state, metrics = program.train_step(state, next(batches))
+    if not has_state:
         text = f"the state before step {step} is not finite either"
     elif problem := not_finite(state, metrics):
         text = f"recomputed, {problem} again"
@@ -89,17 +89,17 @@ def keep(
         run.seed,
         np.asarray(jax.random.key_data(key)).tolist(),
         [first, stop],
-        Order(data.examples, run.seed)(first, stop).tolist(),
-        reason,
+        Order(session.resumed.data.examples, run.seed)(first, stop).tolist(),
+        str(error),
         text,
-        saved,
+        has_state,
         versions(),
         json.loads(config.to_json(run)),
     )
     if distributed.is_primary():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / _FILE, json.dumps(described._asdict(), indent=2) + "\n")
-    return f"{text}; python -m trainer replay {folder} looks for the cause"
+    return text
 
 
 def not_finite(state: TrainState, metrics: Metrics) -> str:
@@ -112,7 +112,7 @@ def not_finite(state: TrainState, metrics: Metrics) -> str:
 
 
 def read(folder: Folder) -> Diverged:
-    """What `keep` wrote; raises `UserError` for any other folder."""
+    """What `explain` wrote; raises `UserError` for any other folder."""
     file = folder / _FILE
     try:
         value = read_json(file)

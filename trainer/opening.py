@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TypedDict
 
-from trainer import distributed
+from trainer import distributed, divergence
 from trainer.checkpoint import Store, scores
 from trainer.compilation import compile_ahead
 from trainer.data import load
@@ -58,13 +58,14 @@ def open_session(
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
-                if not folder.has_checkpoint():
-                    folder.write(run, table)  # first, so that a kill at any moment leaves a folder to launch again
-                store.remove_incomplete()
             compile_ahead(program.train_step, program.eval_step)
             limit = run.loading.in_memory_bytes
             sources = (load(program.train_source, limit), load(program.eval_source, limit))
             data = describe_data(sources[0])
+            if distributed.is_primary():
+                if not folder.has_checkpoint():
+                    folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
+                store.remove_incomplete()
         stack.push(lambda _, error, __: store.close(error))
         watch = stack.enter_context(Watch(run.watch, run.batch_size))
         trace.phase("restore", 0)
@@ -103,7 +104,9 @@ def open_session(
         try:
             yield session
         except DivergedError as error:
-            raise session.diverged(error) from None
+            trace.phase("save", error.step)
+            watch.enter("save", error.step)
+            raise divergence.explain(session, error) from None
 
 
 def _diverged_later(folder: Workdir, start: int) -> list[str]:

@@ -153,7 +153,10 @@ def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
 def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
     """The parameters of `init` as shapes and dtypes, in the boxes that name their logical axes."""
     with model_errors(spec):
-        variables = jax.eval_shape(lambda: dict(experiment.init(key, _zeros(spec))))
+        variables = jax.eval_shape(lambda: experiment.init(key, _zeros(spec)))
+    if not isinstance(variables, Mapping):
+        kind = type(variables).__name__
+        raise UserError(f"{type(experiment).__name__}.init must return a mapping with 'params', not a {kind}")
     if not jax.tree.leaves(variables.get("params")):
         raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
     return variables["params"]

@@ -44,7 +44,7 @@ class Replayed(NamedTuple):
 
 
 def replay(folder: Folder, run: config.Run | None = None) -> Replayed:
-    """Executes the step of a folder that `divergence.keep` wrote, on the CPU in float32.
+    """Executes the step of a folder that `divergence.explain` wrote, on the CPU in float32.
 
     Args:
       folder: such as WORKDIR/diverged/STEP.

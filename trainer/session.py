@@ -1,13 +1,12 @@
 """A session: an opened workdir with its state, batches, metrics, checkpoints and signals."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import Any
 
-from trainer import distributed, divergence
+from trainer import distributed
 from trainer.checkpoint import Metadata, Store, make_metadata
 from trainer.data.stream import prefetch, split_ids, train_batches
 from trainer.distributed import Break, Interrupted, Preemption
@@ -78,7 +77,7 @@ class Session:
             ids, batch = split_ids(batch)
             return ids, strategy.shard_batch(batch)
 
-        ready = prefetch(self._host_batches(start, with_ids=self.trace.is_on), launch)
+        ready = prefetch(self.host_batches(start, with_ids=self.trace.is_on), launch)
         for step in range(start + 1, run.total_steps + 1):
             self._enter("data", step)
             try:
@@ -94,7 +93,8 @@ class Session:
             if self._signum is not None:
                 return
 
-    def _host_batches(self, start: int, *, with_ids: bool = False) -> Iterator[Batch]:
+    def host_batches(self, start: int, *, with_ids: bool = False) -> Iterator[Batch]:
+        """The batches of this process after the step `start`, as NumPy arrays."""
         run = self.program.run
         return train_batches(
             self.train_source,
@@ -217,29 +217,6 @@ class Session:
             self.save(state)
         self.store.wait()
         return f"step {step} is saved" if step else "no step was complete"
-
-    def diverged(self, error: DivergedError) -> DivergedError:
-        """The error with the last checkpoint and the folder about the step, which is made here: see `divergence`."""
-        program, strategy = self.program, self.program.strategy
-        self._enter("save", error.step)
-        folder = self.workdir.path / "diverged" / f"{error.step}"
-        with suppress(HostError):  # of the save before, which is not the cause
-            self.store.wait()
-        earlier = [step for step in self.store.steps() if step < error.step]
-        last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
-        try:
-            about = divergence.keep(
-                program,
-                next(p for i in itertools.count() if not (p := folder.with_name(folder.name + "-again" * i)).exists()),
-                error.step,
-                str(error),
-                data=self.resumed.data,
-                restore=lambda: self.store.restore(program.state, earlier[-1]) if earlier else program.init(),
-                batches=lambda start: map(strategy.shard_batch, self._host_batches(start)),
-            )
-        except HostError as fault:
-            about = f"nothing more is known: {fault}"
-        return DivergedError(f"{error}; the run is stopped, {last}; {about}", error.step)
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import numpy as np
 import pytest
 
 from trainer import config
-from trainer.checkpoint import Data
 from trainer.commands import run as run_command
 from trainer.config import Group, Optimizer, Parallel, Run
 from trainer.data import ArraySource
-from trainer.data.stream import Order, train_batches
-from trainer.divergence import keep, read, read_state
-from trainer.errors import UserError
+from trainer.data.stream import Order
+from trainer.divergence import explain, read, read_state
+from trainer.errors import DivergedError, UserError
 from trainer.metrics import Mean
+from trainer.observe.progress import Progress
+from trainer.opening import open_session
 from trainer.program import compile_program
 from trainer.replay import replay
 
@@ -91,21 +93,17 @@ def planted(fault: str, dtype: str = "float32", steps: int = STEP) -> Run:
     )
 
 
-def kept(run: Run, folder: Path, step: int = STEP) -> str:
-    program = compile_program(run)
-
-    def batches(start: int):
-        found = train_batches(program.train_source, seed=0, batch_size=BATCH, start=start, stop=run.total_steps)
-        return map(program.strategy.shard_batch, found)
-
-    data = Data(EXAMPLES, None)
-    return keep(program, folder, step, "the loss is inf", data=data, restore=program.init, batches=batches)
+def kept(run: Run, workdir: Path, step: int = STEP) -> tuple[str, Path]:
+    """The error and the folder about a step, which a session writes."""
+    with open_session(compile_program(run), workdir, Progress(run.total_steps, StringIO())) as session:
+        text = str(explain(session, DivergedError("the loss is inf", step)))
+    return text, workdir / "diverged" / str(step)
 
 
 def test_a_logarithm_of_zero_is_named_by_module_and_parameter(tmp_path, capsys):
-    folder = tmp_path / "diverged" / str(STEP)
-    text = kept(planted("log"), folder)
-    assert text.startswith("recomputed, the loss is inf again")
+    text, folder = kept(planted("log"), tmp_path)
+    known = "the loss is inf; the run is stopped, there is no checkpoint yet; recomputed, the loss is inf again; "
+    assert text == f"{known}python -m trainer replay {folder} looks for the cause"
     told = read(folder)
     assert (told.step, told.seed, told.reason, told.has_state) == (STEP, 0, "the loss is inf", True)
     assert told.positions == [16, 24]
@@ -123,8 +121,8 @@ def test_a_logarithm_of_zero_is_named_by_module_and_parameter(tmp_path, capsys):
 
 
 def test_nan_in_the_data_is_named_with_its_example(tmp_path):
-    kept(planted("data"), tmp_path / "d")
-    result = replay(tmp_path / "d")
+    _, folder = kept(planted("data"), tmp_path)
+    result = replay(folder)
     shown = " ".join(result.text.split())
     assert not result.is_finite
     assert f"input x of the examples {BAD}" in shown
@@ -132,9 +130,9 @@ def test_nan_in_the_data_is_named_with_its_example(tmp_path):
 
 
 def test_an_overflow_of_16_bits_is_told_from_a_fault_in_the_numbers(tmp_path):
-    text = kept(planted("overflow", "float16"), tmp_path / "d")
+    text, folder = kept(planted("overflow", "float16"), tmp_path)
     assert "again" in text
-    result = replay(tmp_path / "d")
+    result = replay(folder)
     shown = " ".join(result.text.split())
     assert result.is_finite
     assert "in float32 all is finite" in shown
@@ -143,9 +141,9 @@ def test_an_overflow_of_16_bits_is_told_from_a_fault_in_the_numbers(tmp_path):
 
 
 def test_a_step_that_is_finite_when_computed_again_points_at_the_hardware(tmp_path):
-    text = kept(planted("log"), tmp_path / "d", step=2)
-    assert text.startswith("recomputed, it is finite: suspect the hardware or nondeterminism")
-    result = replay(tmp_path / "d")
+    text, folder = kept(planted("log"), tmp_path, step=2)
+    assert "; recomputed, it is finite: suspect the hardware or nondeterminism; " in text
+    result = replay(folder)
     assert result.is_finite
     assert "on the CPU all is finite" in result.text
 

@@ -166,9 +166,16 @@ def _retry(read: Callable[[], Any], place: Folder) -> Any:
     for wait in (*_WAITS, None):
         try:
             return read()
-        except (HostError, DamagedError, FileNotFoundError) as error:
-            if wait is None or not isinstance(error, HostError):
+        except DamagedError:
+            raise
+        except HostError:
+            if wait is None:
                 raise
+        except FileNotFoundError as error:
+            if not place.exists():
+                raise
+            if wait != _WAITS[0]:  # it is not just being removed
+                raise DamagedError(f"{error.filename or place} is missing") from error
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
             if not place.exists():
                 raise FileNotFoundError(errno.ENOENT, "No such checkpoint", str(place)) from error

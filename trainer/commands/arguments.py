@@ -59,7 +59,7 @@ def add_group_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
     seconds: dict[str, Any] = {"metavar": "SECONDS", "type": int}
     group.add_argument("--wait", default=300, help="how long to wait for the others (default 300)", **seconds)
-    killed = "if a process is killed, the others end after this time (default 100)"
+    killed = "if a process is stopped or its host is away, the others end after this time (default 100)"
     group.add_argument("--heartbeat", default=100, help=killed, **seconds)
 
 
