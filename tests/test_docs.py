@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from trainer import Run, TrainState, UserError, config, train
+from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.config import resolve
 from trainer.observe.log import read_rows
 from trainer.optim.adabelief import ScaleByBeliefState
@@ -176,3 +177,12 @@ def test_settings_that_the_migration_page_names_are_there():
     for setting, owner in re.findall(r"`(\w+=[^`]+)` in (?:a )?`(\w+)`", MIGRATE):
         fields = {field.name for field in dataclasses.fields(getattr(config, owner))}
         assert setting.split("=")[0] in fields
+
+
+def test_settings_of_the_guarantees_are_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = re.findall(r"--config\.[\w.]+=[^ `]+", (ROOT / "docs" / "guarantees.md").read_text())
+    assert len(flags) > 8
+    parser = make_parser("train", "")
+    run = find_run(*parse_flags(parser, ["--config=configs/digits.py", *flags])).run
+    assert (run.numerics.on_nonfinite, run.numerics.max_skips, run.watch.grace_seconds) == ("skip", 10, 60.0)

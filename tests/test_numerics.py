@@ -15,12 +15,13 @@ from trainer import config
 from trainer.data.stream import Order, train_batches
 from trainer.determinism import check_determinism
 from trainer.errors import DivergedError
+from trainer.guard import RECENT, Guard, drop_bad_update, spike_limit
 from trainer.metrics import Mean
 from trainer.observe.log import NoLog
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder
 from trainer.program import Program, compile_program
-from trainer.state import RECENT, Guard, TrainState, drop_bad_update, spike_limit
+from trainer.state import TrainState
 
 STEPS = 6
 ORDER = Order(200, 0)(0, 200)

@@ -15,6 +15,7 @@ from trainer.compilation import Step
 from trainer.data import batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
+from trainer.guard import new_guard
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optim.fused import ParamGroup
 from trainer.params import ParamTable, label_tree, param_table
@@ -116,7 +117,8 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
 
     def init() -> TrainState:
         ema = run.optimizer.ema_decay is not None
-        guard = run.numerics.on_nonfinite == "skip" or settings.spike is not None
+        may_drop = run.numerics.on_nonfinite == "skip" or settings.spike is not None
+        guard = new_guard() if may_drop else None
         return init_state(experiment, optimizer, init_key, _zeros(train_spec), ema=ema, guard=guard)
 
     state = strategy.abstract_state(init)

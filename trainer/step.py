@@ -6,7 +6,7 @@ replica's share of the batch, and sums over `replica_axis` are written out.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from trainer.errors import UserError
-from trainer.experiment import Batch, Collections, Experiment, set_replica_axis
+from trainer.experiment import Batch, Experiment, set_replica_axis
+from trainer.guard import drop_bad_update
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, global_norm
+from trainer.protocol import carried_collections, check_loss
 from trainer.sharding.reduction import sum_in_float32
-from trainer.state import TrainState, drop_bad_update, update_ema
+from trainer.state import TrainState, update_ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
         params = jax.tree.map(lambda p, new: p if new is None else new, state.params, trainable)
         variables = {"params": params, **collections}
         with set_replica_axis(axis):
-            metrics, collections = _checked(settings.experiment.loss(variables, batch, key=key, train=True))
-        return metrics["loss"].total, (metrics, _carried(state.collections, collections))
+            metrics, collections = check_loss(settings.experiment.loss(variables, batch, key=key, train=True))
+        return metrics["loss"].total, (metrics, carried_collections(state.collections, collections))
 
     gradient = _summed_in(settings.reduce_dtype, jax.grad(loss, has_aux=True))
 
@@ -114,7 +115,7 @@ def eval_step(experiment: Experiment, replica_axis: str | None, state: TrainStat
         params = jax.tree.map(lambda p, ema: ema.astype(p.dtype), params, state.ema)
     variables = {"params": params, **state.collections}
     with set_replica_axis(replica_axis):
-        metrics, _ = _checked(experiment.loss(variables, batch, key=jax.random.key(0), train=False))
+        metrics, _ = check_loss(experiment.loss(variables, batch, key=jax.random.key(0), train=False))
     metrics = {**metrics, "examples": Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))}
     return metrics if replica_axis is None else jax.lax.psum(metrics, replica_axis)
 
@@ -152,47 +153,6 @@ def accumulate(
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(body, (collections, zeros), parts)[0]
-
-
-def _checked(result: Any) -> tuple[Metrics, Collections]:
-    """The result of a loss if it is as the protocol says. Runs while a step is traced, so it costs nothing."""
-    if not (isinstance(result, tuple) and [isinstance(part, Mapping) for part in result] == [True, True]):
-        raise UserError(
-            "loss must return a pair of mappings, (metrics, collections); without collections (metrics, {})"
-        )
-    metrics, collections = result
-    if "loss" not in metrics:
-        raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
-    for name, mean in metrics.items():
-        if not isinstance(mean, Mean):
-            kind = "an array" if isinstance(mean, jax.Array) else f"a {type(mean).__name__}"
-            raise UserError(f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), not {kind}")
-        if jnp.shape(mean.total) or jnp.shape(mean.weight):
-            shapes = f"{jnp.shape(mean.total)}, {jnp.shape(mean.weight)}"
-            raise UserError(f"metric {name!r} must hold two scalars; its total and weight have shapes {shapes}")
-    return metrics, collections
-
-
-def _carried(given: Collections, returned: Collections) -> Collections:
-    """The returned collections without sown intermediates, if they have the structure of those that `init` returned."""
-    returned = {name: collection for name, collection in returned.items() if name != "intermediates"}
-    for name in sorted(given.keys() | returned.keys()):
-        if name not in given:
-            raise UserError(
-                f"loss returns the collection {name!r}, which init does not: if the model sows it, pop it and add it "
-                f"to the loss, as in collections.pop({name!r}); else return it from init as well"
-            )
-        if name not in returned:
-            raise UserError(
-                f"init returns the collection {name!r}, which loss does not: return it from loss as apply gives it "
-                f"(mutable=[{name!r}]), or leave it out in init if the model sows it"
-            )
-        if jax.tree.structure(given[name]) != jax.tree.structure(returned[name]):
-            raise UserError(
-                f"loss returns the collection {name!r} with other entries than init: a sown collection grows with "
-                "every call, so leave it out in init and pop it in loss"
-            )
-    return returned
 
 
 def _summed_in(reduce_dtype: str, gradient: Callable) -> Callable:
