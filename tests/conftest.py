@@ -12,7 +12,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
-        "trainer.guard",
         "trainer.step",
         "trainer.optim",
         "trainer.experiment",

@@ -5,13 +5,14 @@ import os
 import platform
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from trainer.errors import UserError
 
@@ -101,6 +102,19 @@ def use_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too, add up to half a second
+
+
+@contextmanager
+def no_cache() -> Iterator[None]:
+    """While entered, nothing is read from the cache: JAX cannot read a program for devices that are not here."""
+    was = jax.config.jax_enable_compilation_cache  # pyrefly: ignore[missing-attribute]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else JAX keeps to what it found at its first compilation
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()
 
 
 def _cpu() -> str:

@@ -163,18 +163,19 @@ def read_arrays(like: Any, place: Folder) -> Any:
 def _retry(read: Callable[[], Any], place: Folder) -> Any:
     """The result of `read`, which is tried again after an error that may pass."""
     _drop_late_read_errors()
-    for wait in (*_WAITS, None):
+    waits = iter(_WAITS)
+    while True:
         try:
             return read()
         except DamagedError:
             raise
         except HostError:
-            if wait is None:
+            if (wait := next(waits, None)) is None:
                 raise
         except FileNotFoundError as error:
             if not place.exists():
                 raise
-            if wait != _WAITS[0]:  # it is not just being removed
+            if (wait := next(waits, 0)) != _WAITS[0]:  # it is not just being removed
                 raise DamagedError(f"{error.filename or place} is missing") from error
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
             if not place.exists():
@@ -182,10 +183,9 @@ def _retry(read: Callable[[], Any], place: Folder) -> Any:
             if not _may_pass(error):
                 kind = type(error).__name__
                 raise DamagedError(f"{place} cannot be read: {kind}: {cause(error)}") from error
-            if wait is None:
+            if (wait := next(waits, None)) is None:
                 raise HostError(f"{place} cannot be read now: {cause(error)}; it is kept") from error
         time.sleep(wait)
-    raise AssertionError("the last wait is None")
 
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from trainer.compilation import no_cache
 from trainer.plan.analysis import HloAnalysis, analyze
 
 # Compiles about six times faster; memory and collectives are nearly the same, but fewer collectives are asynchronous.
@@ -83,7 +84,7 @@ def compile_step(
       options: XLA's compiler options.
     """
     lowered = step.lower(*arguments)
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as dump, no_cache():
         start = time.perf_counter()
         try:
             compiled = lowered.compile(compiler_options={**options, "xla_dump_to": dump})
@@ -97,7 +98,7 @@ def compile_step(
             buffers = read_buffers(_dumped(dump, "-buffer-assignment.txt") or "", _dumped(dump, ".txt") or "")
             return OutOfMemory(int(size), buffers[:_MOST_BUFFERS], seconds)
         seconds = time.perf_counter() - start
-        # XLA's dump, as JAX 0.10 cannot read every program of libtpu. A program from JAX's cache leaves no dump.
+        # XLA's dump, as JAX 0.10 cannot read every program of libtpu.
         hlo = analyze(_dumped(dump, ".txt") or compiled.as_text(), devices)
     memory = compiled.memory_analysis()
     # Not XLA's `peak_memory_in_bytes`, which leaves out the gaps between buffers: HBM holds them, too.
