@@ -25,6 +25,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         (f"{STEP}/state", {EARLIER, UNNOTICED}),  # a stray file is nothing
         ("metrics.jsonl", {SAID, REFUSED}),
         ("config.json", {SAID, REFUSED}),
+        ("tensorboard/.written.json", {UNNOTICED}),
     ],
 )
 def test_a_damaged_file_costs_one_line_and_no_bit(case, tmp_path, name, place, kinds):

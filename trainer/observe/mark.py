@@ -41,7 +41,8 @@ def read_mark(folder: Path) -> Mark | None:
 def write_mark(folder: Path, mark: Mark) -> None:
     """Writes the mark, in place, as a full disk still allows that; if it cannot, no mark is left."""
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        # Without waiting for a reader, if it is a pipe.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(folder / NAME, flags, 0o666)
         try:
             length = os.pwrite(descriptor, json.dumps(mark).encode(), 0)
