@@ -52,8 +52,7 @@ def test_a_signal_to_one_process_or_to_all_saves_one_step_and_ends_all(signum, c
 LAUNCH_AGAIN = "the run ends, launch it again to go on from the last checkpoint"
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("index", "processes"), [(0, 2), (1, 2), (1, 4)])
 def test_a_killed_process_is_named_and_the_others_end_at_once_and_a_relaunch_goes_on(
     index, processes, running, tmp_path
 ):
