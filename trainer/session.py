@@ -70,6 +70,8 @@ class Session:
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step that is left, counted from 1, with its batch on the devices, until a signal comes."""
+        if self._signum is not None:  # it broke off an evaluation that was owed
+            return
         run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
         places = strategy.local_examples(run.batch_size)
 

@@ -1,6 +1,7 @@
 """A group of processes ends in good order on a signal, soon when one process fails, and always as a whole."""
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -47,6 +48,25 @@ def test_a_signal_to_one_process_or_to_all_saves_one_step_and_ends_all(signum, c
     assert not group.errors()
     assert rows_of(workdir) == steps[0]
     assert_gone(pids)
+
+
+def test_an_evaluation_that_is_broken_off_twice_is_still_owed_and_made(running, tmp_path, monkeypatch):
+    workdir, flags = tmp_path / "run", (f"{CONFIG}:slow", f"--workdir={tmp_path}/run")
+    for launch in ("first", "second"):
+        (folder := tmp_path / launch).mkdir()
+        monkeypatch.setenv("SLOW_EVALUATION", str(folder))
+        running.append(rehearse(*flags))
+        # Both processes evaluate: to open the data they read fewer examples.
+        running[-1].wait_until(lambda folder=folder: [f.stat().st_size > 5 for f in folder.iterdir()] == [True, True])
+        os.kill(running[-1].child(1), signal.SIGTERM)
+        assert running[-1].end(30) == 143, running[-1].stderr
+        assert "the evaluation of step 10 is broken off: the next launch makes it" in running[-1].stdout
+        assert rows_of(workdir) == 10
+    monkeypatch.delenv("SLOW_EVALUATION")
+    running.append(rehearse(*flags))
+    assert "the evaluation of step 10 is still owed" in finished(running[-1]).stdout
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "test/loss" in row] == [10, 20]
 
 
 LAUNCH_AGAIN = "the run ends, launch it again to go on from the last checkpoint"
