@@ -137,6 +137,17 @@ def test_a_lock_is_free_when_its_process_is_gone(holder, age, held, flocks, tmp_
         assert lock.read_text() == ""
 
 
+def test_launches_that_are_refused_do_not_keep_the_lock_of_a_dead_host_alive(tmp_path):
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps(AWAY))
+    os.utime(lock, (time.time() - 50,) * 2)
+    beaten = lock.stat().st_mtime_ns
+    for _ in range(3):
+        with pytest.raises(UserError, match="process 1 on another\\); if that host is gone, launch again 60 s after"):
+            Workdir(tmp_path).locked().__enter__()
+        assert lock.stat().st_mtime_ns == beaten
+
+
 @pytest.mark.parametrize("change", ["moved", "removed", "replaced", "kept"])
 def test_a_workdir_that_is_no_longer_there_is_noticed(change, tmp_path):
     workdir = Workdir(tmp_path / "run")

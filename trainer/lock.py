@@ -86,9 +86,11 @@ def _holder(descriptor: int) -> dict[str, Any] | None:
 def _is_gone(holder: dict[str, Any], descriptor: int) -> bool:
     if holder["host"] == socket.gethostname():
         return not isinstance(holder["pid"], int) or began(holder["pid"]) != holder["began"]
-    beaten = os.fstat(descriptor).st_mtime
-    os.utime(descriptor)  # by the clock of the file system, which may be another than ours
-    return os.fstat(descriptor).st_mtime - beaten > _STALE_SECONDS
+    before = os.fstat(descriptor)
+    os.utime(descriptor)  # to read the clock of the file system, which may be another than ours
+    now = os.fstat(descriptor).st_mtime
+    os.utime(descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))  # else repeated launches would keep it beating
+    return now - before.st_mtime > _STALE_SECONDS
 
 
 def began(pid: int) -> str | None:
@@ -105,8 +107,11 @@ def began(pid: int) -> str | None:
 
 
 def _held(folder: Path, holder: dict[str, Any] | None) -> str:
-    who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
-    return f"another process is training in workdir {folder}{who}"
+    if holder is None:
+        return f"another process is training in workdir {folder}"
+    free = f"; if that host is gone, launch again {_STALE_SECONDS:.0f} s after its end"
+    away = free if holder["host"] != socket.gethostname() else ""
+    return f"another process is training in workdir {folder} (process {holder['pid']} on {holder['host']}){away}"
 
 
 def _write(descriptor: int, text: str) -> None:
