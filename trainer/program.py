@@ -157,8 +157,8 @@ def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
     with model_errors(spec):
         variables = jax.eval_shape(lambda: experiment.init(key, _zeros(spec)))
     if not isinstance(variables, Mapping):
-        kind = type(variables).__name__
-        raise UserError(f"{type(experiment).__name__}.init must return a mapping with 'params', not a {kind}")
+        kind = "an array" if hasattr(variables, "dtype") else f"a {type(variables).__name__}"
+        raise UserError(f"{type(experiment).__name__}.init must return a mapping with 'params', not {kind}")
     if not jax.tree.leaves(variables.get("params")):
         raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
     return variables["params"]
