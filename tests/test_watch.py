@@ -13,6 +13,7 @@ import pytest
 
 from trainer import config
 from trainer.checkpoint import Store
+from trainer.distributed import Interrupted
 from trainer.observe.trace import Follower
 from trainer.watch import Watch
 
@@ -84,13 +85,20 @@ def test_a_signal_ends_the_run_soon_with_the_newest_state_on_disk(where, key, va
     assert seconds < 20
     name = signal.Signals(signum).name
     if where == "compile":
-        assert re.search(rf"stopped by {name}(; no step was complete| at step 1, which is saved)", shown)
+        assert re.search(
+            rf"stopped by {name}(; no step was complete| before the first step| at step 1, which is saved)", shown
+        )
         return
     last = int(re.findall(r"step (\d+)(?:,| is) (?:which is )?saved", shown)[0])
     assert f"stopped by {name}" in shown
     assert f"continue with: python -m trainer train --config=tests/stuck_config.py:{where}" in shown
     assert saved(tmp_path) == last == dispatched(tmp_path)
     assert ("the next launch makes it" in out) == (where == "evaluate")
+
+
+def test_a_run_that_is_stopped_before_its_first_step_does_not_claim_a_save():
+    assert "saved" not in str(Interrupted(0, signal.SIGINT))
+    assert "at step 3, which is saved" in str(Interrupted(3, signal.SIGINT))
 
 
 @pytest.mark.slow

@@ -127,9 +127,10 @@ class Interrupted(KeyboardInterrupt, CollectiveError):  # noqa: N818 - named lik
     """A signal stopped the run, in all of its processes, after the state was saved."""
 
     def __init__(self, step: int, signum: int) -> None:
-        """`step` is the saved step, from which the run can continue."""
+        """`step` is the saved step, from which the run can continue; 0 if none was made."""
         self.signum = signal.Signals(signum)
-        super().__init__(f"stopped by {self.signum.name} at step {step}, which is saved; {again()}")
+        place = f"at step {step}, which is saved" if step else "before the first step"
+        super().__init__(f"stopped by {self.signum.name} {place}; {again()}")
 
 
 class Break(BaseException):
