@@ -37,7 +37,7 @@ def test_they_come_back_as_they_were(metadata):
     assert config.from_json(json.dumps(again.config)) == config.resolve(make_run())
 
 
-def test_every_flipped_bit_of_the_file_is_noticed(metadata):
+def test_every_flipped_bit_of_the_file_is_noticed_or_harmless(metadata):
     text = json.dumps(metadata.to_json()).encode()
     rng = np.random.default_rng(0)
     for position in rng.choice(len(text), 300, replace=False):
@@ -47,6 +47,8 @@ def test_every_flipped_bit_of_the_file_is_noticed(metadata):
             value = json.loads(flipped.decode())
         except ValueError:
             continue
+        if value == metadata.to_json():
+            continue  # JSON has two spellings of some numbers: 1e-16 and 1E-16
         with pytest.raises(DamagedError):
             from_json(value)
 
