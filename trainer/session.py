@@ -208,9 +208,7 @@ class Session:
         if distributed.is_primary():
             self.store.remove_old()  # the last evaluation may have found a better one
         if self._signum is not None:
-            # A process that got no signal assumes SIGTERM. SIGINT, if any process got it, wins: its number is smaller.
-            signals = distributed.gather("signal", str(int(self._signum)))
-            raise Interrupted(step, min(map(int, signals)))
+            raise Interrupted(step, self._signum)
 
     def rescue(self) -> str:
         """Saves the newest state for a main thread that cannot; returns what is saved."""

@@ -1,16 +1,20 @@
 """What two processes agree on, how an error of one becomes an error of both, and which signals a run takes."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trainer.distributed import Break, Preemption
+from trainer.distributed.agreement import Agreement
 
 ROOT = Path(__file__).parents[2]
 # Each process runs it with the flags of its place in the group, by `launch.Group`.
@@ -47,23 +51,90 @@ print(distributed.gather("values", f"value {index}"), distributed.is_primary())
 """
 
 
-@pytest.mark.slow
-def test_a_mistake_of_any_process_is_a_collective_error_in_all_and_its_cause_where_it_was_found():
-    group = f"with Group({[sys.executable, '-c', SCRIPT]!r}, processes=2, devices=1) as group:"
+# Process 1 gets a signal while both call `signal_after` as often as they can.
+SIGNAL_SCRIPT = """
+import os, signal, sys, threading
+import jax
+from trainer import distributed
+from trainer.distributed import startup
+
+flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[2:])
+place = flags["coordinator"], int(flags["process"]), int(flags["processes"])
+if sys.argv[1] == "startup":
+    startup.initialize(*place)
+else:
+    jax.distributed.initialize(place[0], place[2], place[1])
+calls, signum = 0, None
+with distributed.Preemption() as preemption:
+    if place[1] == 1:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGHUP)).start()
+    while signum is None:
+        calls, signum = calls + 1, preemption.signal_after()
+assert len(set(distributed.gather("calls", str(calls)))) == 1
+print(f"{calls > 10} {signum}")
+"""
+
+
+def run_group(script: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Runs a script in two connected processes; also returns the lines of each."""
+    command = [sys.executable, "-c", script, *arguments]
+    group = f"with Group({command!r}, processes=2, devices=1) as group:\n    raise SystemExit(group.wait())"
     result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"from trainer.distributed.launch import Group\n{group}\n    raise SystemExit(group.wait())",
-        ],
+        [sys.executable, "-c", f"from trainer.distributed.launch import Group\n{group}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=60,
     )
+    return result, [[line[4:] for line in result.stdout.splitlines() if line.startswith(f"[{i}]")] for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connected_by", ["startup", "jax"])
+def test_a_signal_to_one_process_stops_both_with_the_same_call(connected_by):
+    result, shown = run_group(SIGNAL_SCRIPT, connected_by)
+    assert (result.returncode, shown) == (0, [["True 1"]] * 2), result.stderr
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_processes_that_get_signals_in_any_order_stop_with_the_same_call(seed):
+    rng = np.random.default_rng(seed)
+    queues = [queue.Queue() for _ in range(3)]
+    agreements = [
+        Agreement(i, 2, lambda *message, i=i: [queues[j].put((i, *message)) for j in ([0] if i else [1, 2])])
+        for i in range(3)
+    ]
+    signalled = {int(i): int(at) for i, at in zip(rng.choice(3, 2, replace=False), rng.integers(1, 40, 2), strict=True)}
+    pauses = rng.uniform(0, 0.002, (3, 200))
+
+    def receive(i: int) -> None:
+        while (message := queues[i].get()) is not None:
+            agreements[i].take(*message)
+
+    def train(i: int) -> tuple[int, int | None]:
+        for call in range(1, 200):
+            time.sleep(pauses[i, call])
+            signum = 10 + i if call >= signalled.get(i, 1000) else None
+            if (stops := agreements[i].signal_after(signum)) is not None:
+                return call, stops
+        return 0, None
+
+    with ThreadPoolExecutor(6) as threads:
+        receiving = [threads.submit(receive, i) for i in range(3)]
+        ends = list(threads.map(train, range(3)))
+        for receiver, messages in zip(receiving, queues, strict=True):
+            messages.put(None)
+            receiver.result()
+    assert len(set(ends)) == 1, ends
+    assert ends[0][0] >= min(signalled.values())
+    assert ends[0][1] in [10 + i for i in signalled]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_any_process_is_a_collective_error_in_all_and_its_cause_where_it_was_found():
+    result, shown = run_group(SCRIPT)
     assert (result.returncode, result.stderr) == (0, "")
-    shown = [[line[4:] for line in result.stdout.splitlines() if line.startswith(f"[{i}]")] for i in range(2)]
     differ = "process 1: UserError: the numbers differ: process 1 has number 1, process 0 has number 0"
     assert shown[0] == [
         "one: process 1: NotPreparedError: one of 1; caused by NoneType",

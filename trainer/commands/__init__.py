@@ -105,7 +105,7 @@ def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractCont
 
     seconds = {"wait_seconds": options.wait, "heartbeat_seconds": options.heartbeat}
     place = options.coordinator, options.process, options.processes
-    startup.initialize(*place, **seconds, preemptible=options.preemptible)
+    startup.initialize(*place, **seconds)
     try:
         with distributed.fail_fast():
             yield distributed.collective_errors

@@ -15,7 +15,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", default="latest", help="which checkpoint: a step, best, or latest (the default)")
     parser.add_argument("--split", help="which split (default: the run's evaluation.split)")
     add_group_options(parser)
-    parser.set_defaults(preemptible=False)
 
 
 def main(arguments: Arguments) -> int:

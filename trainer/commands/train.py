@@ -37,7 +37,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     twice = "only make the first N steps twice, and name the first metric and parameter that differ; exit code 1 if any"
     parser.add_argument("--check-determinism", metavar="N", type=int, help=twice)
     add_group_options(parser)
-    parser.set_defaults(preemptible=True)
 
 
 def main(arguments: Arguments) -> int:

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import jax
 from jax._src.distributed import global_state  # strings and barriers with a time limit: JAX has no public ones
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from trainer.distributed import peers
 from trainer.errors import CollectiveError, HostError, UserError
@@ -140,13 +139,12 @@ class Break(BaseException):
 class Preemption:
     """While entered, SIGINT, SIGTERM and SIGHUP do not break a step: `signal_after` reports them. A second SIGINT does.
 
-    A process alone handles signals in its main thread only, as Python demands. Of several processes, JAX's preemption
-    service takes a SIGTERM to any of them and informs the others; the other signals are handed on to the service. A
-    Jupyter kernel keeps its SIGINT, which interrupts the cell, and `nohup` its SIGHUP.
+    Handlers are installed in the main thread only, as Python demands. A signal to any of several processes stops them
+    all. A Jupyter kernel keeps its SIGINT, which interrupts the cell, and `nohup` its SIGHUP.
     """
 
     def __init__(self, handle_signals: bool = True, wake_at: Callable[[Collection[int]], int] | None = None) -> None:
-        """`handle_signals=False` installs no handler and reports no signal.
+        """`handle_signals=False`, which all processes must give alike, installs no handler and reports no signal.
 
         `wake_at`, given the signals, returns a descriptor on which the number of each is written when it comes, even
         if the main thread is in a long call of C.
@@ -154,13 +152,13 @@ class Preemption:
         self._enabled, self._group, self._wake_at = handle_signals, count() > 1, wake_at
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
-        self._calls, self._is_breakable, self._wakeup = 0, False, -1
+        self._is_breakable, self._wakeup, self._agreement = False, -1, peers.agreement()
 
     def __enter__(self) -> Self:
         if self._enabled and threading.current_thread() is threading.main_thread():
             left_alone = {
                 signal.SIGINT: _in_jupyter(),
-                signal.SIGTERM: self._group,
+                signal.SIGTERM: False,
                 signal.SIGHUP: signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
             }
             self._previous = {s: signal.signal(s, self._handle) for s, is_left in left_alone.items() if not is_left}
@@ -178,12 +176,14 @@ class Preemption:
     def signal_after(self) -> int | None:
         """The signal that ends the run now, in every process; None if none came.
 
-        Every process calls it at the same points. A process that received no signal itself gets SIGTERM.
+        Every process calls it at the same points.
         """
         if not self._group or not self._enabled:
             return self._signum
-        self._calls += 1
-        return (self._signum or signal.SIGTERM) if reached_preemption_sync_point(self._calls) else None
+        if self._agreement is None:  # JAX was not connected by `startup`: a slower way, with a barrier at each call
+            return max(map(int, gather("signal", str(int(self._signum or 0))))) or None
+        with peers.waiting("processes"):
+            return self._agreement.signal_after(self._signum)
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
@@ -200,8 +200,6 @@ class Preemption:
         if self._signum is not None and signum == signal.SIGINT:
             signal.default_int_handler(signum, frame)
         self._signum = signum
-        if self._group:
-            os.kill(os.getpid(), signal.SIGTERM)
         if self._is_breakable:
             self._is_breakable = False
             raise Break

@@ -22,6 +22,7 @@ from typing import Any
 
 from jax.errors import JaxRuntimeError
 
+from trainer.distributed.agreement import Agreement
 from trainer.errors import HostError, UserError
 
 _BEAT_SECONDS = 1.0
@@ -64,6 +65,11 @@ def set_limits(end_seconds: float | None) -> None:
     """
     if _watch is not None:
         _watch.end_seconds = end_seconds
+
+
+def agreement() -> Agreement | None:
+    """How the connected processes agree to stop; None without `start`."""
+    return _watch and _watch.agreement
 
 
 def start(index: int, connections: Mapping[int, socket.socket], seconds: float) -> None:
@@ -123,6 +129,7 @@ class _Watch:
         self._left = False
         self._seconds, self._host, self._beaten = seconds, socket.gethostname(), time.monotonic()
         self._peers = {i: _Peer(connection, self._beaten) for i, connection in connections.items()}
+        self.agreement = Agreement(index, len(connections), self.say)
         self._hosts = {index: self._host}
         self._selector = selectors.DefaultSelector()
         for i, peer in self._peers.items():
@@ -198,6 +205,8 @@ class _Watch:
             self._hosts[index] = values[0]
             if self.index == 0 and len(self._hosts) > len(self._peers):
                 self.say("hosts", json.dumps(self._hosts))
+        elif kind in ("stop", "calls", "last"):
+            self.agreement.take(index, kind, values[0])
         elif kind == "hosts":
             self._hosts = {int(i): host for i, host in json.loads(values[0]).items()}
         elif kind == "fault":

@@ -26,7 +26,6 @@ def initialize(
     *,
     wait_seconds: int = 300,
     heartbeat_seconds: int = 100,
-    preemptible: bool = False,
 ) -> None:
     """Connects this process to the others of the run; for a process alone it does nothing.
 
@@ -39,7 +38,6 @@ def initialize(
       wait_seconds: how long to wait for the other processes, at least 1.
       heartbeat_seconds: after how long a silence of a process, which is stopped or whose host is away, the others
         end, at least 2. If a process dies, they end at once.
-      preemptible: whether `distributed.Preemption` handles SIGTERM; otherwise it kills, as usual.
 
     Raises `UserError` if a process did not come in time, or environment and arguments do not describe the group.
     """
@@ -48,7 +46,7 @@ def initialize(
     address, index, count, local_devices = group
     hosts = next((os.environ[n] for n in _HOSTS if n in os.environ), "")
     connections = rendezvous(address, index, count, wait_seconds, hosts)
-    jax.config.update("jax_enable_preemption_service", preemptible)
+    jax.config.update("jax_enable_preemption_service", False)  # signals are left to `distributed.Preemption`
     seconds, heartbeat = max(wait_seconds, 60), heartbeat_seconds + _LATER_SECONDS
     timeouts: Any = {"initialization_timeout": seconds, "heartbeat_timeout_seconds": heartbeat}
     peers.start(index, connections, heartbeat_seconds)
