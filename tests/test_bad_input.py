@@ -146,7 +146,7 @@ def test_process_of_its_own_answers_a_wrong_input_as_a_fork_does(case, server, t
             "rehearse --config=config.py --workdir=run --config.sed=1",
             "[0] error: config has no field 'sed'; did you me",
         ),
-        ("rehearse --workdir=run", "[0] error: workdir run holds no run; give --config=FILE"),
+        ("rehearse --workdir=run", "[0] error: there is no workdir run; a new one needs --config=FILE"),
     ],
 )
 def test_mistake_that_rehearsed_processes_find_is_one_line_after_the_number_of_one(line, answer, server, tmp_path):

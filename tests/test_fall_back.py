@@ -213,6 +213,10 @@ class TestAcceptedChanges:
         shown, *_ = launch(program, folder, accept_changes=True)
         assert "the training examples: as many as then, but with other content" in shown
 
+    def test_another_experiment_is_told_by_its_settings_and_not_by_its_examples_alone(self, folder):
+        with pytest.raises(UserError, match=r"holds a run with other settings: experiment .*; the training examples"):
+            launch(self.changed(experiment=Shifted()), folder)
+
 
 @dataclasses.dataclass
 class Shifted(Task):

@@ -57,7 +57,8 @@ def explain(session: Session, error: DivergedError) -> DivergedError:
         about += f"; python -m trainer replay {folder} looks for the cause"
     except HostError as fault:
         about = f"nothing more is known: {fault}"
-    return DivergedError(f"{error}; the run is stopped, {last}; {about}", step)
+    drop = "--config.numerics.on_nonfinite=skip would drop such updates"
+    return error.explained(f"the run is stopped, {last}; {about}; {drop}")
 
 
 def _keep(session: Session, error: DivergedError, start: int, folder: Folder) -> str:
@@ -117,7 +118,9 @@ def read(folder: Folder) -> Diverged:
     try:
         value = read_json(file)
     except (FileNotFoundError, DamagedError) as error:
+        steps = sorted(str(path) for path in (folder / "diverged").iterdir()) if (folder / "diverged").is_dir() else []
         known = "WORKDIR/diverged/STEP is expected, which a run that diverged leaves"
+        known += f"; here are {', '.join(steps)}" if steps else ""
         raise UserError(f"{folder} is no folder of a diverged step ({_FILE} is missing or damaged); {known}") from error
     kinds = Diverged.__annotations__
     fits = isinstance(value, dict) and value.keys() == kinds.keys()

@@ -28,9 +28,15 @@ class DivergedError(CollectiveError):
     """The loss, the gradient or the state of a step is not finite."""
 
     def __init__(self, text: str, step: int) -> None:
-        """`step` is counted from 1."""
+        """`step` is counted from 1. `explain` adds to the text."""
         super().__init__(text)
-        self.step = step
+        self.reason, self.step = text, step
+
+    def explained(self, more: str) -> "DivergedError":
+        """The same error with a longer text."""
+        error = DivergedError(f"{self.reason}; {more}", self.step)
+        error.reason = self.reason
+        return error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -53,20 +59,20 @@ def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
 
     try:
         yield
-    except (TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
         # The last frame outside of libraries is the line of the model or of the experiment.
         frames = traceback.extract_tb(error.__traceback__)
         own = Path(__file__).parent
         users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
         where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
         message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-        if isinstance(error, NameError):
-            if "unbound axis name" not in message:
-                raise
+        if isinstance(error, NameError) and "unbound axis name" in message:
             raise UserError(
                 f"the model averages over an axis that is not there{where}: {message}; in the model write "
                 "axis_name=replica_axis(), from trainer.experiment, in place of the name"
             ) from error
+        if isinstance(error, AttributeError | NameError) and (not users or own in Path(frames[-1].filename).parents):
+            raise  # a mistake of ours
         batch = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in spec.items())
         raise UserError(
             f"the model does not fit its batch{where}: {type(error).__name__}: {message}; the batch has {batch} "

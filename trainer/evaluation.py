@@ -16,6 +16,7 @@ from trainer.data import load
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
+from trainer.files import DamagedError
 from trainer.metrics import Mean
 from trainer.observe.log import read_rows
 from trainer.program import Program, compile_program
@@ -70,6 +71,9 @@ def _restore(store: Store, program: Program, step: int | str) -> tuple[int, Trai
                 metadata = store.metadata(chosen)
                 check_leaves(metadata, program.state)
                 state = store.restore(program.state, chosen, metadata)
+            except DamagedError as error:
+                others = [f"--step={s}" for s in store.steps() if s != chosen]
+                raise DamagedError(f"{error}; {f'try {others[-1]}' if others else 'it is the only one'}") from error
             except FileNotFoundError:
                 gone = f"checkpoint {chosen} was removed while it was read: training goes on and keeps the newest"
         gone = next(filter(None, distributed.gather("a removed checkpoint", gone)), "")

@@ -23,7 +23,12 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: _Numbers, weights: _Numbers) -> "Mean":
-        """The mean of `values` under `weights` of the same shape, summed in float32 or wider."""
+        """The mean of `values` under `weights` of the same shape, summed in float32 or wider.
+
+        Raises `ValueError` for two shapes: one that is broadcast, as in `logits[:, 0] - labels[:, None]`, is a mistake.
+        """
+        if values.shape != weights.shape:
+            raise ValueError(f"Mean.of needs values and weights of one shape, not {values.shape} and {weights.shape}")
         dtype = jnp.promote_types(values.dtype, jnp.float32)
         weights = weights.astype(dtype)
         # A masked example may hold anything, so its value is replaced and not multiplied: 0·inf would be NaN.

@@ -78,6 +78,8 @@ def replay(folder: Folder, run: config.Run | None = None) -> Replayed:
     rows = [*(("input", text) for text in inputs), *_rows(found)]
     rows = [("recorded", diverged.reason), ("then", diverged.recomputed), *(rows or [("in float32", "all is finite")])]
     rows += [(f"{what} (own dtype)", text) for what, text in _rows(own)]
+    if (found.loss is not None or found.params) and found.module is None:
+        notes.append("the output of every Linen module is finite: the cause is in the loss of the experiment")
     if not (found or inputs):
         notes.append(_cause(own, experiment is not run.experiment))
     text = table((f"step {diverged.step}", "what is not finite"), rows)
@@ -118,7 +120,7 @@ def _bad_inputs(batch: Batch, ids: list[int]) -> list[str]:
 def _in_float32(experiment: Experiment) -> tuple[Experiment, list[str]]:
     """The experiment with every setting `dtype` at float32, and a note if it has none."""
     changed, has_dtype = _with_dtype(experiment)
-    note = "the experiment has no setting named dtype: its model runs in the dtypes that it chooses itself"
+    note = "note: no setting of the experiment is named dtype, so its model ran in the dtypes that it chooses itself"
     return changed, [] if has_dtype else [note]
 
 

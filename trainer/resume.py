@@ -107,7 +107,9 @@ class Resume:
             known = {entry.get("config") for entry in self.workdir.accepted() if isinstance(entry, dict)}
             if theirs != ours and _hash(metadata.config) not in known:
                 raise DamagedError(f"it belongs to another run: {listed(sorted(theirs - ours or ours - theirs))}")
-        if not self.accept_changes and (problem := _data_difference(metadata.data, self.data)):
+        # Of a run with other settings `_changes` tells all differences at once.
+        is_same = not self._trajectory_changes(metadata.config)
+        if is_same and not self.accept_changes and (problem := _data_difference(metadata.data, self.data)):
             raise DamagedError(f"it was trained on other examples: {problem} (--accept-changes goes on with these)")
         return metadata
 

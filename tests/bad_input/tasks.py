@@ -178,6 +178,16 @@ class LossReadsAnotherEntry(Task):
         return {"loss": Mean.of(batch["lable"], batch["mask"])}, {}
 
 
+class LossMisnamesMethod(Task):
+    def loss(self, variables, batch, *, key, train):
+        return {"loss": Mean.of(batch["x"].avg(1), batch["mask"])}, {}
+
+
+class LossOfTwoShapes(Task):
+    def loss(self, variables, batch, *, key, train):
+        return {"loss": Mean.of(batch["x"][:, :1] - batch["mask"], batch["mask"])}, {}
+
+
 class LossReadsValues(Task):
     def loss(self, variables, batch, *, key, train):
         return ({"loss": self.mean(variables, batch)} if batch["label"].sum() > 0 else {}), {}

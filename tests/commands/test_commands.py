@@ -188,7 +188,7 @@ MISTAKES = {
         ["train", "--config=trainer/errors.py"],
         "config file 'trainer/errors.py' has no function get_config",
     ),
-    "no-config": (["train"], "workdir {new} holds no run; give --config=FILE"),
+    "no-config": (["train"], "there is no workdir {new}; a new one needs --config=FILE"),
     "command": (["trian", DIGITS], "no command 'trian'; did you mean 'train'?"),
     "flag": (["evaluate", "--stepp=3"], "unknown flag --stepp; did you mean '--step'?"),
     "flag-of-another-command": (["train", DIGITS, "--step=3"], "unknown flag --step"),
@@ -231,8 +231,8 @@ MISTAKES = {
         "parallel.strategy is 'pmapp'; did you mean 'pmap'?",
     ),
     "nothing-to-evaluate": (["evaluate", DIGITS], "workdir {new} holds no checkpoint"),
-    "nothing-to-inspect": (["inspect"], "workdir {new} holds no run; give --config=FILE"),
-    "nothing-to-prepare": (["prepare"], "workdir {new} holds no run; give --config=FILE"),
+    "nothing-to-inspect": (["inspect"], "there is no workdir {new}; a new one needs --config=FILE"),
+    "nothing-to-prepare": (["prepare"], "there is no workdir {new}; a new one needs --config=FILE"),
 }
 
 
@@ -427,7 +427,7 @@ def test_traceback_is_shown_on_request_only(capsys, tmp_path):
 def test_run_that_diverges_ends_with_code_1_and_one_line(capsys, tmp_path):
     file = config_file(tmp_path, "Diverging()")
     assert run(["train", file, f"--workdir={tmp_path}/run"]) == 1
-    assert one_line(capsys.readouterr().err).startswith("the loss of step 1 is nan; the run is stopped")
+    assert one_line(capsys.readouterr().err).startswith("the loss of step 1 is nan; ")
 
 
 def test_evaluate_prints_what_training_logged_and_writes_nothing(workdir, capsys):
@@ -471,7 +471,8 @@ def test_evaluate_takes_a_split_that_does_not_have_the_best_metric(step, capsys,
     loss, examples, last = output(capsys, "evaluate", workdir, "--split=train", f"--step={step}").splitlines()
     assert re.fullmatch(r"train loss: \d\.\d{4}", loss)
     assert examples == "train examples: 50"
-    assert last == f"step 1 of {tmp_path}/run{CURVES.format(tmp_path / 'run')}"
+    said = ", the best by test/loss" if step == "best" else ""
+    assert last == f"step 1 of {tmp_path}/run{said}{CURVES.format(tmp_path / 'run')}"
 
 
 def tried(printed: str) -> dict[str, str]:
@@ -525,7 +526,7 @@ def test_dry_run_fails_with_an_evaluation_that_fails(capsys, tmp_path):
     [
         ("NarrowKernel()", 2, "the model does not fit its batch ("),
         ("HostRandomness()", 2, "entry 'x' of the data differs each time an example is read; "),
-        ("Diverging()", 1, "the loss of step 1 is nan; the run is stopped"),
+        ("Diverging()", 1, "the loss of step 1 is nan; "),
     ],
 )
 def test_dry_run_fails_as_the_run_would_and_prints_nothing_else(experiment, code, message, capsys, tmp_path):

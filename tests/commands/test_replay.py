@@ -59,6 +59,12 @@ class Logarithm(nn.Module):
         return jnp.log(jnp.abs(y))
 
 
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1, name="squares", kernel_init=nn.initializers.ones)(x)
+
+
 @dataclasses.dataclass
 class Task:
     """Examples of which one meets the planted fault."""
@@ -67,18 +73,20 @@ class Task:
     dtype: str = "float32"
 
     def _model(self):
-        return Planted(self.fault, self.dtype)
+        return Plain() if self.fault == "loss" else Planted(self.fault, self.dtype)
 
     def init(self, key, batch):
         return self._model().init(key, batch["x"])
 
     def loss(self, variables, batch, *, key, train):
         out: Any = self._model().apply(variables, batch["x"])
-        return {"loss": Mean.of(out[:, 0].astype(jnp.float32) ** 2, batch["mask"])}, {}
+        value = out[:, 0].astype(jnp.float32)
+        value = jnp.log(jnp.abs(value)) if self.fault == "loss" else value**2
+        return {"loss": Mean.of(value, batch["mask"])}, {}
 
     def source(self, split):
         x = np.random.default_rng(0).uniform(0.5, 1, (EXAMPLES, 6)).astype(np.float32)
-        x[BAD] = {"log": 0.0, "overflow": 300.0, "data": np.nan}[self.fault]
+        x[BAD] = {"log": 0.0, "loss": 0.0, "overflow": 300.0, "data": np.nan}[self.fault]
         return ArraySource({"x": x})
 
 
@@ -103,7 +111,8 @@ def kept(run: Run, workdir: Path, step: int = STEP) -> tuple[str, Path]:
 def test_a_logarithm_of_zero_is_named_by_module_and_parameter(tmp_path, capsys):
     text, folder = kept(planted("log"), tmp_path)
     known = "the loss is inf; the run is stopped, there is no checkpoint yet; recomputed, the loss is inf again; "
-    assert text == f"{known}python -m trainer replay {folder} looks for the cause"
+    drop = "--config.numerics.on_nonfinite=skip would drop such updates"
+    assert text == f"{known}python -m trainer replay {folder} looks for the cause; {drop}"
     told = read(folder)
     assert (told.step, told.seed, told.reason, told.has_state) == (STEP, 0, "the loss is inf", True)
     assert told.positions == [16, 24]
@@ -118,6 +127,19 @@ def test_a_logarithm_of_zero_is_named_by_module_and_parameter(tmp_path, capsys):
     assert "first module Planted/log" in shown
     assert "first gradient squares/" in shown
     assert f"examples by their own loss 1: {BAD}" in shown
+
+
+def test_a_fault_in_the_loss_itself_is_told_from_one_in_a_module(tmp_path):
+    _, folder = kept(planted("loss"), tmp_path)
+    result = replay(folder)
+    assert "the output of every Linen module is finite: the cause is in the loss" in result.text
+    assert "first module" not in result.text
+
+
+def test_a_workdir_in_place_of_the_folder_lists_its_steps(tmp_path, capsys):
+    _, folder = kept(planted("data"), tmp_path)
+    assert run_command(["replay", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"; here are {folder}\n")
 
 
 def test_nan_in_the_data_is_named_with_its_example(tmp_path):

@@ -204,8 +204,9 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> str:
-    """The message of an error in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """The message of an error in one line of at most 200 characters, without TensorStore's lines of its source."""
+    text = " ".join(str(error).partition("[source locations")[0].split())
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _drop_late_read_errors() -> None:

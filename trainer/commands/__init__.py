@@ -78,7 +78,8 @@ def _run(argv: list[str]) -> int:
         print(f"error: {_shortened(str(error))}{hint}", file=sys.stderr)
         return 3 if isinstance(error, HostError) else 2
     except KeyboardInterrupt as error:
-        print(f"\n{error}" if str(error) else "\ninterrupted", file=sys.stderr)
+        go_on = "; the same command goes on from the last checkpoint" if command == "train" else ""
+        print(f"\n{error}" if str(error) else f"\ninterrupted{go_on}", file=sys.stderr)
         return 128 + getattr(error, "signum", 2)
 
 

@@ -79,8 +79,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
         if value == "" and (flag in own or f"{flag}=" in own):
             raise UserError(f"{flag} has no value")
     if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown flag {flag}{did_you_mean(flag, set(re.findall('--[a-z_-]+', parser.format_help())))}")
+        flag, known = unknown[0].split("=")[0], re.findall("--[a-z_-]+", parser.format_help())
+        if flag.startswith("config."):
+            known = [f"--{flag}"]
+        raise UserError(f"unknown flag {flag}{did_you_mean(flag, set(known))}")
     return options, overrides
 
 
@@ -98,6 +100,8 @@ def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments
     elif workdir is None:
         raise UserError("give --config=FILE, or the --workdir of a run")
     elif (run := _kept_run(workdir)) is None:
+        if not workdir.path.exists():
+            raise UserError(f"there is no workdir {workdir.path}; a new one needs --config=FILE")
         raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
     return Arguments(config.resolve(_override(run, overrides)), workdir, options)
 
@@ -165,7 +169,8 @@ def load_config(text: str) -> Any:
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise UserError(f"no config file {name!r}: {error.strerror}") from error
     if not is_file:
-        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        folder = path if path.is_dir() else path.parent
+        siblings = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
         raise UserError(f"no config file {name!r}{did_you_mean(name, siblings)}")
     if path.suffix != ".py":
         raise UserError(f"config file {name!r} is not a Python file")

@@ -36,7 +36,8 @@ def main(arguments: Arguments) -> int:
         print(name.replace("/", " ") + ":", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     # TensorBoard is an extra: pip install 'belief-trainer[tensorboard]'.
     curves = f"; its curves: tensorboard --logdir {path}" if importlib.util.find_spec("tensorboard") else ""
-    print(f"step {step} of {path}{curves}")
+    best = f", the best by {arguments.run.checkpoint.best_metric}" if arguments.options.step == "best" else ""
+    print(f"step {step} of {path}{best}{curves}")
     if bad:
         print(f"error: not finite: {', '.join(bad)}", file=sys.stderr)
     return 1 if bad else 0

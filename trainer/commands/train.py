@@ -54,7 +54,10 @@ def main(arguments: Arguments) -> int:
     trace = Trace(options.trace) if options.trace else NoTrace()
     try:
         if options.dry_run:
-            print(_dry_run(arguments.run), end="")
+            try:
+                print(_dry_run(arguments.run), end="")
+            except DivergedError as error:  # its folder about the step is gone
+                raise error.explained("without --dry-run the run leaves what `replay` needs") from None
             return 0
         if options.check_determinism is not None:
             return _check_determinism(arguments.run, options.check_determinism)
@@ -90,11 +93,13 @@ def main(arguments: Arguments) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises `UserError` for flags that have no effect together, and for those that are out of range."""
+    if options.dry_run and options.check_determinism is not None:
+        raise UserError("--dry-run and --check-determinism are two trials: give one of them")
     for trial in ("dry_run", "check_determinism"):
         if getattr(options, trial) in (None, False):
             continue
-        for name in ("dry_run", "check_determinism", "profile", "accept_changes", "from_step", "trace"):
-            if name != trial and getattr(options, name) not in (None, False):
+        for name in ("profile", "accept_changes", "from_step", "trace"):
+            if getattr(options, name) not in (None, False):
                 flags = [f"--{flag.replace('_', '-')}" for flag in (trial, name)]
                 raise UserError(f"{flags[0]} tries the run without its workdir, where {flags[1]} does nothing")
     if options.from_step is not None and options.from_step < 1:

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import re
 import sys
 import traceback
 import typing
@@ -159,9 +160,16 @@ def user_errors(what: str) -> Iterator[None]:
         file, line = own[-1].filename, own[-1].lineno
         if isinstance(error, SyntaxError) and error.filename:
             file, line = error.filename, error.lineno
-        text = next(iter(str(error).splitlines()), "")
+        text = next(iter(str(error).splitlines()), "") + _nearest_setting(str(error))
         kind = f"{type(error).__name__}: {text}".rstrip(": ")
         raise UserError(f"{what} ends with {kind} ({file}:{line}; --traceback shows the whole error)") from error
+
+
+def _nearest_setting(message: str) -> str:
+    """A hint for Python's error about an argument that a class of settings does not have."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    kinds = [kind for kind in _HARNESS if found and kind.__name__ == found[1]]
+    return did_you_mean(found[2], [f.name for f in dataclasses.fields(kinds[0])]) if found and kinds else ""
 
 
 class _ConfigFileLoader(importlib.machinery.SourceFileLoader):

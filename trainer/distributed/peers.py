@@ -220,8 +220,7 @@ class _Watch:
         """Looks for processes that are silent, or hold up the others."""
         now, peers = time.monotonic(), {i: peer for i, peer in self._peers.items() if not peer.left}
         silent = {i: now - peer.heard for i, peer in peers.items() if now - peer.heard > self._seconds}
-        guess = "is it stopped, or its host away?"
-        self._fault({i: f"does not answer for {seconds:.0f} s ({guess})" for i, seconds in silent.items()})
+        self._fault({i: f"does not answer for {s:.0f} s (is it stopped, or its host away?)" for i, s in silent.items()})
         if self.index == 0 and peers and self.end_seconds is not None:
             states = {i: (peer.step, peer.waiting_for, peer.since) for i, peer in peers.items()}
             states |= {} if self._left else {0: _report}
