@@ -3,7 +3,7 @@
 import os
 
 # Before JAX starts.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests' own folder: nothing of the user's is read or written.
 os.environ.pop("TFDS_DATA_DIR", None)

@@ -6,7 +6,7 @@ at every step, and no absolute tolerance is needed. Adam misses each comparison 
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ REFUSED = {"rectify", "amsgrad"}
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """The defaults, each option alone and each pair, by name."""
+    """The defaults, each option alone and each pair, by name. Pairs have a + in their names."""
     ways = [(row, name, way) for row, options in OPTIONS.items() for name, way in options.items()]
     found = {"defaults": {}, "decay-array": {"weight_decay": np.array(0.05)}} | {name: way for _, name, way in ways}
     for (row, name, way), (row2, name2, way2) in itertools.combinations(ways, 2):
@@ -71,6 +71,11 @@ OPTAX_CASES = [
     name for name, way in CASES.items() if way.keys() <= {"learning_rate", "b1", "b2", "eps", "eps_root", "nesterov"}
 ]
 GROUP_SIZE = 61  # cases that compile together
+
+
+def params(names: Iterable[str]) -> list[Any]:
+    """The cases as parameters of a test; pairs are slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if "+" in name else []) for name in names]
 
 
 @functools.cache
@@ -104,7 +109,8 @@ def settings(name: str, array: Callable[[np.ndarray], Any]) -> dict[str, Any]:
 
 def path(make: Callable[..., optax.GradientTransformation], name: str) -> np.ndarray:
     """The parameters of a case after each step of an optimizer in float64."""
-    names = OPTAX_CASES if make is optax.adabelief else list(CASES)
+    known = OPTAX_CASES if make is optax.adabelief else list(CASES)
+    names = [other for other in known if ("+" in other) == ("+" in name)]
     start = names.index(name) // GROUP_SIZE * GROUP_SIZE
     return paths(make, tuple(names[start : start + GROUP_SIZE]))[name]
 
@@ -126,22 +132,22 @@ def expected(name: str, given: Any = np.float64) -> np.ndarray:
     return reference(params, grads, **options)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", params(CASES))
 def test_follows_the_formulas_in_float64(name):
     np.testing.assert_allclose(path(adabelief, name), expected(name), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", OPTAX_CASES)
+@pytest.mark.parametrize("name", params(OPTAX_CASES))
 def test_agrees_with_optax_in_float64(name):
     np.testing.assert_allclose(path(adabelief, name), path(optax.adabelief, name), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", params(CASES))
 def test_adam_would_fail_the_same_comparison(name):
     assert deviation(path(adam, name), expected(name)) > 1e-3
 
 
-@pytest.mark.parametrize("name", OPTAX_CASES)
+@pytest.mark.parametrize("name", params(OPTAX_CASES))
 def test_adam_would_fail_the_same_comparison_with_optax(name):
     assert deviation(path(adam, name), path(optax.adabelief, name)) > 1e-3
 

@@ -160,16 +160,17 @@ def user_errors(what: str) -> Iterator[None]:
         file, line = own[-1].filename, own[-1].lineno
         if isinstance(error, SyntaxError) and error.filename:
             file, line = error.filename, error.lineno
-        text = next(iter(str(error).splitlines()), "") + _nearest_setting(str(error))
+        text = next(iter(str(error).splitlines()), "")
+        text = _nearest_setting(text) or text
         kind = f"{type(error).__name__}: {text}".rstrip(": ")
         raise UserError(f"{what} ends with {kind} ({file}:{line}; --traceback shows the whole error)") from error
 
 
 def _nearest_setting(message: str) -> str:
-    """A hint for Python's error about an argument that a class of settings does not have."""
-    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    kinds = [kind for kind in _HARNESS if found and kind.__name__ == found[1]]
-    return did_you_mean(found[2], [f.name for f in dataclasses.fields(kinds[0])]) if found and kinds else ""
+    """Python's error about an argument that a class of settings does not have, with the nearest one; else ""."""
+    found = re.match(r"((\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)')", message)
+    kinds = [kind for kind in _HARNESS if found and kind.__name__ == found[2]]
+    return found[1] + did_you_mean(found[3], [f.name for f in dataclasses.fields(kinds[0])]) if found and kinds else ""
 
 
 class _ConfigFileLoader(importlib.machinery.SourceFileLoader):

@@ -149,9 +149,7 @@ class Proof:
         runs = f" ({len(self.compared)} runs)" if len(self.compared) > 1 else ""
         if len(self.topologies) == 1:
             state = f"final state ({arrays} arrays), ids of {batches} batches, {rows} rows of metrics"
-            return (
-                f"{done}: {state} and {evaluations} evaluations are equal, bit for bit{runs}"
-            )
+            return f"{done}: {state} and {evaluations} evaluations are equal, bit for bit{runs}"
         equal = f"the state at every restore and the ids of {batches} batches are equal, bit for bit"
         apart = max(compared.apart for compared in self.compared)
         near = f"the losses of {rows} rows are at most {apart:.1e} of their size apart"
