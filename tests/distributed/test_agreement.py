@@ -1,5 +1,6 @@
 """What two processes agree on, how an error of one becomes an error of both, and which signals a run takes."""
 
+import functools
 import os
 import queue
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,11 +102,13 @@ def test_a_signal_to_one_process_stops_both_with_the_same_call(connected_by):
 @pytest.mark.parametrize("seed", range(10))
 def test_processes_that_get_signals_in_any_order_stop_with_the_same_call(seed):
     rng = np.random.default_rng(seed)
-    queues = [queue.Queue() for _ in range(3)]
-    agreements = [
-        Agreement(i, 2, lambda *message, i=i: [queues[j].put((i, *message)) for j in ([0] if i else [1, 2])])
-        for i in range(3)
-    ]
+    queues: list[Any] = [queue.Queue() for _ in range(3)]
+
+    def say(i: int, *message: Any) -> None:
+        for j in [0] if i else [1, 2]:
+            queues[j].put((i, *message))
+
+    agreements = [Agreement(i, 2, functools.partial(say, i)) for i in range(3)]
     signalled = {int(i): int(at) for i, at in zip(rng.choice(3, 2, replace=False), rng.integers(1, 40, 2), strict=True)}
     pauses = rng.uniform(0, 0.002, (3, 200))
 

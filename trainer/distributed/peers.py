@@ -69,7 +69,7 @@ def set_limits(end_seconds: float | None) -> None:
 
 def agreement() -> Agreement | None:
     """How the connected processes agree to stop; None without `start`."""
-    return _watch and _watch.agreement
+    return None if _watch is None else _watch.agreement
 
 
 def start(index: int, connections: Mapping[int, socket.socket], seconds: float) -> None:
