@@ -1,4 +1,4 @@
-"""The results that the configs promise, by the commands that the README gives."""
+"""What the configs learn, by the commands that the README gives; benchmarks/accuracy.py makes their whole runs."""
 
 import os
 import re
@@ -43,8 +43,9 @@ def test_digits_reaches_97_percent_within_a_minute(tmp_path):
     not FASHION_MNIST.is_dir() and os.environ.get("CI") != "true",
     reason="the Debian package dataset-fashion-mnist is not installed; CI installs it",
 )
-def test_fashion_mnist_reaches_90_5_percent_in_five_epochs(tmp_path):
-    assert result_of("configs/fashion_mnist.py", tmp_path) >= 0.905
+def test_two_epochs_of_the_fashion_mnist_run_classify_more_than_linear_models_do(tmp_path):
+    # Linear models reach 84 %; 91 % after the whole run, which benchmarks/accuracy.py makes.
+    assert result_of("configs/fashion_mnist.py", tmp_path, "--config.total_steps=938") >= 0.87
 
 
 def test_a_tenth_of_the_shakespeare_run_predicts_works_it_has_not_seen_at_3_3_bits_per_byte(tmp_path):
