@@ -253,9 +253,8 @@ def _held_up(states: Mapping[int, tuple[int, str, float]], now: float) -> dict[i
 def _end(text: str, code: int) -> None:
     """Ends this process at once, with its children; an exit in good order would wait for the other processes."""
     if text:
-        end_of_progress = "\n" if os.isatty(2) else ""
         with suppress(OSError):  # standard error may be closed or full
-            os.write(2, f"{end_of_progress}error: {text}\n".encode())
+            os.write(2, b"\n" * os.isatty(2) + f"error: {text}\n".encode())
     for child in multiprocessing.active_children():  # a stopped one would outlive this process
         child.kill()
     os._exit(code)
