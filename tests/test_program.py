@@ -1,6 +1,7 @@
 """From a run to its program: collections that a model sows, axes that a model names, and when something is due."""
 
 import dataclasses
+import gc
 from typing import Any
 
 import flax.linen as nn
@@ -133,3 +134,38 @@ def test_due_after_a_step_follows_from_the_intervals(step, expected):
 def test_without_an_interval_only_the_last_step_is_evaluated():
     run = make_run(3)
     assert [due(run, step).evaluate for step in (1, 2, 3)] == [False, False, True]
+
+
+@dataclasses.dataclass
+class Watched(Task):
+    """Notes whether Python collected garbage while a model was traced; fails if it is to."""
+
+    fails: bool = False
+
+    def init(self, key, batch):
+        seen.append(gc.isenabled())
+        if self.fails:
+            raise ValueError("no")
+        return super().init(key, batch)
+
+
+seen: list[bool] = []
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_garbage_is_collected_after_a_program_was_traced_as_before(fails, before):
+    seen.clear()
+    if not before:
+        gc.disable()
+    try:
+        if fails:
+            with pytest.raises(UserError, match="no"):
+                compile_program(config.resolve(make_run(experiment=Watched(fails=True))))
+        else:
+            compile_program(config.resolve(make_run(experiment=Watched())))
+        assert gc.isenabled() is before
+    finally:
+        gc.enable()
+    assert seen
+    assert not any(seen)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer import config
-from trainer.compilation import Step
+from trainer.compilation import Step, no_collection
 from trainer.data import batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
@@ -71,6 +71,7 @@ def due(run: config.Run, step: Any) -> Due:
     )
 
 
+@no_collection()
 def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
     """The program of a resolved run: both steps are traced and checked here, and XLA compiles each at its first call.
 
