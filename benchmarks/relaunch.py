@@ -3,8 +3,8 @@
     python -m benchmarks.relaunch [--rounds=3] [--config=FILE --config.any.field=value …]
 
 In each round, in turn: a cold launch with an empty cache, and a warm relaunch that restores its checkpoint. The times
-are those of the real command, from its start to the line of the first step. By default: a decoder of the depth of
-`configs/lm_110m.py` at a tenth of its width.
+are those of the real command, from its start to the line of the first step. By default: `configs/lm_110m.py` at a tenth
+of its width, on one device.
 """
 
 import argparse
@@ -18,8 +18,13 @@ from pathlib import Path
 from benchmarks import header
 
 DECODER = (
-    "--config=configs/shakespeare.py",
-    *(f"--config.experiment.{name}={value}" for name, value in {"layers": 12, "width": 72, "heads": 12}.items()),
+    "--config=configs/lm_110m.py",
+    "--config.experiment.width=72",  # twelve heads of 6
+    "--config.experiment.mlp_width=288",
+    "--config.experiment.vocab=3264",
+    "--config.experiment.length=128",
+    "--config.batch_size=8",
+    "--config.parallel.strategy=data",
     "--config.optimizer.schedule.warmup=2",
     "--config.optimizer.schedule.run_steps=1000",
 )
