@@ -58,7 +58,7 @@ def run(script: str, processes: int) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_process_stuck_in_its_own_code_is_named_and_all_end():
     result = run(SCRIPT.format(stuck=1), 2)
-    said = r"\[0\] error: process 1 on \S+ has been waiting for its data at step 5 for [3-5] s; the run ends, .*\n"
+    said = r"\[0\] error: process 1 on \S+ has been waiting for its data at step 5 for \d+ s; the run ends, .*\n"
     assert result.stdout == "[1] stuck\n"
     assert re.fullmatch(said, result.stderr)
     assert result.returncode == 3
@@ -101,7 +101,7 @@ def test_a_process_that_continues_after_the_limit_does_nothing_more_and_ends(ser
         error = process.communicate(timeout=10)[1]
     assert process.returncode == 3
     name = f"process 1 on {socket.gethostname()}"
-    assert re.fullmatch(rf"error: {name} did not answer for [23] s \(stopped\?\); the run ends, .*\n", error)
+    assert re.fullmatch(rf"error: {name} did not answer for \d+ s \(stopped\?\); the run ends, .*\n", error)
     assert (tmp_path / "file").stat().st_size == written
 
 
@@ -110,7 +110,7 @@ def test_a_process_that_continues_after_the_limit_does_nothing_more_and_ends(ser
     [
         (b'["fault", "process 2 on there was killed or crashed; the run ends", 3]\n', False, ""),
         (b"", True, "error: process 0 on other was killed or crashed; the run ends, launch it again to .*\n"),
-        (b"", False, r"error: process 0 on other does not answer for 2 s \(is it stopped, or its host away\?\); .*\n"),
+        (b"", False, r"error: process 0 on other does not answer for \d+ s \(is it stopped, or its host away\?\); .*\n"),
     ],
     ids=["told", "closed", "silent"],
 )

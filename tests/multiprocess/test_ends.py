@@ -103,7 +103,7 @@ def test_a_stopped_process_is_named_and_killed_and_the_others_end_after_the_limi
     assert group.end(60) == 3
     assert time.monotonic() - began < 10 + 15
     said = (
-        rf"\[{int(index == 0)}\] error: process {index} on \S+ does not answer for 1\d s \(is it stopped, or .*\?\); "
+        rf"\[{int(index == 0)}\] error: process {index} on \S+ does not answer for \d+ s \(is it stopped, or .*\?\); "
     )
     last = f"{LAUNCH_AGAIN}\nerror: process {index} did not end and was killed; all were ended\n"
     assert re.fullmatch(said + last, group.stderr)
