@@ -169,3 +169,12 @@ def test_garbage_is_collected_after_a_program_was_traced_as_before(fails, before
         gc.enable()
     assert seen
     assert not any(seen)
+
+
+def test_the_initial_variables_are_traced_once():
+    seen.clear()
+    program = compile_program(config.resolve(make_run(experiment=Watched())))
+    init = program.init()
+    assert len(seen) == 1
+    expected = Task().init(jax.random.split(jax.random.key(program.run.seed))[0], {"x": jnp.zeros((8, 8))})
+    jax.tree.map(np.testing.assert_array_equal, init.params, expected["params"])

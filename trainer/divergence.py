@@ -109,7 +109,7 @@ def not_finite(state: TrainState, metrics: Metrics) -> str:
         value = metrics[name].compute()
         if not math.isfinite(value) and float(np.asarray(metrics[name].weight)):
             return f"the {name} is {value}"
-    return "" if bool(check_state(state)[0]) else "the state after it holds NaN or Inf"
+    return "" if check_state(state)[0] else "the state after it holds NaN or Inf"
 
 
 def read(folder: Folder) -> Diverged:

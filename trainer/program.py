@@ -91,7 +91,9 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
     )
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
-    boxed = _boxed_params(experiment, init_key, train_spec)
+    # Jitted, so that JAX traces it once: for the shapes here, for those of the state, and for the state itself.
+    init_variables = jax.jit(lambda: experiment.init(init_key, _zeros(train_spec)), inline=True)
+    boxed = _boxed_params(experiment, init_variables, train_spec)
     strategy = build_strategy(run.parallel, boxed, devices)
     check_divides(run, strategy.batch_shards)
 
@@ -120,7 +122,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         ema = run.optimizer.ema_decay is not None
         may_drop = run.numerics.on_nonfinite == "skip" or settings.spike is not None
         guard = new_guard() if may_drop else None
-        return init_state(experiment, optimizer, init_key, _zeros(train_spec), ema=ema, guard=guard)
+        return init_state(init_variables(), optimizer, ema=ema, guard=guard)
 
     state = strategy.abstract_state(init)
     train, evaluation = partial(train_step, settings), partial(eval_step, experiment, strategy.axis_name)
@@ -153,10 +155,10 @@ def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
     return None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor)
 
 
-def _boxed_params(experiment: Experiment, key: Any, spec: BatchSpec) -> Any:
-    """The parameters of `init` as shapes and dtypes, in the boxes that name their logical axes."""
+def _boxed_params(experiment: Experiment, init_variables: Callable[[], Any], spec: BatchSpec) -> Any:
+    """The parameters of `init_variables` as shapes and dtypes, in the boxes that name their logical axes."""
     with model_errors(spec):
-        variables = jax.eval_shape(lambda: experiment.init(key, _zeros(spec)))
+        variables = jax.eval_shape(init_variables)
     if not isinstance(variables, Mapping):
         kind = "an array" if hasattr(variables, "dtype") else f"a {type(variables).__name__}"
         raise UserError(f"{type(experiment).__name__}.init must return a mapping with 'params', not {kind}")

@@ -1,5 +1,6 @@
 """TrainState: everything a run carries from one step to the next, as arrays."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -7,9 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32, Key
-
-from trainer.experiment import Batch, Experiment
+from jaxtyping import Array, Int32
 
 
 @flax.struct.dataclass
@@ -34,19 +33,19 @@ class TrainState:
 
 
 def init_state(
-    experiment: Experiment,
-    optimizer: optax.GradientTransformation,
-    key: Key[Array, ""],
-    batch: Batch,
-    *,
-    ema: bool = False,
-    guard: Any = None,
+    variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, ema: bool = False, guard: Any = None
 ) -> TrainState:
     """The state before the first step, with EMA params if `ema`, and with `guard`.
 
     Pure: call it in `jax.jit` or `jax.eval_shape`.
+
+    Args:
+      variables: the model's variables, as `Experiment.init` returns them.
+      optimizer: its state is made from the parameters among the variables.
+      ema: whether the state has EMA params.
+      guard: that of the state.
     """
-    variables = dict(nn.unbox(experiment.init(key, batch)))
+    variables = dict(nn.unbox(variables))
     params = variables.pop("params")
     variables.pop("intermediates", None)  # sown, and different at every call
     averages = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params) if ema else None

@@ -5,29 +5,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array, UInt32
 
 
-def check_state(state: Any) -> tuple[Bool[Array, ""], UInt32[Array, " leaves"]]:
+def check_state(state: Any) -> tuple[bool, UInt32[np.ndarray, " leaves"]]:
     """Whether every floating-point element is finite, and the checksum of each leaf, in one pass over the arrays.
 
     The checksum of a leaf whose 32-bit words are w₀, w₁, … is Σ (2i + 1)·wᵢ mod 2³². Elements of fewer bits are widened
     to a word each, and elements of 64 bits are two words. An odd weight has an inverse, so one changed word, or any one
     flipped bit, always changes the sum. The sum is made where the shards are: no array is gathered.
     """
-    return _check_leaves(jax.tree.leaves(state))  # a list, so that a save runs what a restore has compiled
+    # One program for each shape and dtype. One for a whole state of 400 leaves takes 0.6 s longer to load.
+    checked = np.array(jax.device_get([_check(jnp.asarray(leaf)) for leaf in jax.tree.leaves(state)]), np.uint32)
+    is_finite, totals = checked.reshape(-1, 2).T
+    return bool(is_finite.all()), totals
 
 
 @jax.jit
-def _check_leaves(leaves: list[Array]) -> tuple[Bool[Array, ""], UInt32[Array, " leaves"]]:
-    checked = [_check(leaf) for leaf in leaves]
-    finite = jnp.stack([jnp.asarray(True), *(finite for finite, _ in checked)])
-    return jnp.all(finite), jnp.stack([jnp.zeros((), jnp.uint32), *(total for _, total in checked)])[1:]
-
-
-@jax.jit  # which traces and lowers it once for all arrays of the same shape and dtype
-def _check(x: Array) -> tuple[Bool[Array, ""], UInt32[Array, ""]]:
-    """Whether all elements are finite, and the checksum."""
+def _check(x: Array) -> UInt32[Array, "2"]:
+    """1 if all elements are finite, else 0; and the checksum."""
     words = _words(x)
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in range(words.ndim - 1, -1, -1):
@@ -42,9 +38,10 @@ def _check(x: Array) -> tuple[Bool[Array, ""], UInt32[Array, ""]]:
         lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])),
         tuple(range(words.ndim)),
     )
-    if exponent:
-        return largest != exponent, total
-    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.asarray(True), total
+    is_finite = largest != exponent
+    if not exponent:
+        is_finite = jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else True
+    return jnp.stack([jnp.asarray(is_finite, jnp.uint32), total])
 
 
 def _exponent(dtype: Any) -> int:

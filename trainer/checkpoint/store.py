@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -92,7 +91,7 @@ class Store:
         The arrays are copied to the host before it returns, and written afterwards. All processes call it.
         """
         self.wait()
-        finite, checksums = jax.device_get(check_state(state))
+        finite, checksums = check_state(state)
         if not finite:
             return False
         metadata = metadata.with_state(state, checksums)
