@@ -9,14 +9,18 @@ TPU := $(VENV)/.tpu
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# XLA's code generator, told to optimise nothing, compiles in half the time. `exhaustive` and `prove` leave it as users
+# have it.
+FAST := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
 
-.PHONY: help demo test prove quick coverage check format clean
+.PHONY: help demo test exhaustive prove quick coverage check format clean
 
 help:
 	@echo "make demo      train digits, evaluate it from its checkpoint (about a minute after set-up)"
-	@echo "make test      every test;  make quick  without the slow ones and those that need the TPU compiler"
+	@echo "make test      the tests;  make quick  without the slow ones and those that need the TPU compiler"
+	@echo "make exhaustive  also every combination of which make test tries some, as users compile (an hour)"
 	@echo "make prove     kill a training twelve times; it must end as if nothing had been"
-	@echo "make coverage  every test, and the share of the lines that they run"
+	@echo "make coverage  the tests, and the share of the lines that they run"
 	@echo "make check     lint, format, types and workflows;  make format  rewrite in the one format"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +41,9 @@ demo: $(STAMP)
 	$(BIN)/python -m trainer evaluate --workdir=runs/digits
 
 test: $(TPU)
+	$(FAST) $(PYTEST) -m "not exhaustive"
+
+exhaustive: $(TPU)
 	$(PYTEST)
 
 # A small run, often saved and evaluated, whose data take long enough to be killed in.
@@ -48,11 +55,11 @@ prove: $(STAMP)
 		--config.loading.in_memory_bytes=0
 
 quick: $(STAMP)
-	$(PYTEST) -m "not slow and not tpu"
+	$(FAST) $(PYTEST) -m "not slow and not tpu and not exhaustive"
 
 # Without the test that interrupts a command while Python starts: there coverage.py catches the interrupt.
 coverage: $(TPU)
-	$(PYTEST) --cov --cov-report=term-missing:skip-covered \
+	$(FAST) $(PYTEST) -m "not exhaustive" --cov --cov-report=term-missing:skip-covered \
 		--deselect tests/test_resume.py::test_ctrl_c_before_the_first_step_ends_the_command_at_once
 
 check: $(STAMP)

@@ -2,8 +2,10 @@
 
 import os
 
+from tests import xla_flags
+
 # Before JAX starts.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests' own folder: nothing of the user's is read or written.
 os.environ.pop("TFDS_DATA_DIR", None)
@@ -23,10 +25,13 @@ install_import_hook(
     "beartype.beartype",
 )
 
+import gc
 from pathlib import Path
 
 import jax
 import pytest
+
+gc.set_threshold(100_000)  # tracing makes many objects that stay, and Python's 700 looks at them again and again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

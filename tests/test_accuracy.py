@@ -43,11 +43,13 @@ def test_digits_reaches_97_percent_within_a_minute(tmp_path):
     not FASHION_MNIST.is_dir() and os.environ.get("CI") != "true",
     reason="the Debian package dataset-fashion-mnist is not installed; CI installs it",
 )
+@pytest.mark.exhaustive
 def test_two_epochs_of_the_fashion_mnist_run_classify_more_than_linear_models_do(tmp_path):
     # Linear models reach 84 %; 91 % after the whole run, which benchmarks/accuracy.py makes.
     assert result_of("configs/fashion_mnist.py", tmp_path, "--config.total_steps=938") >= 0.87
 
 
+@pytest.mark.exhaustive
 def test_a_tenth_of_the_shakespeare_run_predicts_works_it_has_not_seen_at_3_3_bits_per_byte(tmp_path):
     # 3.22 here, 2.42 after the whole run; the frequencies of single bytes alone give 4.85.
     assert result_of("configs/shakespeare.py", tmp_path, "--config.total_steps=300", metric="bits_per_byte") <= 3.3

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import xla_flags
 from tests.bad_input.catalogue import CASES, HEAD, RESUMED_CONFIG, Case
 from tests.bad_input.fork_server import ROOT, Ended, ForkServer
 
@@ -30,7 +31,7 @@ _BEGUN = {"run", "run/config.json", "run/params.txt"}
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=2)}
     return kept | devices | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 

@@ -15,6 +15,7 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
+from tests import xla_flags
 from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.observe.log import read_rows
 
@@ -229,7 +230,7 @@ def test_processes_that_slurm_starts_find_each_other_and_train_one_run(tmp_path)
     (tmp_path / "config.py").write_text(
         "from tests.tasks import make_run\n\ndef get_config():\n    return make_run(3)\n"
     )
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=2)}
     workdir = tmp_path / "run"
     result = run_script(
         tmp_path, f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}", PYTHONPATH=str(ROOT), **devices

@@ -21,7 +21,7 @@ from trainer.workdir import Workdir
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parent.parent
-STEPS, EVERY = 240, 60
+STEPS, EVERY = 120, 30
 
 
 def command(workdir: Path, strategy: str) -> list[str]:
@@ -109,7 +109,7 @@ def assert_same_run(workdir: Path, uninterrupted: Path) -> None:
     assert event_steps(workdir) == list(range(1, STEPS + 1))
 
 
-@pytest.fixture(scope="module", params=["data", "pmap"])
+@pytest.fixture(scope="module", params=["data", pytest.param("pmap", marks=pytest.mark.exhaustive)])
 def uninterrupted(request, tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     finish(workdir, request.param, data_dir)

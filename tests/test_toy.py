@@ -294,7 +294,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @each_function
 def test_optimizers_arrive_when_the_papers_algorithms_do_in_float64(name, finished):
     points = written_out(name, 14_000)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import xla_flags
 from tests.tasks import make_run
 from trainer import config, train
 from trainer.commands import run
@@ -184,8 +185,7 @@ def test_config_file_may_have_the_name_of_a_module_or_any_other(name, folder):
 
 def clean(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A Python process of its own on one device."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

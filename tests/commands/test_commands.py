@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests import xla_flags
 from tests.tasks import Task
 from trainer import config, train
 from trainer.commands import run
@@ -172,10 +173,15 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def shell(command: str, *, tfds: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A line typed in the root of the repository, where `python` is this interpreter, on one device."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONUNBUFFERED")}
-    settings = {"PATH": path, "JAX_PLATFORMS": "cpu", "TFDS_DATA_DIR": str(tfds)} | environment
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    settings = {
+        "PATH": path,
+        "XLA_FLAGS": xla_flags(),
+        "JAX_PLATFORMS": "cpu",
+        "TFDS_DATA_DIR": str(tfds),
+    } | environment
     return subprocess.run(
-        command, shell=True, cwd=ROOT, env=kept | settings, capture_output=True, text=True, timeout=300
+        command, shell=True, cwd=ROOT, env=kept | settings | environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -659,7 +665,7 @@ def test_mistake_typed_into_a_shell_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_batch_that_does_not_divide_over_the_devices_is_one_line_in_a_shell(data_dir, tmp_path):
     command = f"python -m trainer train {DIGITS} --workdir={tmp_path}/new --config.batch_size=6"
-    result = shell(command, tfds=data_dir, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    result = shell(command, tfds=data_dir, XLA_FLAGS=xla_flags(devices=4))
     assert result.returncode == 2
     assert one_line(result.stderr) == "batch_size 6 does not divide over 4 batch shards: it must be a multiple of 4"
     assert contents(tmp_path) == {}

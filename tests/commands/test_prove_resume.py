@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests import xla_flags
 from trainer.commands import run
 from trainer.observe.trace import Trace
 from trainer.prove.aims import PHASES, SIGNALS, Aims
@@ -27,7 +28,7 @@ STEPS, EVERY = 12, 3
 
 
 def prove(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags()}
     command = [sys.executable, "-m", "trainer", "prove-resume", *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=seconds

@@ -110,7 +110,11 @@ def test_a_process_that_continues_after_the_limit_does_nothing_more_and_ends(ser
     [
         (b'["fault", "process 2 on there was killed or crashed; the run ends", 3]\n', False, ""),
         (b"", True, "error: process 0 on other was killed or crashed; the run ends, launch it again to .*\n"),
-        (b"", False, r"error: process 0 on other does not answer for \d+ s \(is it stopped, or its host away\?\); .*\n"),
+        (
+            b"",
+            False,
+            r"error: process 0 on other does not answer for \d+ s \(is it stopped, .*\?\); .*\n",
+        ),
     ],
     ids=["told", "closed", "silent"],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests import xla_flags
 from trainer.rules import paths
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +24,10 @@ class Group:
     """A command that runs in the root of the repository, and its output after `end`."""
 
     def __init__(self, *command: str, **environment: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env=kept | environment,
+            env=os.environ | {"XLA_FLAGS": xla_flags()} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -72,7 +72,7 @@ def test_an_evaluation_that_is_broken_off_twice_is_still_owed_and_made(running, 
 LAUNCH_AGAIN = "the run ends, launch it again to go on from the last checkpoint"
 
 
-@pytest.mark.parametrize(("index", "processes"), [(0, 2), (1, 2), (1, 4)])
+@pytest.mark.parametrize(("index", "processes"), [(0, 2), (1, 2), pytest.param(1, 4, marks=pytest.mark.exhaustive)])
 def test_a_killed_process_is_named_and_the_others_end_at_once_and_a_relaunch_goes_on(
     index, processes, running, tmp_path
 ):
@@ -95,7 +95,7 @@ def test_a_killed_process_is_named_and_the_others_end_at_once_and_a_relaunch_goe
         assert rows_of(workdir) >= step + 5
 
 
-@pytest.mark.parametrize(("index", "processes"), [(0, 2), (3, 4)])
+@pytest.mark.parametrize(("index", "processes"), [pytest.param(0, 2, marks=pytest.mark.exhaustive), (3, 4)])
 def test_a_stopped_process_is_named_and_killed_and_the_others_end_after_the_limit(index, processes, running, tmp_path):
     group, pids = start(running, tmp_path / "run", ENDLESS, f"--processes={processes}", steps=22)
     os.kill(pids[index], signal.SIGSTOP)

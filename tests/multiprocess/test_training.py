@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import xla_flags
 from tests.multiprocess.config import get_config
 from tests.multiprocess.conftest import CONFIG, ROOT, Group, arrays, finished, free_port, rehearse
 from tests.multiprocess.tasks import BATCH, EXAMPLES, Traced
@@ -166,7 +167,7 @@ def test_evaluate_finds_the_processes_that_open_mpi_started_and_shows_what_train
             "OMPI_COMM_WORLD_RANK": str(index),
             "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
             "JAX_COORDINATOR_PORT": str(port),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": xla_flags(devices=2),
         }
         running.append(Group("-m", "trainer", "evaluate", f"--workdir={in_two[0]}", **environment))
     first, second = map(finished, running)

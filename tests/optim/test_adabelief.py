@@ -74,8 +74,8 @@ GROUP_SIZE = 61  # cases that compile together
 
 
 def params(names: Iterable[str]) -> list[Any]:
-    """The cases as parameters of a test; pairs are slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if "+" in name else []) for name in names]
+    """The cases as parameters of a test; pairs are exhaustive."""
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] if "+" in name else []) for name in names]
 
 
 @functools.cache

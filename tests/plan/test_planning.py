@@ -1,7 +1,10 @@
 """Plans: bytes on a device, every strategy on every TPU generation, layouts, and steps that do not fit."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +23,23 @@ from trainer.plan.variants import axis_changes, with_batch, with_strategy
 from trainer.sharding import STRATEGIES
 
 PARAMETERS = 2 * (4 * 256**2 + 2 * 256 * 1024) + 512 * 256 + 5 * 256  # the head is the embedding
-SMALL = {"length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
+SMALL = {"layers": 1, "length": 64, "width": 128, "vocab": 256, "heads": 8, "mlp_width": 256}
+
+
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
+
+
+def combinations() -> Iterator[Any]:
+    """Every strategy on every topology; all that are neither on a v5e nor with fsdp or pmap are exhaustive."""
+    for strategy, topology in itertools.product(STRATEGIES, TOPOLOGIES):
+        is_further = strategy not in ("fsdp", "pmap") and topology != "v5e:2x4"
+        yield pytest.param(strategy, topology, marks=[pytest.mark.exhaustive] if is_further else [])
 
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_both_steps_of_every_strategy_compile_for_every_generation(topology, strategy):
+@pytest.mark.parametrize(("strategy", "topology"), list(combinations()))
+def test_both_steps_of_every_strategy_compile_for_every_generation(strategy, topology):
     there = find(topology)
     run = make_run(strategy=strategy, **SMALL)
     program = planning.program_for(run, there, Layout(torus=True))

@@ -27,7 +27,7 @@ CASES = [  # strategy, devices, dropout; on one device the sharded ones are one 
     ("zero1_tensor", 8, 0.3),
     *[("pmap", devices, 0.0) for devices in (1, *DEVICES)],
 ]
-OUTCOMES = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] in (2, 4) else []) for case in CASES]
+OUTCOMES = [pytest.param(*case, marks=[pytest.mark.exhaustive] if case[1] in (2, 4) else []) for case in CASES]
 # An axis of size 1 shards nothing, so one list serves every strategy.
 RULES = (
     (r"dense/kernel", ("fsdp", "tensor")),

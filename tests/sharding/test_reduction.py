@@ -239,7 +239,7 @@ class Images(ImageClassification):
 
 
 def decoder(**settings: Any) -> config.Run:
-    experiment = Sentences(length=8, width=16, layers=2, heads=2, mlp_width=32, dtype="bfloat16", **settings)
+    experiment = Sentences(length=8, width=16, layers=1, heads=2, mlp_width=32, dtype="bfloat16", **settings)
     return config.Run(experiment, total_steps=10, batch_size=16)
 
 
@@ -254,7 +254,7 @@ def classifier() -> config.Run:
         pytest.param(classifier(), "data", id="cnn-data"),
         pytest.param(decoder(), "data", id="decoder-data"),
         *[
-            pytest.param(decoder(scan=scan), strategy, id=f"decoder-{strategy}-{scan=}", marks=pytest.mark.slow)
+            pytest.param(decoder(scan=scan), strategy, id=f"decoder-{strategy}-{scan=}", marks=pytest.mark.exhaustive)
             for strategy, scan in (("fsdp", False), ("pmap", False), ("data", True))
         ],
     ],
