@@ -43,7 +43,7 @@ class StridedCNN(nn.Module):
                     x
                 )
             x = nn.relu(x)
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
@@ -62,7 +62,7 @@ class MLP(nn.Module):
         self, x: Float[Array, "examples height width channels"], train: bool
     ) -> Float[Array, "examples classes"]:
         """Logits of images with values from 0 to 1."""
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths):
             x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout_{i}")(x)
@@ -123,6 +123,11 @@ class ImageClassification:
         hits = jnp.argmax(logits, axis=-1) == batch["label"]
         metrics = {"loss": Mean.of(losses, batch["mask"]), "accuracy": Mean.of(hits, batch["mask"])}
         return metrics, collections
+
+    def predict(self, variables: Variables, batch: Batch) -> dict[str, Array]:
+        """ "label", the class with the largest logit, and "probabilities" [B, classes]."""
+        logits = jnp.asarray(self._model().apply(variables, self._scaled(batch["image"]), train=False), jnp.float32)
+        return {"label": jnp.argmax(logits, axis=-1), "probabilities": jax.nn.softmax(logits)}
 
     def source(self, split: str) -> RandomAccessSource:
         """The images and labels of a split."""

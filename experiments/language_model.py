@@ -117,6 +117,13 @@ class LanguageModel:
         bits = Mean(loss.total / math.log(2), loss.weight)
         return {"loss": loss, "bits_per_byte": bits, "accuracy": Mean.of(hits, weights)}, {}
 
+    def predict(self, variables: Variables, batch: Batch) -> dict[str, Array]:
+        """ "log_likelihood", that of each window's target bytes in nats, and "targets", how many they are."""
+        tokens = batch["tokens"].astype(jnp.int32)
+        losses, _ = score(self._model(train=False).apply(variables, tokens[:, :-1]), tokens[:, 1:])
+        is_target = jnp.arange(self.length) < batch["targets"][:, None]
+        return {"log_likelihood": -jnp.sum(losses * is_target, axis=-1), "targets": batch["targets"]}
+
     def source(self, split: str) -> ArraySource:
         """The windows of all texts of a split, in the order of the texts in the data set."""
         texts = tfds.TfdsSource(self.dataset, split, ("text",), self.data_dir)

@@ -17,7 +17,7 @@ install_import_hook(
         "trainer.step",
         "trainer.optim",
         "trainer.experiment",
-        "trainer.metrics",
+        "trainer.metrics.mean",
         "experiments.image_classification",
         "experiments.language_model",
         "experiments.toy",

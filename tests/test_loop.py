@@ -198,7 +198,7 @@ class Misbehaving(Task):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("plain loss", r"metric 'loss' must be a Mean, such as Mean.of\(values, batch\['mask'\]\)"),
+        ("plain loss", r"metric 'loss' must be a Mean, such as Mean.of\(losses, batch\['mask'\]\)"),
         ("vector", r"metric 'loss' must hold two scalars; its total and weight have shapes \(16,\), \(16,\)"),
         ("no loss", r"a metric named 'loss', not only \['nll'\]"),
         ("metrics only", r"must return a pair of mappings, \(metrics, collections\)"),

@@ -23,7 +23,7 @@ NAMES = {
     *("Checkpoint", "Evaluation", "Group", "Loading", "Logging", "Optimizer", "Parallel", "Run", "Schedule", "setting"),
     *("Watch", "Numerics", "HostError"),
     *("train", "evaluate", "TrainState", "Experiment", "Mean", "replica_axis", "ArraySource", "TfdsSource"),
-    *("adabelief", "scale_by_belief", "from_optax"),
+    *("adabelief", "scale_by_belief", "from_optax", "load", "Trained", "take"),
     *("UserError", "NotPreparedError", "CollectiveError", "DivergedError", "Interrupted"),
 }
 

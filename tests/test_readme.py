@@ -24,7 +24,9 @@ def test_the_example_is_short():
 
 def test_the_page_is_short_and_begins_with_the_commands_and_the_example():
     headings = re.findall(r"^## (.*)", README, re.MULTILINE)
-    assert headings == ["Your own experiment", "Kill and resume", "Labels", "Many devices", "What it is not"]
+    assert headings == [
+        *("Your own experiment", "Kill and resume", "Use the model", "Labels", "Many devices", "What it is not"),
+    ]
     assert README.index("make demo") < README.index("## Your own experiment")
     assert len(README.splitlines()) <= 180
 

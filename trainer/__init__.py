@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from trainer.config import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group, Loading as Loading
     from trainer.config import Logging as Logging, Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel
     from trainer.config import Run as Run, Schedule as Schedule, Watch as Watch, setting as setting
-    from trainer.data import ArraySource as ArraySource
+    from trainer.data import ArraySource as ArraySource, take as take
     from trainer.data.tfds import TfdsSource as TfdsSource
     from trainer.distributed import Interrupted as Interrupted
     from trainer.errors import CollectiveError as CollectiveError, DivergedError as DivergedError
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from trainer.metrics import Mean as Mean
     from trainer.optim.adabelief import adabelief as adabelief, from_optax as from_optax
     from trainer.optim.adabelief import scale_by_belief as scale_by_belief
+    from trainer.restore import Trained as Trained, load as load
     from trainer.state import TrainState as TrainState
 else:
     # Makes each import above when its name is first used: importing JAX takes a second, and `--help` need not wait.
     _EXPORTS = {
         "trainer.config": "Checkpoint Evaluation Group Loading Logging Numerics Optimizer Parallel Run Schedule Watch "
         "setting",
-        "trainer.data": "ArraySource",
+        "trainer.data": "ArraySource take",
         "trainer.data.tfds": "TfdsSource",
         "trainer.distributed": "Interrupted",
         "trainer.errors": "CollectiveError DivergedError HostError NotPreparedError UserError",
@@ -36,6 +37,7 @@ else:
         "trainer.loop": "train",
         "trainer.metrics": "Mean",
         "trainer.optim.adabelief": "adabelief from_optax scale_by_belief",
+        "trainer.restore": "Trained load",
         "trainer.state": "TrainState",
     }
     _MODULES = {name: module for module, names in _EXPORTS.items() for name in names.split()}

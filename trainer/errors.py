@@ -48,6 +48,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return hint + listed
 
 
+def users_line(error: BaseException) -> tuple[str, bool]:
+    """The line of the model or of the experiment from which an error came, as " (file:line)", or "" if there is none.
+
+    Also whether the error came from this package itself.
+    """
+    frames, own = traceback.extract_tb(error.__traceback__), Path(__file__).parent
+    users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
+    where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+    return where, not users or own in Path(frames[-1].filename).parents
+
+
 @contextmanager
 def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
     """Turns an exception of a model during tracing into a one-line `UserError` with its source location and the batch.
@@ -60,18 +71,14 @@ def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
-        # The last frame outside of libraries is the line of the model or of the experiment.
-        frames = traceback.extract_tb(error.__traceback__)
-        own = Path(__file__).parent
-        users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
-        where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+        where, is_ours = users_line(error)
         message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
         if isinstance(error, NameError) and "unbound axis name" in message:
             raise UserError(
                 f"the model averages over an axis that is not there{where}: {message}; in the model write "
                 "axis_name=replica_axis(), from trainer.experiment, in place of the name"
             ) from error
-        if isinstance(error, AttributeError | NameError) and (not users or own in Path(frames[-1].filename).parents):
+        if isinstance(error, AttributeError | NameError) and is_ours:
             raise  # a mistake of ours
         batch = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in spec.items())
         raise UserError(

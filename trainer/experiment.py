@@ -96,6 +96,18 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class Predicts(Protocol):
+    """An experiment whose model makes predictions, for the command `predict` and for `Trained.predict`."""
+
+    def predict(self, variables: Variables, batch: Batch) -> Mapping[str, Array]:
+        """Predictions by name, such as "label" or "probabilities", one for each example: arrays [B, …].
+
+        It runs under `jax.jit`. `batch` has the entries of the data, and perhaps no mask.
+        """
+        ...
+
+
+@runtime_checkable
 class Reports(Protocol):
     """An experiment that writes files about a finished run, such as pictures."""
 

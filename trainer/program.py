@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trainer import config
@@ -16,6 +17,7 @@ from trainer.data import batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
 from trainer.guard import new_guard
+from trainer.metrics import numbers
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optim.fused import ParamGroup
 from trainer.params import ParamTable, label_tree, param_table
@@ -92,8 +94,8 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
     # Jitted, so that JAX traces it once: for the shapes here, for those of the state, and for the state itself.
-    init_variables = jax.jit(lambda: experiment.init(init_key, _zeros(train_spec)), inline=True)
-    boxed = _boxed_params(experiment, init_variables, train_spec)
+    init_variables = jax.jit(lambda: experiment.init(init_key, zeros(train_spec)), inline=True)
+    boxed = abstract_params(experiment, init_variables, train_spec)
     strategy = build_strategy(run.parallel, boxed, devices)
     check_divides(run, strategy.batch_shards)
 
@@ -155,7 +157,7 @@ def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
     return None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor)
 
 
-def _boxed_params(experiment: Experiment, init_variables: Callable[[], Any], spec: BatchSpec) -> Any:
+def abstract_params(experiment: Experiment, init_variables: Callable[[], Any], spec: BatchSpec) -> Any:
     """The parameters of `init_variables` as shapes and dtypes, in the boxes that name their logical axes."""
     with model_errors(spec):
         variables = jax.eval_shape(init_variables)
@@ -175,12 +177,14 @@ def _check_steps(program: Program) -> None:
     _check_unchanged(state, after)
     with model_errors(program.eval_spec):
         metrics = jax.eval_shape(program.eval_step.jitted, state, strategy.abstract_batch(program.eval_spec))
-    best, known = run.checkpoint.best_metric, [f"{run.evaluation.split}/{name}" for name in metrics]
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics)  # for the names of what is computed from metrics
+    best, known = run.checkpoint.best_metric, numbers(ones, run.evaluation.split)
     if best is not None and best not in known:
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")
 
 
-def _zeros(spec: BatchSpec) -> Batch:
+def zeros(spec: BatchSpec) -> Batch:
+    """A batch of zeros."""
     return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
 
 

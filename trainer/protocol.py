@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from trainer.errors import UserError
 from trainer.experiment import Collections
-from trainer.metrics import Mean, Metrics
+from trainer.metrics import Mean, Metric, Metrics
 
 
 def check_loss(result: Any) -> tuple[Metrics, Collections]:
@@ -20,12 +20,17 @@ def check_loss(result: Any) -> tuple[Metrics, Collections]:
     metrics, collections = result
     if "loss" not in metrics:
         raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
-    for name, mean in metrics.items():
-        if not isinstance(mean, Mean):
-            kind = "an array" if isinstance(mean, jax.Array) else f"a {type(mean).__name__}"
-            raise UserError(f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), not {kind}")
-        if jnp.shape(mean.total) or jnp.shape(mean.weight):
-            shapes = f"{jnp.shape(mean.total)}, {jnp.shape(mean.weight)}"
+    for name, metric in metrics.items():
+        kind = "an array" if isinstance(metric, jax.Array) else f"a {type(metric).__name__}"
+        if name == "loss" and not isinstance(metric, Mean):
+            raise UserError(f"metric 'loss' must be a Mean, such as Mean.of(losses, batch['mask']), not {kind}")
+        if not isinstance(metric, Metric) or not jax.tree.leaves(metric):
+            also = "or another metric with arrays and compute()"
+            raise UserError(
+                f"metric {name!r} must be a Mean, such as Mean.of(values, batch['mask']), {also}, not {kind}"
+            )
+        if isinstance(metric, Mean) and (jnp.shape(metric.total) or jnp.shape(metric.weight)):
+            shapes = f"{jnp.shape(metric.total)}, {jnp.shape(metric.weight)}"
             raise UserError(f"metric {name!r} must hold two scalars; its total and weight have shapes {shapes}")
     return metrics, collections
 

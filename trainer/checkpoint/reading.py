@@ -66,10 +66,20 @@ def restore(place: Folder, like: TrainState, metadata: Metadata) -> TrainState:
 
     The leaves must be those of the metadata: compare them first. Errors are those of `read_metadata`.
     """
-    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    arrays = _read(place, metadata, _by_path(wanted))
-    _compare(_checksums(arrays), metadata, place)
+    arrays = restore_leaves(place, metadata, _by_path(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in leaves_of(like)])
+
+
+def restore_leaves(
+    place: Folder, metadata: Metadata, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The arrays of the paths in `wanted`, with their shardings, once their checksums were compared; no other is read.
+
+    Errors are those of `read_metadata`.
+    """
+    arrays = _read(place, metadata, wanted)
+    _compare(_checksums(arrays), metadata, place)
+    return arrays
 
 
 def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict[str, jax.Array]:
@@ -85,8 +95,7 @@ def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict
         floating = jnp.issubdtype(saved.dtype, jnp.floating) and jnp.issubdtype(target.dtype, jnp.floating)
         if floating or saved.dtype == str(target.dtype):
             fitting[path] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
-    arrays = _read(place, metadata, fitting)
-    _compare(_checksums(arrays), metadata, place)
+    arrays = restore_leaves(place, metadata, fitting)
     return {path: jnp.asarray(x, like_leaves[path].dtype) for path, x in arrays.items()}
 
 

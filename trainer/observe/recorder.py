@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer import config, distributed
 from trainer.errors import DivergedError
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, numbers
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.progress import Progress
 
@@ -77,7 +77,7 @@ class Recorder:
                 self._clock_step = self._began_step = step
                 self._clock = self._began = time.perf_counter()
             return {}
-        values = {f"train/{name}": mean.compute() for name, mean in metrics.items()}
+        values = numbers(metrics, "train")
         now = time.perf_counter()
         self._seconds_per_step = (now - self._clock) / max(step - self._clock_step, 1)
         self._clock_step, self._clock = step, now

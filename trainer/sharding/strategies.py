@@ -42,11 +42,7 @@ class Strategy(abc.ABC):
         self._replicated = named_sharding(self._mesh, ())
 
     def shardings(self, state: TrainState) -> TrainState:
-        """The sharding of each array of a state, of which only paths and shapes are used.
-
-        An array, such as a moment, is sharded like a parameter if its path ends in the path of the parameter and if
-        both have the same shape.
-        """
+        """The sharding of each array of a state, of which only paths and shapes are used."""
         strategy, replicated = STRATEGIES[self._parallel.strategy], jax.tree.map(lambda _: self._replicated, state)
         opt_state_only_axes = set(strategy.opt_state) - set(strategy.params)
         return replicated.replace(
@@ -57,16 +53,29 @@ class Strategy(abc.ABC):
 
     def _like_params(self, tree: Any, *, replicate: Collection[str] = (), max_mesh_axes: int | None = None) -> Any:
         def sharding(keys: Any, leaf: Any) -> NamedSharding:
-            path = path_of(keys)
-            while path:
-                spec = self.specs.get(path)
-                if spec is not None and spec.shape == tuple(leaf.shape):
-                    axes = [None if axis in replicate else axis for axis in spec.axes]
-                    return named_sharding(self._mesh, axes, max_mesh_axes) if any(axes) else self._replicated
-                path = path.partition("/")[2]
-            return self._replicated
+            return self.sharding(path_of(keys), leaf.shape, replicate=replicate, max_mesh_axes=max_mesh_axes)
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def sharding(
+        self,
+        path: str,
+        shape: Sequence[int],
+        *,
+        replicate: Collection[str] = (),
+        max_mesh_axes: int | None = None,
+    ) -> NamedSharding:
+        """The sharding of an array: that of the parameter in whose path its own ends, if both have the same shape.
+
+        Axes in `replicate` shard nothing, and no more than `max_mesh_axes` axes of the mesh shard a dimension.
+        """
+        while path:
+            spec = self.specs.get(path)
+            if spec is not None and spec.shape == tuple(shape):
+                axes = [None if axis in replicate else axis for axis in spec.axes]
+                return named_sharding(self._mesh, axes, max_mesh_axes) if any(axes) else self._replicated
+            path = path.partition("/")[2]
+        return self._replicated
 
     def abstract_state(self, init: Callable[[], TrainState]) -> TrainState:
         """The abstract state, a `jax.ShapeDtypeStruct` with its sharding for each array; nothing is computed."""
@@ -101,6 +110,10 @@ class Strategy(abc.ABC):
         """The jitted evaluation, whose metrics are replicated. `state` may be abstract."""
         return self._compile(step, state, train=False)
 
+    def compile_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+        """The jitted predictions, (variables, batch) → arrays, which are replicated."""
+        raise NotImplementedError(f"{type(self).__name__} makes no predictions")  # as it shards no global arrays
+
     @abc.abstractmethod
     def _shard(self, x: np.ndarray) -> Any: ...
 
@@ -133,24 +146,32 @@ class Sharded(Strategy):
     def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
         return _abstract(x, self.batch_sharding)
 
+    def compile_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+        """As that of `Strategy`."""
+        return jax.jit(self._traced(predict), out_shardings=self._replicated)
+
     def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
-        names = {axis: named_sharding(self._mesh, (axis,)).spec[0] for axis in self._axes}
-        rules = [(name, names.get(axis or "")) for name, axis in axis_rules(self._parallel)]
-        rules = [("batch", self.batch_sharding.spec[0]), *rules]
-
-        def traced(state: TrainState, batch: Batch) -> Any:  # with the mesh and rules for `nn.with_logical_constraint`
-            with use_abstract_mesh(self._mesh.abstract_mesh), nn.logical_axis_rules(rules):
-                return step(state, batch)
-
-        traced.__name__ = getattr(step, "func", step).__name__  # which profiles show
         shardings = self.shardings(state)
         return jax.jit(
-            traced,
+            self._traced(step),
             in_shardings=(shardings, self.batch_sharding),
             # Pinned: with XLA's choice the second step would compile again.
             out_shardings=(shardings, self._replicated) if train else self._replicated,
             donate_argnums=0 if train else (),
         )
+
+    def _traced(self, function: Callable) -> Callable:
+        """The function under the mesh and the rules that `nn.with_logical_constraint` uses."""
+        names = {axis: named_sharding(self._mesh, (axis,)).spec[0] for axis in self._axes}
+        rules = [(name, names.get(axis or "")) for name, axis in axis_rules(self._parallel)]
+        rules = [("batch", self.batch_sharding.spec[0]), *rules]
+
+        def traced(state: Any, batch: Batch) -> Any:
+            with use_abstract_mesh(self._mesh.abstract_mesh), nn.logical_axis_rules(rules):
+                return function(state, batch)
+
+        traced.__name__ = getattr(function, "func", function).__name__  # which profiles show
+        return traced
 
 
 class Pmapped(Strategy):

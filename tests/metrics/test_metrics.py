@@ -1,0 +1,270 @@
+"""Metrics against scikit-learn, on the predictions of a real classifier, in uneven parts that hold masked examples."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import datasets, linear_model, metrics
+
+from tests.tasks import Task, make_run
+from trainer import config
+from trainer.errors import UserError
+from trainer.evaluation import evaluate_split
+from trainer.metrics import AUC, Accuracy, ConfusionMatrix, Histogram, Mean, Moments, Perplexity, Sum, add, numbers
+from trainer.program import compile_program
+
+CASES = range(20)
+CLASSES = 10
+
+
+@functools.cache
+def predictions() -> tuple[np.ndarray, np.ndarray]:
+    """The log-probabilities of a linear classifier for 1,297 handwritten digits that it did not see, and the labels."""
+    data: Any = datasets.load_digits()
+    images, labels = data.data, data.target
+    model = linear_model.LogisticRegression(C=0.1, max_iter=100).fit(images[:500] / 16, labels[:500])
+    return model.predict_log_proba(images[500:] / 16).astype(np.float32), labels[500:].astype(np.int32)
+
+
+@dataclasses.dataclass
+class Case:
+    """Some of the predictions, with weights."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    rng: np.random.Generator
+
+    @property
+    def chosen(self) -> np.ndarray:
+        return self.logits.argmax(-1)
+
+    def parts(self, of: Callable[..., Any], *arrays: np.ndarray) -> Any:
+        """The metric of the whole, added up from uneven parts that each have masked examples of rubbish."""
+        cuts = np.sort(self.rng.integers(0, len(self.labels), self.rng.integers(0, 5)))
+        total = None
+        for part in np.split(np.arange(len(self.labels)), cuts):
+            padded = [np.concatenate([x[part], rubbish(x)]) for x in arrays]
+            weights = np.concatenate([self.weights[part], np.zeros(3, np.float32)])
+            total = add(total, {"metric": jax.jit(of)(*map(jnp.asarray, (*padded, weights)))})
+        assert total is not None
+        return total["metric"].compute()
+
+
+def rubbish(x: np.ndarray) -> np.ndarray:
+    value = np.nan if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).max
+    return np.full((3, *x.shape[1:]), value, x.dtype)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    rng = np.random.default_rng(request.param)
+    logits, labels = predictions()
+    chosen = rng.choice(len(labels), rng.integers(20, 600))
+    weights = rng.integers(0, 3, len(chosen)) if request.param % 2 else rng.random(len(chosen))
+    return Case(logits[chosen], labels[chosen], weights.astype(np.float32), rng)
+
+
+def test_mean_sum_and_perplexity(case):
+    losses = -case.logits[np.arange(len(case.labels)), case.labels]
+    probabilities = np.exp(np.float64(case.logits))
+    probabilities /= probabilities.sum(-1, keepdims=True)  # they were rounded to float32
+    loss = metrics.log_loss(case.labels, probabilities, sample_weight=case.weights, labels=np.arange(CLASSES))
+    assert case.parts(Mean.of, losses) == pytest.approx(loss, rel=1e-6)
+    assert case.parts(Perplexity.of, losses) == pytest.approx(np.exp(loss), rel=1e-6)
+    assert case.parts(Sum.of, losses) == pytest.approx(loss * case.weights.sum(dtype=np.float64), rel=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_accuracy_of_the_top_k(case, top_k):
+    expected = metrics.top_k_accuracy_score(
+        case.labels, case.logits, k=top_k, sample_weight=case.weights, labels=np.arange(CLASSES)
+    )
+    found = case.parts(functools.partial(Accuracy.of, top_k=top_k), case.logits, case.labels)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_precision_recall_and_f1_of_a_confusion_matrix(case):
+    found = case.parts(functools.partial(ConfusionMatrix.of, classes=CLASSES), case.chosen, case.labels)
+    expected = {"accuracy": metrics.accuracy_score(case.labels, case.chosen, sample_weight=case.weights)}
+    counted = case.weights > 0
+    for average in ("macro", "micro"):
+        scores = metrics.precision_recall_fscore_support(
+            case.labels[counted],
+            case.chosen[counted],
+            average=average,
+            sample_weight=case.weights[counted],
+            zero_division=0,
+        )
+        expected |= dict(zip([f"{name}_{average}" for name in ("precision", "recall", "f1")], scores, strict=False))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_area_under_the_curve_of_scores_in_bins(case):
+    is_odd, probability = case.labels % 2, np.exp(case.logits[:, 1::2]).sum(-1)
+    rounded = np.floor(probability * 1024).clip(0, 1023)
+    expected = metrics.roc_auc_score(is_odd, rounded, sample_weight=case.weights)
+    assert case.parts(AUC.of, probability, is_odd) == pytest.approx(expected, rel=1e-6)
+    exact = metrics.roc_auc_score(is_odd, probability, sample_weight=case.weights)
+    assert expected == pytest.approx(exact, abs=2e-3)
+
+
+def test_moments(case):
+    values = case.logits.max(-1)
+    found = case.parts(functools.partial(Moments.of, center=-0.5), values)
+    mean = np.average(np.float64(values), weights=case.weights)
+    std = np.sqrt(np.average((np.float64(values) - mean) ** 2, weights=case.weights))
+    assert found == pytest.approx({"mean": mean, "std": std}, rel=1e-6)
+
+
+def test_percentiles_of_a_histogram(case):
+    values = np.exp(case.logits.max(-1))
+    found = case.parts(functools.partial(Histogram.of, low=0.0, high=1.0, bins=200), values)
+    order = np.argsort(values)
+    share = np.cumsum(np.float64(case.weights[order])) / case.weights.sum(dtype=np.float64)
+    for percent in (5, 25, 50, 75, 95):  # where a percentile falls between two values, it may be any number between
+        low, high = (np.searchsorted(share, percent / 100 + away) for away in (-1e-6, 1e-6))
+        low_value, high_value = values[order][[low, min(high, len(order) - 1)]]
+        assert low_value - 1 / 200 <= found[f"p{percent}"] <= high_value + 1 / 200
+
+
+def test_counts_of_a_histogram_are_those_of_numpy(case):
+    values = case.logits.max(-1)
+    found = Histogram.of(jnp.asarray(values), jnp.asarray(case.weights), low=-1.0, high=0.0, bins=16)
+    expected, _ = np.histogram(values.clip(-1, 0), 16, (-1, 0), weights=np.float64(case.weights))
+    np.testing.assert_allclose(found.counts, expected, rtol=1e-6)
+
+
+ZERO = jnp.zeros(4)
+NOTHING = {
+    "mean": Mean.of(ZERO, ZERO),
+    "perplexity": Perplexity.of(ZERO, ZERO),
+    "accuracy": Accuracy.of(jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32), ZERO),
+    "matrix": ConfusionMatrix.of(jnp.zeros(4, jnp.int32), jnp.zeros(4, jnp.int32), ZERO, classes=3),
+    "auc": AUC.of(ZERO, ZERO, ZERO),
+    "moments": Moments.of(ZERO, ZERO),
+    "histogram": Histogram.of(ZERO, ZERO, low=0.0, high=1.0),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_counted_is_nan(name):
+    found = numbers({name: NOTHING[name]}, "test")
+    assert np.isnan(list(found.values())).all()
+    assert all(key.startswith(f"test/{name}") for key in found)
+
+
+@pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0], [np.nan, 0.0, 0.0], [np.nan] * 3])
+def test_logits_that_are_equal_or_nan_are_no_hit_for_every_label(logits):
+    labels = jnp.arange(3)
+    hits = Accuracy.of(jnp.tile(jnp.asarray(logits), (3, 1)), labels, jnp.ones(3))
+    assert float(hits.total) == (1 if logits == [0.0] * 3 else 0)
+
+
+def test_a_score_that_is_nan_makes_the_area_nan_unless_it_is_masked():
+    scores, labels = jnp.array([0.1, 0.9, np.nan]), jnp.array([0, 1, 1])
+    assert np.isnan(AUC.of(scores, labels, jnp.ones(3)).compute())
+    assert AUC.of(scores, labels, jnp.array([1.0, 1.0, 0.0])).compute() == 1
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        Mean.of,
+        AUC.of,
+        Moments.of,
+        functools.partial(Histogram.of, low=0.0, high=1.0),
+        functools.partial(ConfusionMatrix.of, classes=2),
+    ],
+)
+def test_weights_of_another_shape_are_an_error(of):
+    arrays = [jnp.zeros((4, 1), jnp.int32)] * (2 if getattr(of, "func", of) in (AUC.of, ConfusionMatrix.of) else 1)
+    with pytest.raises(ValueError, match=r"needs values and weights of one shape, not \(4, 1\) and \(4,\)"):
+        of(*arrays, jnp.ones(4))
+
+
+@flax.struct.dataclass
+class Extremes:
+    """A user's own metric: how many values are far out, and their share."""
+
+    far: jax.Array
+    count: jax.Array
+
+    def compute(self) -> dict[str, float]:
+        return {"far": float(self.far), "share": float(self.far) / max(float(self.count), 1.0)}
+
+
+@dataclasses.dataclass
+class Everything(Task):
+    """`Task` with a metric of each kind. The model is a fixed function of the data, whatever the parameters."""
+
+    def loss(self, variables, batch, *, key, train) -> Any:
+        result, collections = super().loss(variables, batch, key=key, train=train)
+        logits, mask = batch["x"][:, :3], batch["mask"]
+        far = jnp.abs(batch["x"][:, 0]) > 1
+        return {
+            **result,
+            "top_2": Accuracy.of(logits, batch["label"], mask, top_k=2),
+            "matrix": ConfusionMatrix.of(logits.argmax(-1), batch["label"], mask, classes=3),
+            "area": AUC.of(jax.nn.sigmoid(logits[:, 0]), batch["label"] == 0, mask),
+            "moments": Moments.of(logits[:, 1], mask),
+            "spread": Histogram.of(logits[:, 1], mask, low=-3.0, high=3.0),
+            "tokens": Sum.of(jnp.ones_like(mask), mask),
+            "own": Extremes(jnp.sum(far * mask), jnp.sum(mask, dtype=jnp.float32).astype(jnp.int32)),
+        }, collections
+
+
+MADE_BY_THE_MODEL = ("loss", "accuracy", "grad_norm", "learning_rate")
+
+
+def whole(source: Any, ids: np.ndarray) -> dict[str, float]:
+    """The metrics of examples in one batch."""
+    batch = {name: jnp.asarray(np.stack([source[int(i)][name] for i in ids])) for name in source[0]}
+    task = Everything(batch_norm=False)
+    variables = task.init(jax.random.key(0), batch)
+    batch["mask"] = jnp.ones(len(ids))
+    metrics, _ = task.loss(variables, batch, key=jax.random.key(0), train=False)
+    return numbers({name: metric for name, metric in metrics.items() if name not in MADE_BY_THE_MODEL}, "test")
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("data", 1), ("data", 4), ("pmap", 4)])
+def test_an_evaluation_in_uneven_batches_over_devices_gives_the_metrics_of_the_whole_split(strategy, devices):
+    program = compiled(strategy, devices)
+    found = evaluate_split(program, program.init(), program.eval_source)
+    expected = whole(program.eval_source, np.arange(len(program.eval_source)))
+    assert {name: value for name, value in found.items() if name in expected} == pytest.approx(expected, rel=1e-6)
+    assert {"test/matrix/f1_macro", "test/own/share", "test/spread/p50", "test/area"} <= found.keys()
+
+
+@pytest.mark.parametrize(("strategy", "microbatches"), [("data", 1), ("data", 2), ("pmap", 2)])
+def test_a_step_gives_the_metrics_of_its_whole_batch(strategy, microbatches):
+    program = compiled(strategy, 4, microbatches=microbatches)
+    ids = np.arange(16)
+    examples = [program.train_source[int(i)] for i in ids]
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    _, found = program.train_step(program.init(), program.strategy.shard_batch(batch | {"mask": np.ones(16, "f")}))
+    expected = whole(program.train_source, ids)
+    values = numbers(found, "test")
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def compiled(strategy: str, devices: int, **settings: Any) -> Any:
+    parallel = config.Parallel(strategy, devices=devices)
+    run = make_run(experiment=Everything(batch_norm=False), batch_size=16, parallel=parallel, **settings)
+    return compile_program(config.resolve(run))
+
+
+def test_the_best_checkpoint_may_be_chosen_by_a_number_of_a_metric():
+    checkpoint = config.Checkpoint(every_steps=2, best_metric="test/matrix/f1_macro")
+    evaluation = config.Evaluation(every_steps=2)
+    run = make_run(4, experiment=Everything(), checkpoint=checkpoint, evaluation=evaluation)
+    compile_program(config.resolve(run))
+    run.checkpoint.best_metric = "test/matrix/f1"
+    with pytest.raises(UserError, match="'test/matrix/f1' is not evaluated; did you mean 'test/matrix/f1_m"):
+        compile_program(config.resolve(run))

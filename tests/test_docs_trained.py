@@ -1,0 +1,78 @@
+"""docs/trained.md and docs/metrics.md: their code and their commands run, on a model of digits."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import config, train
+from trainer.commands import run as command
+from trainer.commands.arguments import load_config
+
+DOCS = Path(__file__).parents[1] / "docs"
+TRAINED, METRICS = (DOCS / "trained.md").read_text(), (DOCS / "metrics.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TRAINED, re.DOTALL)
+COMMANDS = re.findall(r"^\$ python -m trainer (.*)", TRAINED, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A folder with a run of digits, as the page takes it for granted."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = load_config(str(DOCS.parent / "configs" / "digits.py"))
+    run.total_steps, run.parallel.devices, run.experiment.data_dir = 100, 1, str(data_dir)
+    train(config.resolve(run), folder / "runs" / "digits", verbose=False)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_command_and_every_block_of_the_page_runs_in_its_order(here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    assert len(COMMANDS) == len(BLOCKS) == 3
+    first, matrix, read = BLOCKS
+    assert len(first.splitlines()) <= 5  # four and an empty one
+    assert len([line for line in matrix.splitlines() if line]) <= 10
+    exec(first, {})
+    label, truth = capsys.readouterr().out.split()
+    assert re.fullmatch(r"\[\d\]", label)
+    assert re.fullmatch(r"\[\d\]", truth)
+    for line in COMMANDS:
+        assert command(shlex.split(line)) == 0
+    shown = capsys.readouterr().out
+    assert "wrote digits.npz: 359 examples, step 100 of runs/digits\n" in shown
+    names: dict = {}
+    exec(matrix, names)
+    assert names["matrix"].sum() == 359
+    np.testing.assert_array_equal(np.load("digits.npz")["label"], names["trained"].predict(names["batch"])["label"])
+    assert np.trace(names["matrix"]) > 0.8 * 359
+    capsys.readouterr()
+    exec(read, {})
+    assert re.fullmatch(r"\[\d \d\]\n", capsys.readouterr().out)
+
+
+def test_the_metric_of_ones_own_adds_up():
+    (text,) = re.findall(r"```python\n(.*?)```", METRICS, re.DOTALL)
+    names: dict = {}
+    exec(text, names)
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet(np.ones(3), 8), rng.integers(0, 3, 8)
+    mask = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)
+    parts = [
+        names["Brier"].of(jnp.asarray(probabilities[half]), jnp.asarray(labels[half]), jnp.asarray(mask[half]))
+        for half in (slice(0, 3), slice(3, 8))
+    ]
+    expected = np.sum((probabilities - np.eye(3)[labels]) ** 2, -1)[:7].mean()
+    assert jax.tree.map(jnp.add, *parts).compute() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_table_has_every_metric_and_every_number():
+    from trainer import metrics
+
+    table = METRICS.split("| metric |")[1].split("\n\n")[0]
+    named = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    kinds = {name for name in vars(metrics) if name[0].isupper()} - {"Metric", "Metrics"}
+    assert named == kinds

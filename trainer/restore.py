@@ -1,0 +1,138 @@
+"""A trained model out of a workdir: its variables, without the optimizer state and without its data."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from os import PathLike
+from typing import TypeVar
+
+import jax
+from flax.traverse_util import unflatten_dict
+
+from trainer import config, distributed
+from trainer.checkpoint import Metadata, Store, scores
+from trainer.checkpoint.reading import restore_leaves
+from trainer.errors import UserError
+from trainer.experiment import Batch, Experiment, Predicts, Variables
+from trainer.files import DamagedError
+from trainer.observe.log import read_rows
+from trainer.resume import kept_run
+from trainer.workdir import Workdir
+
+_TRIES = 5  # of reading a checkpoint that a training beside removes
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model."""
+
+    run: config.Run  # its description, resolved
+    variables: Variables  # "params", the EMA params if the run keeps them, and the model's collections
+    step: int  # updates made
+    metrics: Mapping[str, float]  # of this step, as far as they were logged, such as "test/accuracy"
+
+    @property
+    def experiment(self) -> Experiment:
+        """That of the run."""
+        return self.run.experiment
+
+    def predict(self, batch: Batch) -> Mapping[str, jax.Array]:
+        """The predictions of the experiment for a batch, jitted. Raises `UserError` if the experiment makes none."""
+        return self._predict(self.variables, batch)
+
+    @functools.cached_property
+    def _predict(self) -> Callable[[Variables, Batch], Mapping[str, jax.Array]]:
+        return jax.jit(predictor(self.experiment).predict)
+
+
+def predictor(experiment: Experiment) -> Predicts:
+    """The experiment, if it makes predictions; raises `UserError` if not."""
+    if isinstance(experiment, Predicts):
+        return experiment
+    raise UserError(f"{type(experiment).__name__} has no method predict(variables, batch)")
+
+
+def load(
+    workdir: str | PathLike[str],
+    step: int | str = "latest",
+    *,
+    run: config.Run | None = None,
+    sharding: jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> Trained:
+    """The model of a checkpoint. Reads its parameters and collections and no other array, whatever it was trained on.
+
+    Args:
+      workdir: the folder of the run, which may also be in a bucket.
+      step: that of the checkpoint, or "latest", or "best" by `checkpoint.best_metric`.
+      run: the description of the run; None for the one that the workdir holds.
+      sharding: of each array, or a function that gives it for a path, such as "params/head/kernel", and a shape; None
+        for JAX's first device. Processes that share a mesh load together.
+
+    Raises `UserError` if the workdir holds no such checkpoint, or one that is damaged.
+    """
+    folder = Workdir(workdir)
+    run = run_of(folder, run)
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def read(metadata: Metadata) -> Variables:
+        wanted = {}
+        for path, leaf in metadata.leaves.items():
+            if path.startswith(("ema/" if run.optimizer.ema_decay is not None else "params/", "collections/")):
+                here = sharding(path, leaf.shape) if callable(sharding) else sharding or first
+                wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        arrays = restore_leaves(store.path(metadata.step), metadata, wanted)
+        return _variables(arrays, metadata)
+
+    rows = {row["step"]: row for row in read_rows(folder.path / "metrics.jsonl")}
+    with closing(Store(folder.checkpoints, run.checkpoint)) as store:
+        store.scores = scores(rows.values(), run.checkpoint.best_metric)
+        chosen, variables = read_step(store, step, read)
+    metrics = {name: value for name, value in rows.get(chosen, {}).items() if name != "step"}
+    return Trained(run, variables, chosen, metrics)
+
+
+def run_of(folder: Workdir, run: config.Run | None) -> config.Run:
+    """The run given, or else that of the workdir, resolved; raises `UserError` unless the workdir has a checkpoint."""
+    run = config.resolve(run) if run is not None else kept_run(folder)
+    if run is None or not folder.has_checkpoint():
+        raise UserError(f"workdir {folder.path} holds no {'run' if run is None else 'checkpoint'}")
+    return run
+
+
+def _variables(arrays: Mapping[str, jax.Array], metadata: Metadata) -> Variables:
+    """The variables whose leaves have these paths in a state; EMA params in the dtypes of the parameters."""
+    params, collections = {}, {}
+    for path, x in arrays.items():
+        kind, _, name = path.partition("/")
+        if kind == "collections":
+            collections[name] = x
+        else:
+            params[name] = x.astype(metadata.leaves[f"params/{name}"].dtype)
+    return {"params": unflatten_dict(params, sep="/"), **unflatten_dict(collections, sep="/")}
+
+
+def read_step(store: Store, step: int | str, read: Callable[[Metadata], _Result]) -> tuple[int, _Result]:
+    """The checkpoint that `step` means, and the result of `read` for it.
+
+    A training beside may remove it meanwhile: then another. All processes call it together. Raises `UserError` if there
+    is no such checkpoint, or if it is damaged.
+    """
+    gone = ""
+    for _ in range(_TRIES):
+        with distributed.collective_errors("the checkpoint"):
+            chosen = json.loads(distributed.gather("the chosen step", json.dumps(store.choose(step)))[0])
+            gone, result = "", None
+            try:
+                result = read(store.metadata(chosen))
+            except DamagedError as error:
+                others = [f"--step={s}" for s in store.steps() if s != chosen]
+                raise DamagedError(f"{error}; {f'try {others[-1]}' if others else 'it is the only one'}") from error
+            except FileNotFoundError:
+                gone = f"checkpoint {chosen} was removed while it was read: training goes on and keeps the newest"
+        gone = next(filter(None, distributed.gather("a removed checkpoint", gone)), "")
+        if result is not None and not gone:
+            return chosen, result
+    raise UserError(gone)
