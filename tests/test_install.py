@@ -95,15 +95,18 @@ from trainer import (
     Run,
     Schedule,
     TfdsSource,
+    Trained,
     TrainState,
     UserError,
     Watch,
     adabelief,
     evaluate,
     from_optax,
+    load,
     replica_axis,
     scale_by_belief,
     setting,
+    take,
     train,
 )
 from trainer.optim.adabelief import ScaleByBeliefState
@@ -124,6 +127,8 @@ assert_type(adabelief(1e-3), optax.GradientTransformationExtraArgs)
 assert_type(scale_by_belief(b1=0.5), optax.GradientTransformationExtraArgs)
 assert_type(from_optax(optax.adabelief(1e-3).init({})), ScaleByBeliefState)
 assert_type(evaluate("run", step="best", split="train"), dict[str, float])
+assert_type(load("run", "best"), Trained)
+assert_type(take(ArraySource({"x": np.ones(3)}), np.arange(2)), dict[str, np.ndarray])
 mistakes: tuple[type[UserError], ...] = (UserError, NotPreparedError)
 collective: tuple[type[CollectiveError], ...] = (DivergedError, Interrupted)
 

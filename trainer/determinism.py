@@ -23,8 +23,9 @@ def check_determinism(run: config.Run, steps: int) -> tuple[bool, str]:
     texts = []
     for step, (one, other) in enumerate(zip(passes[0][0], passes[1][0], strict=True), 1):
         if (name := next(_differing(one, other), None)) is not None:
-            first, second = (_number(values[name]) for values in (one, other))
-            texts.append(f"step {step}: the metric {name} differs first: {first}, then {second}")
+            (at, *_) = np.flatnonzero(_bits(one[name]) != _bits(other[name]))
+            first, second = (f"{values[name][at]:.9g}" for values in (one, other))
+            texts.append(f"step {step}: the metric {name} differs first: its sum is {first}, then {second}")
             break
     if (path := next(_differing(passes[0][1], passes[1][1]), None)) is not None:
         texts.append(f"after {steps} steps {path} differs first")
@@ -33,7 +34,7 @@ def check_determinism(run: config.Run, steps: int) -> tuple[bool, str]:
 
 
 def _one_pass(run: config.Run, steps: int) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """The metrics of each step as [total, weight], and the arrays of the state by path, parameters first."""
+    """The sums of each metric of each step, as one array, and the arrays of the state by path, parameters first."""
     program = compile_program(run)
     strategy, state, metrics = program.strategy, program.init(), []
     batches = train_batches(
@@ -49,7 +50,7 @@ def _one_pass(run: config.Run, steps: int) -> tuple[list[dict[str, np.ndarray]],
     for batch in batches:
         state, found = program.train_step(state, strategy.shard_batch(batch))
         names = dict.fromkeys(("loss", "grad_norm", *found))  # the loss first: the others follow from it
-        metrics.append({name: np.asarray(jax.device_get(tuple(found[name]))) for name in names})
+        metrics.append({name: _sums(jax.device_get(found[name])) for name in names})
     leaves = jax.tree_util.tree_leaves_with_path(state)
     arrays = {path_of(keys): np.asarray(jax.device_get(leaf)) for keys, leaf in leaves}
     return metrics, dict(sorted(arrays.items(), key=lambda item: not item[0].startswith("params/")))
@@ -59,5 +60,9 @@ def _differing(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Iter
     return (name for name in one if one[name].tobytes() != other[name].tobytes())
 
 
-def _number(mean: Any) -> str:
-    return f"{mean[0]:.9g} / {mean[1]:.9g}"
+def _sums(metric: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(metric)])
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x.view(f"u{x.itemsize}")
