@@ -26,7 +26,7 @@ LAYERS = [
     {"resume"},
     {"checkpoint", "program"},
     {"params", "step"},
-    {"guard", "optim"},
+    {"guard", "hooks", "optim"},
     {"observe"},
     {"data", "sharding", "workdir"},
     {"config", "protocol", "state"},

@@ -32,6 +32,7 @@ def train(
       handle_signals: whether SIGINT and SIGTERM save the state before they end the run.
       accept_changes: whether a run in `workdir` goes on although settings that change its updates differ.
       from_step: the checkpoint to go on from; None for the newest. Later ones are moved aside.
+      hooks: objects whose methods are called while the run goes on, see `trainer.hooks.Hook`.
 
     Returns:
       The final state, saved and evaluated.

@@ -1,6 +1,6 @@
 """Opening a workdir for a session: lock, data, checkpoint, metrics log and signals, in this order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TypedDict
@@ -11,6 +11,7 @@ from trainer.compilation import compile_ahead
 from trainer.data import load
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, UserError
+from trainer.hooks import Hooks
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
@@ -33,6 +34,7 @@ class SessionOptions(TypedDict, total=False):
     accept_changes: bool
     from_step: int | None
     trace: Trace | NoTrace
+    hooks: Sequence[object]
 
 
 @contextmanager
@@ -46,12 +48,14 @@ def open_session(
     accept_changes: bool = False,
     from_step: int | None = None,
     trace: Trace | NoTrace = _NO_TRACE,
+    hooks: Sequence[object] = (),
 ) -> Iterator[Session]:
     """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""
     folder, run, table = Workdir(workdir), program.run, str(program.param_table)
     with ExitStack() as stack:
         stack.enter_context(distributed.fail_fast())
         with distributed.collective_errors("the workdir and the data"):
+            calls = Hooks(hooks)
             if profile is not None and profile[1] > run.total_steps:
                 raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
@@ -98,7 +102,7 @@ def open_session(
         # above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
-        parts = (store, log, recorder, progress, profiler, preemption, watch, trace)
+        parts = (store, log, recorder, progress, profiler, preemption, watch, trace, calls)
         session = Session(program, folder, resumed, *sources, *parts)
         watch.rescues_with(session.rescue)
         try:
@@ -107,6 +111,10 @@ def open_session(
             trace.phase("save", error.step)
             watch.enter("save", error.step)
             raise divergence.explain(session, error) from None
+        except Exception as error:
+            if calls.failed and distributed.count() == 1:  # nothing else is wrong with the run
+                error.add_note(f"a hook ended the run; {session.rescue()}")
+            raise
 
 
 def _diverged_later(folder: Workdir, start: int) -> list[str]:

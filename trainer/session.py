@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 from trainer import distributed
@@ -13,6 +14,7 @@ from trainer.distributed import Break, Interrupted, Preemption
 from trainer.errors import DivergedError, HostError
 from trainer.evaluation import evaluate_split
 from trainer.experiment import Batch, RandomAccessSource
+from trainer.hooks import Hooks
 from trainer.metrics import Metrics
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
@@ -46,10 +48,14 @@ class Session:
     preemption: Preemption
     watch: Watch
     trace: Trace | NoTrace
+    hooks: Hooks
     _signum: int | None = None
-    _newest: tuple[int, TrainState] | None = None  # the step that was dispatched last, and the state after it
+    _newest: tuple[int, Any] = (0, None)  # the step that was dispatched last, and the state after it
     _saved_step: int = 0
     _saved_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.recorder.on_row = partial(self._call_hooks, "on_log")
 
     def initial_state(self) -> TrainState:
         """The state of the checkpoint, or a fresh one. An evaluation that a kill prevented is made first."""
@@ -57,20 +63,30 @@ class Session:
         self.resumed, self._saved_step = self.resumed._replace(state=None), start  # its buffers are donated
         if state is None:
             self._enter("compile", 0)
-            return self.program.init()
-        self.trace.restored(start, state)
-        if self.program.due(start).evaluate and "no" in distributed.gather("evaluated", self._is_evaluated(start)):
+            state = self.program.init()
+        else:
+            self.trace.restored(start, state)
+        self._newest = start, state
+        self._call_hooks("on_start", start)
+        if start and self.program.due(start).evaluate and "no" in self._evaluated(start):
             self.progress.message(f"the evaluation of step {start} is still owed")
             self.evaluate(state)
         return state
 
-    def _is_evaluated(self, step: int) -> str:
+    def _call_hooks(self, name: str, step: int, sums: Mapping[str, Any] | None = None) -> None:
+        self.hooks.call(name, step, sums or {}, lambda: self._newest[1], self.log)
+
+    def _evaluated(self, step: int) -> list[str]:
         prefix = f"{self.program.run.evaluation.split}/"
-        return "yes" if isinstance(self.log, NoLog) or self.log.has_evaluation(step, prefix) else "no"
+        is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, prefix)
+        return distributed.gather("evaluated", "yes" if is_there else "no")
+
+    def _is_ending(self) -> bool:
+        return self._signum is not None or bool(self.hooks.reason)
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step that is left, counted from 1, with its batch on the devices, until a signal comes."""
-        if self._signum is not None:  # it broke off an evaluation that was owed
+        if self._is_ending():  # a signal broke off an evaluation that was owed, or a hook stopped the run before
             return
         run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
         places = strategy.local_examples(run.batch_size)
@@ -92,7 +108,7 @@ class Session:
             self._enter("compile" if step == start + 1 else "step", step)  # the first call compiles
             with self.profile.step(step):
                 yield step, batch
-            if self._signum is not None:
+            if self._is_ending():
                 return
 
     def host_batches(self, start: int, *, with_ids: bool = False) -> Iterator[Batch]:
@@ -121,6 +137,7 @@ class Session:
         self._newest = step, state
         self.profile.dispatched(step, metrics)
         self.recorder.add(step, metrics)
+        self._call_hooks("on_step", step, metrics)
 
     def due(self, step: int) -> Due:
         """The work that is due after a step. A signal makes the step the last.
@@ -137,6 +154,8 @@ class Session:
                 is_lost = distributed.count() == 1 and self.workdir.is_replaced()
                 if not is_lost:
                     raise
+        if self.hooks.reason:
+            return due._replace(evaluate=True, save=True)
         return due._replace(save=True) if is_lost or self._signum is not None or self._is_time(due) else due
 
     def _is_time(self, due: Due) -> bool:
@@ -167,6 +186,7 @@ class Session:
                 raise DivergedError(f"the state after step {step} holds NaN or Inf", step)
             self._saved_step, self._saved_at = step, time.monotonic()
             self.trace.saving(step)
+        self._call_hooks("on_save", step)
 
     def _metadata(self, step: int) -> Metadata:
         run, table = self.program.run, self.program.param_table
@@ -190,6 +210,7 @@ class Session:
             self.log.write(step, metrics, {})
         if settings.best_metric in metrics:
             self.store.scores[step] = metrics[settings.best_metric]
+        self._call_hooks("on_evaluate", step, metrics)
 
     def _after_batch(self) -> None:
         self.watch.beat()
@@ -207,12 +228,15 @@ class Session:
         self.store.wait()
         if distributed.is_primary():
             self.store.remove_old()  # the last evaluation may have found a better one
+        if self.hooks.reason:
+            self.progress.message(f"stopped at step {step}: {self.hooks.reason}")
+        self._call_hooks("on_end", step)
         if self._signum is not None:
             raise Interrupted(step, self._signum)
 
     def rescue(self) -> str:
         """Saves the newest state for a main thread that cannot; returns what is saved."""
-        step, state = self._newest or (self._saved_step, None)
+        step, state = self._newest
         if state is not None and self._saved_step != step:
             self.save(state)
         self.store.wait()

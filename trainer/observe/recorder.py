@@ -37,6 +37,7 @@ class Recorder:
         """Begins after step `start`; a step has a row if `is_logged(step)`."""
         one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
         self._run, self._is_logged, self._log, self._progress = run, is_logged, log, progress
+        self.on_row: Callable[[int, dict[str, float]], None] = lambda step, values: None  # called after each row
         self._limit = _IN_FLIGHT_ON_ONE_CPU if one_cpu else _IN_FLIGHT
         # All processes must see a divergence at the same step, so several do not poll which steps are computed.
         self._polls = distributed.count() == 1
@@ -59,6 +60,7 @@ class Recorder:
             step, metrics = self._in_flight.popleft()
             if values := self._read(step, metrics):
                 self._log.write(step, values, {"examples_per_second": self._run.batch_size / self._seconds_per_step})
+                self.on_row(step, values)
         return self._newest
 
     @contextmanager

@@ -1,0 +1,52 @@
+"""One of several processes that train with early stopping, and prints the last step and a hash of the parameters.
+
+Arguments: workdir, the step at which a hook breaks the run (0 for none), then the flags of several processes.
+"""
+
+import argparse
+import hashlib
+import sys
+
+import jax
+import numpy as np
+
+from tests.tasks import make_run
+from trainer import config, distributed, train
+from trainer.commands.arguments import add_group_options
+from trainer.distributed import startup
+from trainer.hooks import EarlyStopping
+
+
+class Breaks:
+    """Raises an exception after a step, in every process."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, event) -> None:
+        if event.step == self.step:
+            raise RuntimeError("of the hook")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("breaks", type=int)
+    add_group_options(parser)
+    options = parser.parse_args()
+    startup.initialize(options.coordinator, options.process, options.processes)
+    run = make_run(
+        200,
+        evaluation=config.Evaluation(batch_size=8, every_steps=2),
+        checkpoint=config.Checkpoint(every_steps=2),
+        logging=config.Logging(every_steps=1),
+    )
+    hooks = [EarlyStopping("test/loss", patience=3, min_delta=0.05), Breaks(options.breaks)]
+    with distributed.fail_fast():
+        state = train(run, options.workdir, verbose=False, hooks=hooks)
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
+    print(f"step {int(state.step)} of {run.total_steps}: {digest.hexdigest()}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Hooks: when each is called and with what, how one stops a run, how one fails, and that none changes a number."""
+
+import re
+from io import StringIO
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tasks import make_run
+from trainer import config, train
+from trainer.errors import UserError
+from trainer.hooks import MOMENTS, EarlyStopping, Hook, Plot
+from trainer.observe.log import read_rows
+from trainer.observe.progress import Progress
+
+
+def run_of(total_steps: int = 12, **settings):
+    return make_run(
+        total_steps,
+        parallel=config.Parallel(devices=1),
+        evaluation=config.Evaluation(batch_size=8, every_steps=2),
+        checkpoint=config.Checkpoint(every_steps=5),
+        logging=config.Logging(every_steps=3),
+        **settings,
+    )
+
+
+def bits(state) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The final state and the rows of a run without hooks."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    state = train(run_of(), folder, verbose=False)
+    return bits(state), list(read_rows(folder / "metrics.jsonl"))
+
+
+class Recorded:
+    """Notes every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, dict[str, float]]] = []
+        self.states: dict[int, int] = {}
+
+    def __getattr__(self, name):
+        if name not in MOMENTS:
+            raise AttributeError(name)
+
+        def note(event):
+            self.calls.append((name, event.step, dict(event.metrics)))
+            if name == "on_step":
+                self.states[event.step] = int(event.state.step)
+
+        return note
+
+    def __dir__(self):
+        return MOMENTS
+
+
+def test_each_moment_is_called_with_its_step_and_its_metrics_and_no_number_changes(tmp_path, plain):
+    hook = Recorded()
+    state = train(run_of(), tmp_path / "run", verbose=False, hooks=[hook])
+    assert (bits(state), list(read_rows(tmp_path / "run" / "metrics.jsonl"))) == plain
+    steps = {name: [step for moment, step, _ in hook.calls if moment == name] for name in MOMENTS}
+    assert steps == {
+        "on_start": [0],
+        "on_step": list(range(1, 13)),
+        "on_log": [3, 6, 9, 12],
+        "on_evaluate": [2, 4, 6, 8, 10, 12],
+        "on_save": [5, 10, 12],
+        "on_end": [12],
+    }
+    assert (hook.calls[0][0], hook.calls[-1][0]) == ("on_start", "on_end")
+    assert hook.states == {step: step for step in range(1, 13)}
+    for name, kind in (("on_log", "train/"), ("on_evaluate", "test/"), ("on_step", "train/")):
+        found = {step: metrics for moment, step, metrics in hook.calls if moment == name}
+        written = {row["step"]: {key: row[key] for key in row if key.startswith(kind)} for row in plain[1]}
+        written = {step: metrics for step, metrics in written.items() if metrics}
+        assert written
+        assert {step: metrics for step, metrics in found.items() if step in written} == written
+
+
+@pytest.mark.parametrize("moment", ["on_step", "on_log", "on_evaluate", "on_save"])
+def test_a_hook_stops_the_run_evaluated_and_saved_and_another_launch_goes_on_bit_for_bit(tmp_path, plain, moment):
+    hook = type("Stop", (), {moment: lambda self, event: event.stop("enough") if event.step >= 5 else None})()
+    stream = StringIO()
+    state = train(run_of(), tmp_path / "run", progress=Progress(12, stream), hooks=[hook])
+    last = int(state.step)
+    # A row is written when later steps are in flight.
+    assert last == {"on_step": 5, "on_evaluate": 6, "on_save": 5}.get(moment, last) <= 10
+    assert f"stopped at step {last}: enough" in stream.getvalue()
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert moment == "on_save" or any("test/loss" in row for row in rows if row["step"] == last)
+    assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
+    assert bits(train(run_of(), tmp_path / "run", verbose=False)) == plain[0]
+
+
+class Fails(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_path, plain, moment):
+    def fail(self, event):
+        if event.step >= 4 or moment == "on_start":
+            raise Fails("of the user")
+
+    hook, folder = type("Failing", (), {moment: fail})(), tmp_path / "run"
+    with pytest.raises(Fails, match="of the user") as raised:
+        train(run_of(), folder, verbose=False, hooks=[hook])
+    (note,) = raised.value.__notes__
+    if moment == "on_start":
+        assert note == "a hook ended the run; no step was complete"
+    else:
+        step = int(re.fullmatch(r"a hook ended the run; step (\d+) is saved", note)[1])
+        assert step == {"on_step": 4, "on_evaluate": 4, "on_save": 5, "on_end": 12}.get(moment, step) >= 4
+        assert (folder / "checkpoints" / str(step)).is_dir()
+    assert bits(train(run_of(), folder, verbose=False)) == plain[0]
+    assert sorted(read_rows(folder / "metrics.jsonl"), key=str) == sorted(plain[1], key=str)
+
+
+class BreaksAt:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, event):
+        if event.step == self.step:
+            raise Fails
+
+
+@pytest.mark.parametrize("broken", [[3], [6], [5, 7, 8]], ids=str)
+def test_early_stopping_stops_a_resumed_run_where_it_stops_an_undisturbed_one(tmp_path, broken):
+    def stopping():
+        return EarlyStopping("test/loss", patience=3, min_delta=0.05)
+
+    run = run_of(200)
+    whole = train(run, tmp_path / "whole", verbose=False, hooks=[stopping()])
+    assert 8 <= int(whole.step) < 200
+    losses = [row["test/loss"] for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if "test/loss" in row]
+    assert int(whole.step) == 2 * expected_stop(losses, 3, 0.05)
+    for step in broken:
+        with pytest.raises(Fails):
+            train(run, tmp_path / "run", verbose=False, hooks=[stopping(), BreaksAt(step)])
+    resumed = train(run, tmp_path / "run", verbose=False, hooks=[stopping()])
+    assert bits(resumed) == bits(whole)
+    once_more = Recorded()
+    assert bits(train(run, tmp_path / "run", verbose=False, hooks=[stopping(), once_more])) == bits(whole)
+    assert [name for name, _, _ in once_more.calls] == ["on_start", "on_end"]
+
+
+def expected_stop(losses: list[float], patience: int, min_delta: float) -> int:
+    """The number of the evaluation, counted from 1, at which training stops: a loop of its own."""
+    for count in range(1, len(losses) + 1):
+        best, at = np.inf, 0
+        for number, loss in enumerate(losses[:count], 1):
+            if loss < best - min_delta:
+                best, at = loss, number
+        if count - at >= patience:
+            return count
+    return len(losses)
+
+
+def test_early_stopping_of_a_metric_that_should_grow(tmp_path):
+    hook = EarlyStopping("test/accuracy", patience=2, mode="max", min_delta=0.5)
+    stream = StringIO()
+    state = train(run_of(100), tmp_path / "run", progress=Progress(100, stream), hooks=[hook])
+    assert int(state.step) == 6  # the first evaluation is the best one, as no other is better by a half
+    assert re.search(
+        r"stopped at step 6: test/accuracy did not improve on 0\.\d+ in 2 evaluations, up to step 6", stream.getvalue()
+    )
+
+
+def test_a_metric_that_is_not_evaluated_is_named_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"metric 'test/los' is not evaluated; did you mean 'test/loss'\?"):
+        train(run_of(), tmp_path / "run", verbose=False, hooks=[EarlyStopping("test/los", patience=1)])
+
+
+class Misspelt:
+    def on_evalute(self, event):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("hook", "text"),
+    [
+        (Hook, "hook Hook is a class; an instance is expected"),
+        (Misspelt(), r"has a method on_evalute, which nothing calls; did you mean 'on_evaluate'\?"),
+        (print, "has none of the methods on_start, on_step"),
+    ],
+    ids=["class", "misspelt", "no method"],
+)
+def test_an_object_that_nothing_would_call_is_no_hook(tmp_path, hook, text):
+    with pytest.raises(UserError, match=text):
+        train(run_of(), tmp_path / "run", verbose=False, hooks=[hook])
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"patience": 0}, "patience is 0; it must be at least 1"),
+        ({"patience": 1, "min_delta": -1.0}, "min_delta is -1.0; it must be at least 0"),
+        ({"patience": 1, "mode": "mix"}, r"mode is 'mix'; did you mean 'min'\?"),
+    ],
+    ids=str,
+)
+def test_early_stopping_names_a_wrong_argument(arguments, text):
+    with pytest.raises(UserError, match=text):
+        EarlyStopping("test/loss", **arguments)
+
+
+def test_a_plot_has_the_values_of_all_launches(tmp_path, monkeypatch):
+    shown: list[Plot] = []
+    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: shown.append(figure) or Shown(shown))
+    for _ in range(2):
+        plot = Plot("train/loss", "test/loss")
+        with pytest.raises(Fails):
+            train(run_of(), tmp_path / "run", verbose=False, hooks=[plot, BreaksAt(5), BreaksAt(9)])
+    plot = Plot("train/loss", "test/loss")
+    train(run_of(), tmp_path / "run", verbose=False, hooks=[plot])
+    (axes,) = plot.figure().axes
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    for line, name in zip(axes.lines, plot.metrics, strict=True):
+        expected = [(row["step"], row[name]) for row in rows if name in row]
+        np.testing.assert_array_equal(np.stack(line.get_data(), 1), expected)
+        assert line.get_label() == name
+    assert len(shown) > 3
+
+
+class Shown:
+    """What IPython gives for a display, whose drawing can be replaced."""
+
+    def __init__(self, figures: list) -> None:
+        self.figures = figures
+
+    def update(self, figure) -> None:
+        self.figures.append(figure)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_early_at_one_step_also_after_a_resume(tmp_path):
+    from tests.multiprocess.conftest import Group, free_port
+
+    lines: list[set[str]] = []
+    for workdir, breaks in (("whole", "0"), ("resumed", "5"), ("resumed", "0")):
+        port = free_port()
+        flags = (str(tmp_path / workdir), breaks, f"--coordinator=127.0.0.1:{port}", "--processes=2")
+        groups = [Group("-m", "tests.hooked", *flags, f"--process={i}") for i in range(2)]
+        codes = [group.end() for group in groups]
+        assert codes == ([0, 0] if breaks == "0" else [1, 1]), groups[0].stderr
+        lines.append({line for group in groups for line in group.stdout.splitlines() if line.startswith("step")})
+    assert lines[0] == lines[2]
+    (line,) = lines[0]
+    assert re.fullmatch(r"step \d+ of 200: [0-9a-f]{64}", line)
+    step = int(line.split()[1])
+    assert 8 <= step < 200
+    assert Path(tmp_path, "resumed", "checkpoints", str(step)).is_dir()

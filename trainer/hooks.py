@@ -1,0 +1,208 @@
+"""Hooks: objects whose methods `train` calls while it runs, for early stopping, plots and work of the user's own.
+
+    train(run, "runs/digits", hooks=[EarlyStopping("test/loss", patience=3)])
+
+A hook has any of the methods of `Hook`, and gets an `Event`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from trainer import distributed
+from trainer.errors import UserError, did_you_mean
+from trainer.metrics import numbers
+from trainer.observe.log import MetricsLog, NoLog
+from trainer.state import TrainState
+
+MOMENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_end")
+
+
+class Event(NamedTuple):
+    """What a hook gets. Every process calls its hooks at the same steps, with the same numbers."""
+
+    step: int  # updates made; for `on_log` those before a row, which is written after later steps were dispatched
+    sums: Mapping[str, Any]  # the metrics of a step, which may still be computed, or numbers by name
+    newest: Callable[[], TrainState]
+    log: MetricsLog | NoLog
+    hooks: "Hooks"
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers by name, such as "train/loss" or "test/accuracy". In `on_step`, reading them waits for the step."""
+        values = self.sums
+        return values if all(isinstance(x, float | int) for x in values.values()) else numbers(values, "train")
+
+    @property
+    def state(self) -> TrainState:
+        """The newest state, whose `step` may be later than that of a row. The next step overwrites its arrays."""
+        return self.newest()
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of each finite value of a metric in `metrics.jsonl`. All processes call it together."""
+        rows = self.log.rows() if isinstance(self.log, MetricsLog) else []
+        own = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        return [(step, value) for step, value in json.loads(distributed.gather("history", json.dumps(own))[0])]
+
+    def stop(self, reason: str) -> None:
+        """Makes the newest step the last one: it is evaluated and saved. Every process must call it at the same step.
+
+        The run then counts as ended by `reason`, a text that is shown. Another launch goes on, if no hook stops it.
+        """
+        self.hooks.reason = self.hooks.reason or reason
+
+
+class Hook:
+    """The moments at which a hook is called; a hook needs neither this class nor all of its methods.
+
+    An exception ends the run in good order: the newest state is saved, and the exception is raised. With several
+    processes the last checkpoint stays as it is.
+    """
+
+    def on_start(self, event: Event) -> None:
+        """Before the first step of this launch; `event.step` is 0 for a new run, and `metrics` is empty."""
+
+    def on_step(self, event: Event) -> None:
+        """After each step was dispatched; it costs nothing unless the hook reads metrics or state."""
+
+    def on_log(self, event: Event) -> None:
+        """After each row of training metrics was written."""
+
+    def on_evaluate(self, event: Event) -> None:
+        """After each evaluation."""
+
+    def on_save(self, event: Event) -> None:
+        """After each checkpoint was begun; it may not be on disk yet. `metrics` is empty."""
+
+    def on_end(self, event: Event) -> None:
+        """After the last state was saved, also if a signal or a hook stopped the run. `metrics` is empty."""
+
+
+class Hooks:
+    """The hooks of a run, by moment. Without hooks a call does nothing."""
+
+    def __init__(self, hooks: Iterable[object] = ()) -> None:
+        """Raises `UserError` for an object that no moment would call."""
+        hooks = list(hooks)
+        self._calls = {name: [call for hook in hooks if (call := getattr(hook, name, None))] for name in MOMENTS}
+        self.reason = ""  # why a hook stopped the run
+        self.failed = False  # whether a hook raised an exception; then none is called any more
+        for hook in hooks:
+            kind = hook.__name__ if isinstance(hook, type) else type(hook).__name__
+            if isinstance(hook, type):
+                raise UserError(f"hook {kind} is a class; an instance is expected, as a call makes")
+            own = [name for name in dir(hook) if name.startswith("on_")]
+            if wrong := next((name for name in own if name not in MOMENTS), None):
+                raise UserError(f"hook {kind} has a method {wrong}, which nothing calls{did_you_mean(wrong, MOMENTS)}")
+            if not own:
+                raise UserError(f"hook {kind} has none of the methods {', '.join(MOMENTS)}")
+
+    def call(
+        self,
+        name: str,
+        step: int,
+        sums: Mapping[str, Any],
+        newest: Callable[[], TrainState],
+        log: MetricsLog | NoLog,
+    ) -> None:
+        """Calls each hook that has the method `name`; arguments are those of `Event`."""
+        for call in () if self.failed else self._calls[name]:
+            try:
+                call(Event(step, sums, newest, log, self))
+            except BaseException:
+                self.failed = True
+                raise
+
+
+class EarlyStopping(Hook):
+    """Stops a run whose metric did not improve in the last `patience` evaluations.
+
+    It decides from all values so far, those of earlier launches included, so a resumed run stops at the same step.
+    """
+
+    def __init__(self, metric: str, *, patience: int, mode: str = "min", min_delta: float = 0.0) -> None:
+        """Improvement means more than `min_delta` below the best value before; with `mode="max"` above it.
+
+        NaN is no improvement. Raises `UserError` for a patience below 1, a negative `min_delta` or another mode.
+        """
+        if patience < 1:
+            raise UserError(f"patience is {patience}; it must be at least 1")
+        if not min_delta >= 0:
+            raise UserError(f"min_delta is {min_delta}; it must be at least 0")
+        if mode not in ("min", "max"):
+            raise UserError(f"mode is {mode!r}{did_you_mean(mode, ('min', 'max'))}")
+        self.metric, self.patience, self._min_delta = metric, patience, min_delta
+        self._sign = 1 if mode == "min" else -1
+        self._best, self._since = math.inf, 0
+
+    def on_start(self, event: Event) -> None:
+        """Takes up the evaluations of earlier launches."""
+        self._best, self._since = math.inf, 0
+        for step, value in event.history(self.metric):
+            self._add(event, step, value)
+
+    def on_evaluate(self, event: Event) -> None:
+        """Stops the run if it is time; raises `UserError` if the metric is not evaluated."""
+        if self.metric not in event.metrics:
+            raise UserError(f"metric {self.metric!r} is not evaluated{did_you_mean(self.metric, event.metrics)}")
+        self._add(event, event.step, event.metrics[self.metric])
+
+    def _add(self, event: Event, step: int, value: float) -> None:
+        if self._sign * value < self._best - self._min_delta:
+            self._best, self._since = self._sign * value, 0
+        else:
+            self._since += 1
+        if self._since >= self.patience:
+            best = self._sign * self._best
+            event.stop(f"{self.metric} did not improve on {best:.6g} in {self.patience} evaluations, up to step {step}")
+
+
+class Plot(Hook):
+    """Draws the curves of metrics below the cell of a notebook, and updates the drawing in place. Needs matplotlib."""
+
+    def __init__(self, *metrics: str, log_scale: bool = False) -> None:
+        """Curves of the metrics named, such as "train/loss" and "test/loss"; `log_scale` is that of the y axis."""
+        self.metrics, self._log_scale = metrics or ("train/loss",), log_scale
+        self._values: dict[str, list[tuple[int, float]]] = {}
+        self._display: Any = None
+
+    def on_start(self, event: Event) -> None:
+        """Begins a drawing with the values of earlier launches."""
+        self._values = {name: event.history(name) for name in self.metrics}
+        self._display = None
+
+    def on_log(self, event: Event) -> None:
+        """Adds the values of a row."""
+        self._add(event.step, event.metrics)
+
+    def on_evaluate(self, event: Event) -> None:
+        """Adds the values of an evaluation."""
+        self._add(event.step, event.metrics)
+
+    def _add(self, step: int, metrics: Mapping[str, float]) -> None:
+        added = [self._values[name].append((step, metrics[name])) for name in self.metrics if name in metrics]
+        if added and distributed.is_primary():
+            figure = self.figure()
+            if self._display is None:
+                from IPython.display import display
+
+                self._display = display(figure, display_id=True)
+            else:
+                self._display.update(figure)
+
+    def figure(self) -> Any:
+        """The curves so far, as a `matplotlib.figure.Figure`."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        for name, values in self._values.items():
+            steps, numbers = zip(*values, strict=True) if values else ((), ())
+            axes.plot(steps, numbers, label=name, marker="." if len(values) < 20 else None)
+        axes.set_xlabel("step")
+        if self._log_scale:
+            axes.set_yscale("log")
+        axes.legend()
+        return figure
+
