@@ -29,7 +29,7 @@ LAYERS = [
     {"guard", "hooks", "optim"},
     {"observe"},
     {"data", "sharding", "workdir"},
-    {"config", "protocol", "state"},
+    {"config", "optional", "protocol", "state"},
     {"distributed", "experiment", "rules"},
     {"compilation", "files", "lock"},
     {"errors", "metrics"},

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +193,7 @@ def test_a_spike_is_shown_with_its_limit():
 class HostNoise(Task):
     """Adds noise that no seed decides to the loss."""
 
-    def loss(self, variables, batch, *, key, train):
+    def loss(self, variables, batch, *, key, train) -> Any:
         metrics, collections = super().loss(variables, batch, key=key, train=train)
         shape = jax.ShapeDtypeStruct((), jnp.float32)
         noise = jax.pure_callback(lambda: np.float32(next(NOISE)), shape)

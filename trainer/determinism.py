@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer import config
 from trainer.data.stream import train_batches
+from trainer.optional import augmentation
 from trainer.program import compile_program
 from trainer.rules import path_of
 
@@ -46,6 +47,7 @@ def _one_pass(run: config.Run, steps: int) -> tuple[list[dict[str, np.ndarray]],
         local_examples=strategy.local_examples(run.batch_size),
         threads=run.loading.threads,
         workers=run.loading.workers,
+        augment=augmentation(run.experiment),
     )
     for batch in batches:
         state, found = program.train_step(state, strategy.shard_batch(batch))

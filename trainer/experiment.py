@@ -1,9 +1,8 @@
 """The protocol of a task, `Experiment`, with its batches and the axis over which its model may average."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Key
@@ -83,41 +82,4 @@ class Experiment(Protocol):
 
     def source(self, split: str) -> RandomAccessSource:
         """The examples of a split; raises `trainer.errors.NotPreparedError` if they are not on disk."""
-        ...
-
-
-@runtime_checkable
-class Prepares(Protocol):
-    """An experiment whose data must be written to disk once, by `python -m trainer prepare`."""
-
-    def prepare(self) -> None:
-        """Writes the data that `source` reads. A second call is quick and changes nothing."""
-        ...
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """An experiment whose model makes predictions, for the command `predict` and for `Trained.predict`."""
-
-    def predict(self, variables: Variables, batch: Batch) -> Mapping[str, Array]:
-        """Predictions by name, such as "label" or "probabilities", one for each example: arrays [B, …].
-
-        It runs under `jax.jit`. `batch` has the entries of the data, and perhaps no mask.
-        """
-        ...
-
-
-@runtime_checkable
-class Reports(Protocol):
-    """An experiment that writes files about a finished run, such as pictures."""
-
-    def report(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Sequence[Path]:
-        """Writes files, over those of an earlier call, and returns their paths.
-
-        The command `train` calls this when the run is finished; the function `train` does not.
-
-        Args:
-          folder: the workdir.
-          rows: the rows of `metrics.jsonl`: each has "step" and metrics by names such as "train/loss".
-        """
         ...

@@ -205,4 +205,3 @@ class Plot(Hook):
             axes.set_yscale("log")
         axes.legend()
         return figure
-

@@ -20,6 +20,7 @@ from trainer.guard import new_guard
 from trainer.metrics import numbers
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optim.fused import ParamGroup
+from trainer.optional import augmentation
 from trainer.params import ParamTable, label_tree, param_table
 from trainer.rules import path_of
 from trainer.sharding import Strategy, build_strategy, check_divides
@@ -87,10 +88,8 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
     """
     experiment = run.experiment
     train_source, eval_source = (open_source(experiment, split) for split in (run.loading.split, run.evaluation.split))
-    train_spec, eval_spec = (
-        batch_spec(source, size)
-        for source, size in ((train_source, run.batch_size), (eval_source, run.evaluation.batch_size or run.batch_size))
-    )
+    train_spec = batch_spec(train_source, run.batch_size, augmentation(experiment))
+    eval_spec = batch_spec(eval_source, run.evaluation.batch_size or run.batch_size)
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
     # Jitted, so that JAX traces it once: for the shapes here, for those of the state, and for the state itself.

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer import config
-from trainer.data import take
+from trainer.data import augmented, take
 from trainer.divergence import keys_of, read, read_state
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment
 from trainer.files import Folder
 from trainer.observe import table
+from trainer.optional import augmentation
 from trainer.program import compile_program
 from trainer.rules import path_of
 from trainer.step import per_example_keys
@@ -64,6 +65,9 @@ def replay(folder: Folder, run: config.Run | None = None) -> Replayed:
             )
         state = read_state(folder, diverged, program.state)
         batch = take(program.train_source, np.asarray(diverged.ids))
+        if (augment := augmentation(run.experiment)) is not None:
+            first = (diverged.step - 1) * run.batch_size
+            batch = augmented(batch, augment, run.seed, range(first, first + run.batch_size))
         inputs = _bad_inputs(batch, diverged.ids)
         batch |= {"mask": np.ones(len(diverged.ids), np.float32)}
         experiment, notes = _in_float32(run.experiment)

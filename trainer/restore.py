@@ -15,9 +15,10 @@ from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, scores
 from trainer.checkpoint.reading import restore_leaves
 from trainer.errors import UserError
-from trainer.experiment import Batch, Experiment, Predicts, Variables
+from trainer.experiment import Batch, Experiment, Variables
 from trainer.files import DamagedError
 from trainer.observe.log import read_rows
+from trainer.optional import Predicts
 from trainer.resume import kept_run
 from trainer.workdir import Workdir
 

@@ -21,6 +21,7 @@ from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder, evaluation_text
 from trainer.observe.trace import NoTrace, Trace
+from trainer.optional import augmentation
 from trainer.program import Due, Program
 from trainer.resume import Resumed
 from trainer.state import TrainState
@@ -125,6 +126,7 @@ class Session:
             workers=run.loading.workers,
             seconds=run.watch.data_seconds,
             with_ids=with_ids,
+            augment=augmentation(run.experiment),
         )
 
     def _enter(self, phase: str, step: int) -> None:

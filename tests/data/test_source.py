@@ -140,7 +140,7 @@ class RandomSource(CountingSource):
 @pytest.mark.parametrize("kind", ["noise", "flip", "nan", "size"])
 def test_load_refuses_a_source_whose_randomness_it_would_freeze_and_says_what_to_use(kind):
     with pytest.raises(
-        UserError, match=r"entry 'x' of the data differs each .* loading\.in_memory_bytes=0 "
+        UserError, match=r"entry 'x' of the data differs each .* loading\.in_memory_bytes=0$"
     ) as refusal:
         load(RandomSource(kind), BYTES)
     assert "\n" not in str(refusal.value)

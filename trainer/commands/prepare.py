@@ -13,7 +13,7 @@ def add_options(_: argparse.ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """Calls the experiment's `prepare`."""
-    from trainer.experiment import Prepares
+    from trainer.optional import Prepares
 
     experiment = arguments.run.experiment
     if not isinstance(experiment, Prepares):

@@ -42,10 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Arguments) -> int:
     """Trains and lets the experiment report; the exit code is 1 if the loss is no longer finite."""
     from trainer.distributed import collective_errors, is_primary
-    from trainer.experiment import Reports
     from trainer.loop import train
     from trainer.observe.log import read_rows
     from trainer.observe.trace import NoTrace, Trace
+    from trainer.optional import Reports
     from trainer.workdir import Mirror
 
     options, experiment = arguments.options, arguments.run.experiment

@@ -9,9 +9,10 @@ from typing import TypeVar
 import grain
 import numpy as np
 
-from trainer.data import ArraySource, take
+from trainer.data import ArraySource, augmented, take
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
+from trainer.optional import Augment
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -56,6 +57,7 @@ class Batches:
     steps: int  # how many batches there are
     local_examples: np.ndarray | None = None  # places in each batch that this process reads, in that order; None: all
     with_ids: bool = False  # whether each batch has an array `IDS`, int64, the index in the source of each example
+    augment: Augment | None = None  # changes each example of an order that has a seed
 
     def __post_init__(self) -> None:
         self.order = None if self.seed is None else Order(len(self.source), self.seed)
@@ -70,13 +72,16 @@ class Batches:
     def read(self, first: int, stop: int) -> Iterator[Batch]:
         """Batches first … stop − 1, all of which are read before the first is given."""
         start, end = first * self.batch_size, stop * self.batch_size
+        positions = np.arange(start, end)
         if self.order is None:
-            positions = np.arange(start, end)
             indices, mask = np.minimum(positions, len(self.source) - 1), positions < len(self.source)
         else:
             indices, mask = self.order(start, end), np.ones(end - start)
-        indices, mask = (x.reshape(-1, self.batch_size)[:, self.places] for x in (indices, mask))
-        batches = take(self.source, indices.reshape(-1)) | {"mask": mask.astype(np.float32).reshape(-1)}
+        indices, mask, positions = (x.reshape(-1, self.batch_size)[:, self.places] for x in (indices, mask, positions))
+        batches = take(self.source, indices.reshape(-1))
+        if self.augment is not None and self.seed is not None:
+            batches = augmented(batches, self.augment, self.seed, positions.reshape(-1))
+        batches["mask"] = mask.astype(np.float32).reshape(-1)
         if self.with_ids:
             batches[IDS] = indices.reshape(-1)
         arrays = {name: array.reshape(*indices.shape, *array.shape[1:]) for name, array in batches.items()}
@@ -96,15 +101,22 @@ def train_batches(
     workers: int = 0,
     seconds: float = 300.0,
     with_ids: bool = False,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """Training batches start … stop − 1, in host memory.
 
-    Arrays in memory are indexed here. Grain reads any other source ahead: with `workers` 0 in `threads` threads of this
-    process, else in `workers` processes with `threads` threads each, which end the run if no batch comes in `seconds`.
-    `with_ids` adds the array `IDS` to each batch.
+    Arrays in memory that are not augmented are indexed here. Grain reads everything else ahead: with `workers` 0 in
+    `threads` threads of this process, else in `workers` processes with `threads` threads each, which end the run if no
+    batch comes in `seconds`. `with_ids` adds the array `IDS` to each batch.
     """
     batches = Batches(
-        source, seed=seed, batch_size=batch_size, steps=stop, local_examples=local_examples, with_ids=with_ids
+        source,
+        seed=seed,
+        batch_size=batch_size,
+        steps=stop,
+        local_examples=local_examples,
+        with_ids=with_ids,
+        augment=augment,
     )
     return _read(batches, start, threads, workers, seconds)
 
@@ -127,7 +139,7 @@ def split_ids(batch: Batch) -> tuple[np.ndarray | None, Batch]:
 
 def _read(batches: Batches, start: int, threads: int, workers: int, seconds: float = 300.0) -> Iterator[Batch]:
     """The batches from `start` on, read ahead unless they lie in memory."""
-    if isinstance(batches.source, ArraySource):
+    if isinstance(batches.source, ArraySource) and batches.augment is None:
         # Several batches at once: on CPUs every microsecond of Python is taken from the step.
         batch_bytes = len(batches.places) * sum(x[:1].nbytes for x in batches.source.arrays.values())
         many = min(max(_READ_BYTES // batch_bytes, 1), 64)
