@@ -93,9 +93,11 @@ class Optimizer:
     """Whether rectification, while the variance is intractable, makes SGD steps (True) or no steps (False)."""
     amsgrad: bool = setting(False)
     """Whether AdaBelief divides by the largest second moment so far."""
-    decay: str = setting("decoupled", choices=("decoupled", "fixed", "coupled"))
+    decay: str = setting("decoupled", choices=("decoupled", "fixed", "coupled", "corrected"))
     """`decoupled` subtracts learning rate · weight_decay · parameter at each update; `fixed` leaves out the learning
-    rate; `coupled` adds weight_decay · parameter to the gradient."""
+    rate; `coupled` adds weight_decay · parameter to the gradient; `corrected` multiplies `decoupled` by learning rate /
+    peak, as AdamC does."""
+    cautious: bool = setting(False)  # whether elements of an update that oppose the descent are dropped
     clip_norm: float | None = setting(None, above=0)
     """Largest global norm; a larger gradient is scaled down to it before groups clip theirs. None for no limit."""
     mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
@@ -103,6 +105,8 @@ class Optimizer:
     bfloat16 is stochastic, so that the mean over many updates is exact."""
     nu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
     """Dtype in which second moments are stored, likewise."""
+    param_rounding: str = setting("nearest", choices=("nearest", "stochastic"))
+    """Rounding of parameters in bfloat16 after an update; `stochastic` keeps small updates, on average."""
     ema_decay: float | None = setting(None, minimum=0, below=1)
     """Decay per update of the EMA params, an exponential moving average that is evaluated in place of the
     parameters; None for no average. The first 1 / (1 − decay) updates count equally."""

@@ -44,7 +44,18 @@ def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, opta
     rate = schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count)
     # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
     weight_decay = schedules.get(f"{path}.decay_schedule", group.weight_decay) or None
-    return fused.ParamGroup(rule, rate, weight_decay, o.decay, group.clip_norm, group.every_steps, *dtypes)
+    return fused.ParamGroup(
+        rule,
+        rate,
+        weight_decay,
+        o.decay,
+        group.clip_norm,
+        group.every_steps,
+        *dtypes,
+        peak_rate=group.lr_multiplier * (group.schedule or o.schedule).peak,
+        cautious=o.cautious,
+        rounds_randomly=o.param_rounding == "stochastic",
+    )
 
 
 def build_optimizer(
@@ -97,8 +108,7 @@ def build_statistics(groups: fused.Groups, labels: Any, clip_norm: float | None)
 def _displacement(group: fused.ParamGroup, scalars: fused.UpdateScalars, g: Array, moments: tuple, p: Array) -> Array:
     """The new parameter p' minus the old one p: p' − p = −(u + λp') / (1 − λ), since p' = (1 − λ)p − u."""
     scalars, g, mu, nu, nu_max, p = fused.prepare_leaf(group, scalars, g, moments, p)
-    nu = nu if nu_max is None else nu_max
-    moved = -group.rule.update(g, mu, nu, scalars.bias_corrections, scalars.learning_rate)
+    moved = fused.scaled_update(group, scalars, g, mu, nu if nu_max is None else nu_max)
     if scalars.weight_decay is None:
         return moved
     return (moved - scalars.weight_decay * p) / (1 - scalars.weight_decay)

@@ -48,9 +48,10 @@ def check_decay(
 ) -> list[DecayResult]:
     """For every label, makes a step with zero gradients and fresh moments, and compares parameters before and after.
 
-    The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype, and must keep
-    every bit of parameters without decay and of frozen ones. It is the step in which the label decays most: under a
-    warm-up, the first step has no decay. A parameter that is 0 is replaced by 1, since no decay would change it.
+    The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype; "corrected" decay
+    is that times learning rate / peak. It must keep every bit of parameters without decay and of frozen ones. It is the
+    step in which the label decays most: under a warm-up, the first step has no decay. A parameter that is 0 is replaced
+    by 1, since no decay would change it.
 
     Args:
       params: the parameters at the start of the run.
@@ -78,7 +79,8 @@ def check_decay(
             results.append(DecayResult(label, count + 1, None, len(own), ()))
             continue
         wrong = tuple(path for path, old, new in own if not _shrunk(old, new, shrink))
-        lost = shrink > 0 and all(old.tobytes() == new.tobytes() for _, old, new in own)
+        may_stay = group is not None and group.rounds_randomly
+        lost = shrink > 0 and not may_stay and all(old.tobytes() == new.tobytes() for _, old, new in own)
         results.append(DecayResult(label, count + 1, 1 - shrink, len(own), wrong, lost))
     return results
 
@@ -98,8 +100,9 @@ def _steepest(group: ParamGroup | None, total_steps: int) -> tuple[int, float]:
     updates = -(-total_steps // group.every)
     counts = np.unique(np.linspace(0, updates - 1, min(updates, 10_000)).astype(int)) * group.every
     decays = np.broadcast_to(jax.vmap(lambda count: jnp.asarray(decay(count), float))(counts), counts.shape)
-    if group.decay == "decoupled":
-        decays = decays * np.asarray(jax.vmap(group.learning_rate)(counts), np.float64)
+    if group.decay in ("decoupled", "corrected"):
+        rates = np.asarray(jax.vmap(group.learning_rate)(counts), np.float64)
+        decays = decays * rates * (rates / group.peak_rate if group.decay == "corrected" else 1)
     steepest = int(np.argmax(decays))
     return int(counts[steepest]), float(decays[steepest])
 

@@ -18,7 +18,8 @@ class ParamGroup:
     """How the parameters of one label are updated.
 
     `decay` "decoupled" adds weight_decay · p to the rule's update, and the sum is multiplied by the learning rate. With
-    "fixed", the decay is not multiplied by it. With "coupled", weight_decay · p is added to the gradient.
+    "fixed", the decay is not multiplied by it. With "coupled", weight_decay · p is added to the gradient. With
+    "corrected", the decay is multiplied by the squared learning rate over the `peak_rate` (Defazio, arXiv:2506.02285).
     """
 
     rule: Any  # the update rule, `trainer.optim.adabelief.Belief` or another class with its methods
@@ -29,6 +30,9 @@ class ParamGroup:
     every: int = 1  # the group is updated at counts 0, every, 2·every, …; the gradients between are not used
     mu_dtype: Any = None  # dtype of mu in the state; None for the parameter's, but at least float32
     nu_dtype: Any = None  # dtype of nu in the state, likewise
+    peak_rate: Any = None  # the largest learning rate; needed for "corrected"
+    cautious: bool = False  # whether `scaled_update` drops elements that disagree with the gradient in sign
+    rounds_randomly: bool = False  # whether bfloat16 parameters are rounded stochastically, see `_rounded`
 
 
 Groups = Mapping[str, ParamGroup | None]  # by label; None for a label whose leaves are frozen
@@ -58,9 +62,9 @@ def fused_groups(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that updates each leaf as the group of its label says.
 
-    The arithmetic is in float32 or wider; updates have the parameter's dtype (the gradient's, without parameters). A
-    leaf whose gradient is None is left alone. The update of a frozen leaf is −0: any number plus −0 is that number, bit
-    for bit.
+    The arithmetic is in float32 or wider; updates have the parameter's dtype (the gradient's, without parameters), and
+    float32 where bfloat16 parameters are rounded stochastically. A leaf whose gradient is None is left alone. The
+    update of a frozen leaf is −0: any number plus −0 is that number, bit for bit.
 
     Args:
       groups: by label; None for a label whose leaves are frozen.
@@ -101,7 +105,12 @@ def fused_groups(
                 results.append((jnp.full_like(g, -0.0, (g if p is None else p).dtype), *moments))
             else:
                 store_new = partial(_store_new, scalars[label].due, seed, state.count, number)
-                results.append(_update_leaf(group, scalars[label], g, moments, p, store_new))
+                u, *moments = _update_leaf(group, scalars[label], g, moments, p, store_new)
+                if group.rounds_randomly and p is not None and p.dtype == jnp.bfloat16:
+                    u = _rounded(u, p, rounding_bits(seed, state.count, 2 * len(leaves) + number))
+                else:
+                    u = u.astype((g if p is None else p).dtype)
+                results.append((u, *moments))
         updates, mu, nu, nu_max = (structure.unflatten([result[i] for result in results]) for i in range(4))
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ScaleByBeliefState(count, mu, nu, None if state.nu_max is None else nu_max)
@@ -112,8 +121,8 @@ def fused_groups(
 def _update_leaf(
     group: ParamGroup, scalars: UpdateScalars, g: Array, moments: tuple, p: Any, store_new: Callable[..., Array]
 ) -> tuple[Array, Any, Any, Any]:
-    """The update of one leaf, and its new mu, nu and nu_max as they are stored."""
-    rule, dtype, (stored_mu, stored_nu, stored_max) = group.rule, (g if p is None else p).dtype, moments
+    """The update of one leaf in the dtype of the computation, and its new mu, nu and nu_max as they are stored."""
+    rule, (stored_mu, stored_nu, stored_max) = group.rule, moments
     scalars, g, mu, nu, nu_max, p = prepare_leaf(group, scalars, g, moments, p)
     stored_mu = store_new(rule.update_mu(g, mu), stored_mu, second=False)
     # From here on the moments are as they are stored: the next update reads nothing else.
@@ -124,12 +133,34 @@ def _update_leaf(
     if nu_max is not None:
         stored_max = jnp.maximum(stored_max, stored_nu)
         nu = stored_max.astype(nu_max.dtype)
-    u = rule.update(g, mu, nu, scalars.bias_corrections, -scalars.learning_rate)
+    u = scaled_update(group, scalars, g, mu, nu)
     if scalars.weight_decay is not None:
         u = u - scalars.weight_decay * p
-    u = u.astype(dtype)
     u = u if scalars.due is None else jnp.where(scalars.due, u, jnp.full_like(u, -0.0))
     return u, stored_mu, stored_nu, stored_max
+
+
+def scaled_update(group: ParamGroup, scalars: UpdateScalars, g: Array, mu: Array, nu: Any) -> Array:
+    """The rule's update times minus the learning rate, from the new moments, without weight decay.
+
+    A cautious group drops the elements that would move against the descent, those with u · g ≥ 0, and multiplies the
+    others by the number of elements over the number of these, at most by 1,000 (Liang et al., arXiv:2411.16085).
+    """
+    u = group.rule.update(g, mu, nu, scalars.bias_corrections, -scalars.learning_rate)
+    if not group.cautious:
+        return u
+    agrees = (jnp.real(jnp.sign(u) * jnp.conj(jnp.sign(g))) < 0).astype(jnp.finfo(u.dtype).dtype)
+    return u * (agrees / jnp.maximum(jnp.mean(agrees), 1e-3))
+
+
+def _rounded(u: Array, p: Array, key: Array) -> Array:
+    """The float32 update that moves bfloat16 p to p + u, rounded up or down with the expectation p + u.
+
+    Rounding to nearest would lose every update below 2⁻⁹ of its parameter. The difference of two bfloat16 numbers is
+    exact in float32, or so nearly that adding it to p gives the rounded number.
+    """
+    wide = p.astype(u.dtype)
+    return round_to_storage(wide + u, p.dtype, key).astype(u.dtype) - wide
 
 
 def prepare_leaf(group: ParamGroup, scalars: UpdateScalars, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
@@ -153,6 +184,9 @@ def prepare_leaf(group: ParamGroup, scalars: UpdateScalars, g: Any, moments: tup
             g, scalars = g + scalars.weight_decay * p, scalars._replace(weight_decay=None)
         elif group.decay == "decoupled":
             scalars = scalars._replace(weight_decay=scalars.learning_rate * scalars.weight_decay)
+        elif group.decay == "corrected":
+            share = scalars.learning_rate * (scalars.learning_rate / group.peak_rate) * scalars.weight_decay
+            scalars = scalars._replace(weight_decay=share)
     return scalars, g, mu, nu, nu_max, p
 
 
