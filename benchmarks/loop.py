@@ -1,6 +1,7 @@
 """What the harness costs: `trainer train` against a bare jitted loop over the same step and the same batches.
 
     python -m benchmarks.loop
+    python -m benchmarks.loop --hook        # with a hook that is called after every step and does nothing
 
 Both loops are measured in turn, in rounds, in one process. The bare loop has every batch ready in host memory, logs
 nothing, checks nothing and waits once, at its end. The trainer's time is that between the first and the last row of
@@ -11,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from trainer import config
 from trainer.data import ArraySource
 from trainer.data.stream import train_batches
 from trainer.experiment import RandomAccessSource
+from trainer.hooks import Event
 from trainer.loop import train
 from trainer.observe.progress import Progress
 from trainer.program import compile_program
@@ -40,6 +43,13 @@ class Digitlike(ImageClassification):
         return ArraySource({"image": images, "label": rng.integers(0, 10, len(images)).astype(np.int32)})
 
 
+class Idle:
+    """A hook that does nothing."""
+
+    def on_step(self, event: Event) -> None:
+        """Nothing."""
+
+
 class Clock(Progress):
     """Notes when each row of metrics was there."""
 
@@ -52,11 +62,11 @@ class Clock(Progress):
         self.times[step] = time.perf_counter()
 
 
-def trainer_loop(run: config.Run) -> float:
+def trainer_loop(run: config.Run, hooks: Sequence[object]) -> float:
     """Seconds a step inside of `train`, between the first and the last row."""
     clock = Clock(run.total_steps)
     with tempfile.TemporaryDirectory() as folder:
-        train(run, Path(folder) / "run", progress=clock)
+        train(run, Path(folder) / "run", progress=clock, hooks=hooks)
     first, last = min(clock.times), max(clock.times)
     return (clock.times[last] - clock.times[first]) / (last - first)
 
@@ -84,7 +94,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--hook", action="store_true")
     options = parser.parse_args()
+    hooks = [Idle()] if options.hook else []
     run = config.Run(
         experiment=Digitlike(max_value=16.0),
         total_steps=options.steps,
@@ -96,7 +108,7 @@ def main() -> None:
     bare, ours = [], []
     for number in range(1, options.rounds + 1):
         bare.append(bare_loop(run))
-        ours.append(trainer_loop(run))
+        ours.append(trainer_loop(run, hooks))
         print(f"round {number}: bare {bare[-1] * 1e3:.3f} ms, trainer {ours[-1] * 1e3:.3f} ms a step")
     ratios = sorted(t / b for t, b in zip(ours, bare, strict=True))
     print(f"trainer / bare: {statistics.median(ratios):.3f} (median of the rounds' ratios; {ratios[0]:.3f} to", end=" ")

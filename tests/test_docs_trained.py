@@ -1,4 +1,4 @@
-"""docs/trained.md and docs/metrics.md: their code and their commands run, on a model of digits."""
+"""docs/trained.md, metrics.md, hooks.md and data.md: their code and their commands run, on a model of digits."""
 
 import re
 import shlex
@@ -12,10 +12,15 @@ import pytest
 from trainer import config, train
 from trainer.commands import run as command
 from trainer.commands.arguments import load_config
+from trainer.data import ArraySource
+from trainer.data.stream import train_batches
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRAINED, METRICS = (DOCS / "trained.md").read_text(), (DOCS / "metrics.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TRAINED, re.DOTALL)
+HOOKS, DATA = (
+    re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL) for page in ("hooks.md", "data.md")
+)
 COMMANDS = re.findall(r"^\$ python -m trainer (.*)", TRAINED, re.MULTILINE)
 
 
@@ -76,3 +81,32 @@ def test_the_table_has_every_metric_and_every_number():
     named = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
     kinds = {name for name in vars(metrics) if name[0].isupper()} - {"Metric", "Metrics"}
     assert named == kinds
+
+
+@pytest.mark.slow
+def test_the_hooks_of_the_page_follow_a_run(here, monkeypatch, capsys, data_dir):
+    monkeypatch.chdir(here)
+    run = load_config(str(DOCS.parent / "configs" / "digits.py"))
+    run.total_steps, run.parallel.devices, run.experiment.data_dir = 20, 1, str(data_dir)
+    run.evaluation.every_steps, run.checkpoint.every_steps, run.optimizer.schedule.run_steps = 10, 10, 1000
+    names: dict = {"run": run}
+    for block in HOOKS:
+        exec(block, names)
+    assert (
+        len(re.findall(r"^step [12]0: largest weight \d\.\d\d, loss \d\.\d{3}$", capsys.readouterr().out, re.MULTILINE))
+        == 2
+    )
+    stopped = names["LargestWeight"](0.0)
+    assert int(train(run, "runs/stopped", hooks=[stopped], verbose=False).step) == 10
+
+
+def test_the_augmentation_of_the_page_shifts_each_image_by_a_pixel(data_dir):
+    (block,) = DATA
+    names: dict = {"__name__": "shifted"}
+    exec(block, names)
+    experiment = names["Shifted"](data_dir=str(data_dir))
+    source = ArraySource({"image": np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1), "label": np.zeros(1, np.int32)})
+    batches = train_batches(source, seed=0, batch_size=64, start=0, stop=1, augment=experiment.augment)
+    (batch,) = batches
+    rolled = {np.roll(source.arrays["image"][0], (i, j), (0, 1)).tobytes() for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    assert {image.tobytes() for image in batch["image"]} == rolled

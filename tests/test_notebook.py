@@ -44,6 +44,10 @@ class Kernel:
         self._client.execute_cell(cell, len(self._client.nb.cells) - 1)
         return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
 
+    def drawings(self) -> list[Any]:
+        """What the last cell displays, by media type."""
+        return [output.data for output in self._client.nb.cells[-1].outputs if output.output_type == "display_data"]
+
     def interrupt(self) -> None:
         """Does what the button "interrupt the kernel" does."""
         asyncio.run(self._client.km.interrupt_kernel())
@@ -91,3 +95,44 @@ def test_jupyters_interrupt_breaks_the_cell_at_once_and_the_kernel_trains_on(ker
     for folder in ("run", "next"):
         assert "step 5/5" in kernel.run(f"state = train(make_run(5, experiment=Points()), {str(tmp_path / folder)!r})")
         assert [row["step"] for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+TRAIN = """
+import trainer
+from trainer.hooks import EarlyStopping, Plot
+
+run = make_run(8, experiment=Points())
+run.optimizer.schedule.end = 20
+run.evaluation.every_steps = run.checkpoint.every_steps = 2
+plot = Plot("train/loss", "test/loss")
+state = trainer.train(run, WORKDIR, hooks=[plot, EarlyStopping("test/loss", patience=50)])
+"""
+MATRIX = """
+import numpy as np
+trained = trainer.load(WORKDIR, run=run)
+batch = trainer.take(run.experiment.source("test"), range(21))
+matrix = np.zeros((3, 3), int)
+np.add.at(matrix, (batch["label"], trained.predict(batch)["label"]), 1)
+print(trained.step, matrix.sum())
+"""
+
+
+def test_train_watch_load_a_confusion_matrix_and_train_on(kernel, tmp_path):
+    kernel.run(EXPERIMENT.replace("    examples: int = 40", PREDICTS))
+    kernel.run(f"WORKDIR = {str(tmp_path / 'run')!r}")
+    kernel.run(TRAIN)
+    (drawing,) = kernel.drawings()  # one, updated in place
+    assert "image/png" in drawing
+    assert re.fullmatch(r"8 21\n", kernel.run(MATRIX))
+    kernel.run("run.total_steps = 12")
+    assert "resumed from step 8" in kernel.run("state = trainer.train(run, WORKDIR, hooks=[plot])")
+    assert re.fullmatch(r"12 21\n", kernel.run(MATRIX))
+    assert kernel.run("print([step for step, _ in plot._values['test/loss']])") == "[2, 4, 6, 8, 10, 12]\n"
+
+
+PREDICTS = """    examples: int = 40
+
+    def predict(self, variables, batch):
+        from tests.tasks import Net
+        return {"label": Net(self.dropout, self.batch_norm).apply(variables, batch["x"], train=False).argmax(-1)}
+"""

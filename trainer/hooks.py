@@ -5,6 +5,8 @@
 A hook has any of the methods of `Hook`, and gets an `Event`.
 """
 
+import importlib.util
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -162,7 +164,13 @@ class Plot(Hook):
     """Draws the curves of metrics below the cell of a notebook, and updates the drawing in place. Needs matplotlib."""
 
     def __init__(self, *metrics: str, log_scale: bool = False) -> None:
-        """Curves of the metrics named, such as "train/loss" and "test/loss"; `log_scale` is that of the y axis."""
+        """Curves of the metrics named, such as "train/loss" and "test/loss"; `log_scale` is that of the y axis.
+
+        Raises `UserError` if matplotlib or IPython is not installed.
+        """
+        for package in ("matplotlib", "IPython"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"Plot needs {package}: pip install {package.lower()}")
         self.metrics, self._log_scale = metrics or ("train/loss",), log_scale
         self._values: dict[str, list[tuple[int, float]]] = {}
         self._display: Any = None
@@ -182,14 +190,18 @@ class Plot(Hook):
 
     def _add(self, step: int, metrics: Mapping[str, float]) -> None:
         added = [self._values[name].append((step, metrics[name])) for name in self.metrics if name in metrics]
-        if added and distributed.is_primary():
-            figure = self.figure()
-            if self._display is None:
-                from IPython.display import display
+        if not added or not distributed.is_primary():
+            return
+        from IPython.display import Image, display
 
-                self._display = display(figure, display_id=True)
-            else:
-                self._display.update(figure)
+        # As an image: a notebook draws a figure only if matplotlib's inline backend was loaded.
+        file = io.BytesIO()
+        self.figure().savefig(file, format="png")
+        image = Image(file.getvalue())
+        if self._display is None:
+            self._display = display(image, display_id=True)
+        else:
+            self._display.update(image)
 
     def figure(self) -> Any:
         """The curves so far, as a `matplotlib.figure.Figure`."""

@@ -22,7 +22,8 @@ LABELS = {"kernel": "decayed", "bias": "plain"}
 def settings(**fields: Any) -> config.Optimizer:
     groups = {"decayed": config.Group(weight_decay=0.3, lr_multiplier=0.5), "plain": config.Group()}
     schedule = config.Schedule("cosine", peak=0.1, warmup=2)
-    return config.Optimizer(**{"schedule": schedule, "groups": groups} | fields)
+    defaults: dict[str, Any] = {"schedule": schedule, "groups": groups}
+    return config.Optimizer(**defaults | fields)
 
 
 def rate(t: int, multiplier: float) -> float:
