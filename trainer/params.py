@@ -76,6 +76,7 @@ class ParamTable:
         if group.frozen:
             return (label, size, "frozen", *["-"] * 5)
         rate, name = number_text(group.schedule or optimizer.schedule), group.optimizer or optimizer.name
+        is_ours, name = name in config.NAMES, name if isinstance(name, str) else type(name).__name__
         decay = number_text(group.decay_schedule or group.weight_decay)
         clips = [f"{group.clip_norm:g}"] if group.clip_norm else []
         clips += [f"{optimizer.clip_norm:g} of all"] if optimizer.clip_norm else []
@@ -83,11 +84,16 @@ class ParamTable:
         dtypes = dtypes[: 1 if name == "sgd" else 2]
         stored = {np.dtype(storage_dtype(p.dtype, dtype or None)).name: None for dtype in dtypes for p in members}
         return (
-            *(label, size, name, rate if group.lr_multiplier == 1 else f"{rate} × {group.lr_multiplier:g}"),
+            *(
+                label,
+                size,
+                name if isinstance(name, str) else type(name).__name__,
+                rate if group.lr_multiplier == 1 else f"{rate} × {group.lr_multiplier:g}",
+            ),
             decay if optimizer.decay == "decoupled" or decay == "0" else f"{decay} {optimizer.decay}",
             ", ".join(clips) or "-",
             "every step" if group.every_steps == 1 else f"every {group.every_steps} steps",
-            ", ".join(stored),
+            ", ".join(stored) if is_ours else "its own",
         )
 
 

@@ -18,8 +18,7 @@ from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
 from trainer.guard import new_guard
 from trainer.metrics import numbers
-from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
-from trainer.optim.fused import ParamGroup
+from trainer.optim import Groups, build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optional import augmentation
 from trainer.params import ParamTable, label_tree, param_table
 from trainer.rules import path_of
@@ -49,7 +48,7 @@ class Program:
     train_spec: BatchSpec  # shapes and dtypes of a global batch
     eval_spec: BatchSpec
     param_table: ParamTable
-    groups: Mapping[str, ParamGroup | None]  # the parameter group of each label; None where it is frozen
+    groups: Groups  # the parameter group of each label; None where it is frozen
     optimizer: optax.GradientTransformation  # turns gradients into updates
     strategy: Strategy  # how the steps spread over the devices
     state: TrainState  # abstract: a `jax.ShapeDtypeStruct` with its sharding for each array

@@ -79,13 +79,19 @@ def load(
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def read(metadata: Metadata) -> Variables:
+        kept = ("params/" if run.optimizer.ema_decay is None else "ema/", "collections/")
+        paths = [path for path in metadata.leaves if path.startswith(kept)]
+        averages = {} if run.optimizer.ema_decay is not None else _averages(metadata)
         wanted = {}
-        for path, leaf in metadata.leaves.items():
-            if path.startswith(("ema/" if run.optimizer.ema_decay is not None else "params/", "collections/")):
-                here = sharding(path, leaf.shape) if callable(sharding) else sharding or first
-                wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for path in {*paths, *(path for pair in averages.values() for path in pair)}:
+            leaf = metadata.leaves[path]
+            here = sharding(path, leaf.shape) if callable(sharding) else sharding or first
+            wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
         arrays = restore_leaves(store.path(metadata.step), metadata, wanted)
-        return _variables(arrays, metadata)
+        for name, (z, b1) in averages.items():
+            y = arrays[f"params/{name}"]
+            arrays[f"params/{name}"] = ((y - (1 - arrays[b1]) * arrays[z]) / arrays[b1]).astype(y.dtype)
+        return _variables({path: x for path, x in arrays.items() if not path.startswith("opt_state/")}, metadata)
 
     rows = {row["step"]: row for row in read_rows(folder.path / "metrics.jsonl")}
     with closing(Store(folder.checkpoints, run.checkpoint)) as store:
@@ -113,6 +119,20 @@ def _variables(arrays: Mapping[str, jax.Array], metadata: Metadata) -> Variables
         else:
             params[name] = x.astype(metadata.leaves[f"params/{name}"].dtype)
     return {"params": unflatten_dict(params, sep="/"), **unflatten_dict(collections, sep="/")}
+
+
+def _averages(metadata: Metadata) -> dict[str, tuple[str, str]]:
+    """The paths of z and b1 for each parameter of a schedule-free optimizer, see `optim.evaluation_params`."""
+    found = {}
+    for path in metadata.leaves:
+        prefix, _, name = path.partition("/z/")
+        if (
+            name
+            and path.startswith("opt_state/others/")
+            and {f"{prefix}/b1", f"{prefix}/max_lr"} <= metadata.leaves.keys()
+        ):
+            found[name] = path, f"{prefix}/b1"
+    return found
 
 
 def read_step(store: Store, step: int | str, read: Callable[[Metadata], _Result]) -> tuple[int, _Result]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from trainer.experiment import Batch, Experiment, set_replica_axis
 from trainer.guard import drop_bad_update
 from trainer.metrics import Mean, Metrics
-from trainer.optim import Statistics, global_norm
+from trainer.optim import Statistics, evaluation_params, global_norm
 from trainer.protocol import carried_collections, check_loss
 from trainer.sharding.reduction import sum_in_float32
 from trainer.state import TrainState, update_ema
@@ -108,9 +108,9 @@ def step_keys(key: Key[Array, ""], step: Int32[Array, ""] | int) -> tuple[Key[Ar
 def eval_step(experiment: Experiment, replica_axis: str | None, state: TrainState, batch: Batch) -> Metrics:
     """The metrics of one batch as sums, with "examples", the number of examples that are not masked.
 
-    The EMA params are evaluated if the state has any.
+    The EMA params are evaluated if the state has any, and the average of a schedule-free optimizer.
     """
-    params = state.params
+    params = evaluation_params(state.params, state.opt_state)
     if state.ema is not None:
         params = jax.tree.map(lambda p, ema: ema.astype(p.dtype), params, state.ema)
     variables = {"params": params, **state.collections}

@@ -113,10 +113,10 @@ def test_cautious_updates_of_complex_parameters(wide):
 def test_an_update_that_no_gradient_agrees_with_moves_nothing():
     transform, _ = build(settings(name="adam", cautious=True, schedule=config.Schedule(peak=0.1)), LABELS)
     p = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
-    state = transform.init(p)
+    state, updates = transform.init(p), {}
     for sign in (1.0, -1e-3):
         updates, state = transform.update(jax.tree.map(lambda x, sign=sign: sign * x, p), state, p)
-    assert not np.any(updates["bias"])  # the mean still points along the first gradient
+    assert not np.any(jax.tree.leaves(updates)[0])  # the mean still points along the first gradient
 
 
 @pytest.mark.parametrize("decay", ["decoupled", "corrected"])
@@ -175,7 +175,8 @@ def test_an_update_moves_a_bfloat16_parameter_exactly_onto_one_of_its_two_neighb
     updates, _ = jax.jit(transform.update)({"kernel": g, "bias": g}, transform.init(tree), tree)
     assert updates["kernel"].dtype == jnp.float32
     for name, old in tree.items():
-        new = np.asarray(optax.apply_updates(tree, updates)[name], np.float64)
+        moved: Any = optax.apply_updates(tree, updates)
+        new = np.asarray(moved[name], np.float64)
         exact = np.asarray(old, np.float64) - np.float64(np.float32(0.1)) * np.asarray(g, np.float64)
         ulp = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)
         assert np.all(np.abs(new - exact) < ulp * (1 + 1e-4))

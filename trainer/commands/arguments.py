@@ -1,6 +1,7 @@
 """From a command line to a run: the config file, its overrides, and the workdir."""
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import re
@@ -134,11 +135,18 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
 
     from trainer import config
 
+    if config.Transform in typing.get_args(hint):  # no flag can give a dataclass
+        hint = str | None if type(None) in typing.get_args(hint) else str
     if type(None) in typing.get_args(hint) and texts[-1] in ("None", "none"):
         return None
     if dataclasses.is_dataclass(current):
         known = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(current))
         raise UserError(f"{path} is a group of settings; set one of {known}")
+    if hint is Any and texts[-1] is not None:  # an option of Optax: a number, a tuple, or else a text
+        try:
+            return ast.literal_eval({"true": "True", "false": "False"}.get(texts[-1], texts[-1]))
+        except (SyntaxError, ValueError):
+            return texts[-1]
     expected = config.type_name(hint)
     if None in texts and hint is not bool:
         raise UserError(f"{path} has no value: {expected} is expected")

@@ -5,12 +5,13 @@ A config file's `get_config()` returns a `Run`. Fields are overridden on the com
 """
 
 # isort: off
-from trainer.config.checks import check_types as check_types, resolve as resolve, schedule_in_steps as schedule_in_steps
+from trainer.config.changes import Change as Change, changes as changes
+from trainer.config.checks import check_types as check_types, resolve as resolve
 from trainer.config.checks import schedules as schedules, setting_at as setting_at, type_name as type_name
-from trainer.config.encoding import Change as Change, changes as changes, from_json as from_json
-from trainer.config.encoding import import_file as import_file, to_json as to_json
+from trainer.config.encoding import from_json as from_json, import_file as import_file, to_json as to_json
 from trainer.config.encoding import user_errors as user_errors
+from trainer.config.schedules import schedule_in_steps as schedule_in_steps
 from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group
 from trainer.config.settings import Loading as Loading, Logging as Logging, Optimizer as Optimizer, Parallel as Parallel
 from trainer.config.settings import Numerics as Numerics, Run as Run, Schedule as Schedule, Watch as Watch
-from trainer.config.settings import setting as setting
+from trainer.config.optimizer import NAMES as NAMES, Transform as Transform, setting as setting

@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
-import math
 import operator
 import re
 import typing
@@ -13,6 +11,8 @@ from typing import Any
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from trainer.config.encoding import to_json
+from trainer.config.optimizer import NAMES, Group, Transform
+from trainer.config.schedules import DESCENTS, schedule_in_steps
 from trainer.config.settings import Optimizer, Run, Schedule
 from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Experiment
@@ -20,11 +20,8 @@ from trainer.experiment import Experiment
 _SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
 _LARGEST = 2.0**127 * (2 - 2.0**-23)  # the largest float32
 _IS_WRONG = {"minimum": operator.lt, "maximum": operator.gt, "above": operator.le, "below": operator.ge}
+_FUSED = ("b1", "b2", "eps", "eps_root", "nesterov", "mu_dtype", "nu_dtype")  # settings of `NAMES` alone
 _BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below": "below"}
-_DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
-# The settings that only some schedules use, with the names of these schedules.
-_USED_BY = {"final": _DESCENTS, "end": _DESCENTS, "descent": ("wsd",), "power": ("polynomial",)}
-_USED_BY |= {"boundaries": ("step",), "factor": ("step",)}
 
 
 def resolve(run: Run) -> Run:
@@ -37,7 +34,7 @@ def resolve(run: Run) -> Run:
     _check_optimizer(run.optimizer)
     for path, schedule in schedules(run.optimizer).items():
         schedule_in_steps(schedule, path, run)
-        to_the_end = schedule.name in _DESCENTS and schedule.end is None
+        to_the_end = schedule.name in DESCENTS and schedule.end is None
         steps = schedule.run_steps or run.total_steps
         times = (schedule.warmup, schedule.end, schedule.descent, *schedule.boundaries)
         if to_the_end or (schedule.unit == "percent" and any(times)):  # it follows the length of the run
@@ -65,95 +62,22 @@ def schedules(optimizer: Optimizer) -> dict[str, Schedule]:
     return {path: value for path, _, value, _ in _fields(optimizer, "optimizer.") if isinstance(value, Schedule)}
 
 
-def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = None) -> Schedule:
-    """The schedule at `path` of `run` with its times in whole updates, and the end of a descent written out.
-
-    `examples`, the length of the training split, gives the length of an epoch. Without it, times in epochs are not
-    converted: only their order is checked. Raises `UserError` if settings contradict each other, or if a time rounds to
-    0 updates or lies after the end of the run.
-    """
-    _check_used(schedule, path)
-    unit, length = schedule.unit, schedule.run_steps or run.total_steps
-    per_epoch = examples / run.batch_size if examples else None
-    scale = {"steps": 1.0, "epochs": per_epoch, "examples": 1 / run.batch_size, "percent": length / 100}[unit]
-    measure = f" (in steps: {scale:.6g} per {unit.removesuffix('s')})" if scale and unit != "steps" else ""
-
-    def steps(name: str, time: float) -> Any:
-        if unit == "percent" and time > 100:
-            raise UserError(f"{path}.{name} has {time:.12g} percent; of a run there are at most 100")
-        if unit in ("steps", "examples") and time % 1:
-            raise UserError(f"{path}.{name} has {time:.12g} {unit}; a whole number is expected")
-        count = time if scale is None else round(time * scale)
-        if time and not count:
-            raise UserError(f"{path}.{name} has {time:.12g} {unit}, which rounds to 0 steps{measure}")
-        return count
-
-    given = {name: time for name in ("warmup", "end", "descent") if (time := getattr(schedule, name)) is not None}
-    times: dict[str, Any] = {name: steps(name, time) for name, time in given.items()}
-    times["boundaries"] = tuple(steps("boundaries", time) for time in schedule.boundaries)
-    run_end = length if scale else math.inf
-    end = times.get("end", run_end)
-    whole = run_end / (scale or 1) if schedule.end is None else schedule.end
-    fits = schedule.warmup + (schedule.descent or 0) <= whole * (1 + 1e-9)  # the tolerance is for sums as 0.1 + 0.2
-    if fits and times.get("descent", 0) > 1 and times["warmup"] + times["descent"] == end + 1:  # both were rounded up
-        times["descent"] -= 1
-    exact = dataclasses.replace(schedule, **times, unit="steps" if scale else unit)
-    _check_order(schedule, exact, path, run_end, measure, fits)
-    return dataclasses.replace(exact, end=end) if scale and schedule.name in _DESCENTS else exact
-
-
-def _check_used(schedule: Schedule, path: str) -> None:
-    """Raises `UserError` for settings that a schedule of this name does not use, and for missing ones."""
-    name, unit = schedule.name, schedule.unit
-    for field in dataclasses.fields(schedule):
-        users, value = _USED_BY.get(field.name), getattr(schedule, field.name)
-        if users and name not in users and value != field.default:
-            used = f"(used by {', '.join(users)})"
-            raise UserError(f"{path}.{field.name} is {value!r}, which a schedule named {name!r} does not use {used}")
-    if name == "step" and not schedule.boundaries:
-        raise UserError(f"{path}.boundaries is empty; a step schedule needs the {unit} after which it steps down")
-    if name == "wsd" and not schedule.descent:
-        raise UserError(f"{path}.descent is {schedule.descent}; a wsd schedule needs the {unit} of its descent")
-    if name in _DESCENTS and schedule.final > schedule.peak:
-        peak = f"a {name} descent ends at or below its peak, {schedule.peak}"
-        raise UserError(f"{path}.final is {schedule.final}; {peak}")
-
-
-def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
-    """Checks the order of times in steps, or in epochs of unknown length; errors show them as they were given."""
-    unit, warmup, hint = given.unit, f"{given.warmup:.12g} {given.unit}", measure
-    if given.end is None:
-        whole, end = length, f"{length} steps"
-        hint += f"; for a run cut short, set {path}.run_steps to its full length"
-    else:  # a descent with an end of its own, which may lie past that of the run
-        whole, end = exact.end or 0, f"{given.end:.12g} {unit}"
-    if exact.warmup >= whole:
-        raise UserError(f"{path}.warmup is {warmup}, but the whole schedule has only {end}{hint}")
-    if not fits or exact.warmup + (exact.descent or 0) > whole * (1 + 1e-9):
-        left = f"{whole - exact.warmup:.12g} of {whole:.12g} {exact.unit if math.isinf(length) else 'steps'}"
-        raise UserError(f"{path}.descent is {given.descent:.12g} {unit}, but the warm-up leaves only {left}{hint}")
-    boundaries = f"{path}.boundaries is {given.boundaries} {unit}"
-    if any(first >= second for first, second in itertools.pairwise((exact.warmup, *exact.boundaries))):
-        raise UserError(f"{boundaries}; they must ascend, the first above the warm-up ({warmup}){measure}")
-    if exact.boundaries and exact.boundaries[-1] >= length:
-        raise UserError(f"{boundaries}, but the run has only {length} steps{hint}")
-
-
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Raises `UserError` for settings that contradict each other or that would do nothing."""
     for name in ("eps", "eps_root"):
         if 0 < getattr(optimizer, name) < _SMALLEST:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}, which is 0 in float32")
-    names = {optimizer.name, *(group.optimizer or optimizer.name for group in optimizer.groups.values())}
+    names = {_kind(optimizer.name), *(_kind(g.optimizer or optimizer.name) for g in optimizer.groups.values())}
     for path, _, value, _ in _fields(optimizer, "optimizer."):
         if isinstance(value, int | float) and abs(value) > _LARGEST:
             raise UserError(f"{path} is {value}, which is infinite in float32")
-    if optimizer.eps == optimizer.eps_root == 0 and names != {"sgd"}:
+    if optimizer.eps == optimizer.eps_root == 0 and names & {"adabelief", "adam"}:
         raise UserError("optimizer.eps and optimizer.eps_root are both 0: a gradient of zero would be divided by zero")
     if optimizer.rectify and optimizer.amsgrad:
         raise UserError("optimizer.rectify and optimizer.amsgrad cannot be combined")
     if not optimizer.sgd_fallback and not optimizer.rectify:
         raise UserError("optimizer.sgd_fallback is False, which has an effect only if optimizer.rectify is True")
+    _check_other_names(optimizer, names - {*NAMES}, is_all=not names & {*NAMES})
     for name in ("rectify", "amsgrad"):
         if getattr(optimizer, name) and names != {"adabelief"}:
             other = ", ".join(sorted(names - {"adabelief"}))
@@ -163,12 +87,47 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             raise UserError(f"optimizer.groups.{label} has a weight_decay and a decay_schedule; give one of them")
         if group.nu_dtype is not None and (group.optimizer or optimizer.name) == "sgd":
             raise UserError(f"optimizer.groups.{label} has a nu_dtype, but sgd has no second moment")
+        _check_options(f"optimizer.groups.{label}", group.optimizer or optimizer.name, group)
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
-            if group.frozen and field.name != "frozen" and value != field.default:
+            if group.frozen and field.name != "frozen" and value != getattr(Group(), field.name):
                 raise UserError(f"optimizer.groups.{label} is frozen, so its {field.name}, {value}, does nothing")
     if optimizer.groups and all(group.frozen for group in optimizer.groups.values()):
         raise UserError("every group of optimizer.groups is frozen: there is nothing to train")
+
+
+def _kind(name: str | Transform) -> str:
+    return name if isinstance(name, str) else type(name).__name__
+
+
+def _check_other_names(optimizer: Optimizer, others: set[str], *, is_all: bool) -> None:
+    """Raises `UserError` for settings of the fused pass that do nothing for `others`, the optimizers beside it."""
+    if _kind(optimizer.name) in NAMES and optimizer.options:
+        own = f"but {optimizer.name} has settings of its own, such as b1"
+        raise UserError(f"optimizer.options is {optimizer.options}, {own}")
+    for field in dataclasses.fields(optimizer) if others else ():
+        value = getattr(optimizer, field.name)
+        if field.name in ("cautious", "param_rounding") and value != field.default:
+            used = ", ".join(sorted(others))
+            raise UserError(f"optimizer.{field.name} works with {', '.join(NAMES)} only, but the run uses {used}")
+        if is_all and field.name in _FUSED and value != field.default:
+            used = f"which {_kind(optimizer.name)} does not use: give it in optimizer.options, if it has one"
+            raise UserError(f"optimizer.{field.name} is {value}, {used}")
+
+
+def _check_options(path: str, name: str | Transform, group: Group) -> None:
+    """Raises `UserError` for settings of a group that its optimizer does not use."""
+    if isinstance(name, str) and name in NAMES:
+        if group.options:
+            raise UserError(f"{path}.options is {group.options}, but {name} has settings of its own, such as b1")
+        return
+    for field in ("mu_dtype", "nu_dtype"):
+        if getattr(group, field) is not None:
+            raise UserError(
+                f"{path} has a {field}, which {_kind(name)} does not use: give it in options, if it has one"
+            )
+    if group.options and group.optimizer is None:
+        raise UserError(f"{path}.options is given without an optimizer of the group: use optimizer.options")
 
 
 def check_types(run: Run) -> None:
@@ -192,8 +151,9 @@ def check_types(run: Run) -> None:
         for name, bound in field.metadata.get("bounds", {}).items() if isinstance(value, int | float) else ():
             if _IS_WRONG[name](value, bound):
                 raise UserError(f"{path} is {value}; it must be {_BOUNDS[name]} {bound}")
-        choices = field.metadata.get("choices")
-        if choices and value is not None and value not in choices:
+        choices, prefix = field.metadata.get("choices"), field.metadata.get("prefix")
+        is_other = isinstance(value, str) and not (prefix and value.startswith(prefix))
+        if choices and is_other and value not in choices:
             raise UserError(f"{path} is {value!r}{did_you_mean(value, choices)}")
 
 
@@ -237,8 +197,10 @@ def setting_at(run: Run, path: str) -> tuple[Any, str, Any]:
         else:
             first = f"; create it first: in the config file, or by --{walked}=build" if node is None else ""
             raise UserError(f"{walked} is {node!r} and has no field {name!r}{first}")
+        if isinstance(node, dict) and walked.endswith(".options"):  # only Optax knows the names of its options
+            known = {**known, name: Any}
         if name not in known:
             raise UserError(f"{walked} has no field {name!r}{did_you_mean(name, known)}")
         owner, hint, walked = node, known[name], f"{walked}.{name}"
-        node = node[name] if isinstance(node, dict) else getattr(node, name)
+        node = node.get(name) if isinstance(node, dict) else getattr(node, name)
     return owner, name, hint

@@ -10,11 +10,11 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 from trainer.config import settings
@@ -22,26 +22,27 @@ from trainer.config.settings import Run
 from trainer.errors import HostError, UserError, did_you_mean
 
 # JSON keys that name a dataclass: its class as "module:class"; or its class name, config file and the file's hash.
-_CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
+CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
 _ACCEPTED = "$accepted"  # which `Workdir.write` adds
-_HARNESS = [kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+HARNESS = [kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
 def to_json(run: Run) -> str:
     """The run as JSON: a dataclass is an object with its class under "$class"; a tuple is a list."""
-    return json.dumps(_encode(run, ""), indent=2, allow_nan=False) + "\n"
+    return json.dumps(encode(run, ""), indent=2, allow_nan=False) + "\n"
 
 
-def _encode(value: Any, path: str) -> Any:
+def encode(value: Any, path: str) -> Any:
+    """A setting as `json` takes it; raises `UserError`, which names `path`, for what no setting can be."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _encode(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
-        return _names(type(value)) | fields
+        fields = {f.name: encode(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
+        return class_keys(type(value)) | fields
     if isinstance(value, dict):
-        if _CLASS in value:
-            raise UserError(f"{path.lstrip('.')} has the key {_CLASS!r}, which is taken")
-        return {key: _encode(item, f"{path}.{key}") for key, item in value.items()}
+        if CLASS in value:
+            raise UserError(f"{path.lstrip('.')} has the key {CLASS!r}, which is taken")
+        return {key: encode(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{path.lstrip('.')} is {value}; a finite number is expected")
     if value is None or isinstance(value, bool | int | float | str):
@@ -50,17 +51,20 @@ def _encode(value: Any, path: str) -> Any:
     raise UserError(f"{path.lstrip('.')} is a {type(value).__name__}; {kinds}")
 
 
-def _names(kind: type) -> dict[str, str]:
+def class_keys(kind: type) -> dict[str, str]:
     """The keys by which JSON names a class."""
     if not kind.__module__.startswith(_ConfigFileLoader.prefix):
-        return {_CLASS: _name(kind)}
+        return {CLASS: class_name(kind)}
     loader: Any = sys.modules[kind.__module__].__loader__
     file, here = Path(loader.path), Path.cwd()
     shown = file.relative_to(here) if file.is_relative_to(here) else file
-    return {_CLASS: kind.__qualname__, _FILE: str(shown), _SHA256: loader.sha256}
+    return {CLASS: kind.__qualname__, _FILE: str(shown), _SHA256: loader.sha256}
 
 
-def _name(kind: type) -> str:
+def class_name(kind: type) -> str:
+    """The text that names a class in JSON."""
+    if kind in HARNESS:  # whatever the file in which it is declared
+        return f"{settings.__name__}:{kind.__qualname__}"
     in_file = kind.__module__.startswith(_ConfigFileLoader.prefix)
     return kind.__qualname__ if in_file else f"{kind.__module__}:{kind.__qualname__}"
 
@@ -70,15 +74,18 @@ def from_json(text: str) -> Run:
 
     Settings that the experiment no longer has are left out.
 
-    Only the experiment's class is imported, and only the classes of its settings and of the harness's are made. Still,
-    trust a workdir as you trust code. Raises `UserError` if the text is not the JSON of a run, or names another class.
+    Only the classes of the experiment and of its optimizers are imported, and only these, the classes of their settings
+    and the harness's are made. Still, trust a workdir as you trust code. Raises `UserError` if the text is not the JSON
+    of a run, or names another class.
     """
     try:
         value = json.loads(text)
-        if not isinstance(value, dict) or value.get(_CLASS) != _name(Run):
+        if not isinstance(value, dict) or value.get(CLASS) != class_name(Run):
             raise UserError("it is not the JSON of a Run")
-        experiment = _find_class(value["experiment"])
-        return _decode(value, {_name(kind): kind for kind in (*_HARNESS, experiment, *_settings_of(experiment))})
+        own = [_find_class(value["experiment"], ("init", "loss", "source"))]
+        own += [_find_class(names, ("transform",)) for names in _transforms(value)]
+        inner = [kind for one in own for kind in _settings_of(one)]
+        return _decode(value, {class_name(kind): kind for kind in (*HARNESS, *own, *inner)})
     except (AttributeError, KeyError, NameError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
 
@@ -86,12 +93,12 @@ def from_json(text: str) -> Run:
 def _decode(value: Any, classes: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return tuple(_decode(item, classes) for item in value)
-    if isinstance(value, dict) and _CLASS in value:
-        if (kind := classes.get(value[_CLASS])) is None:
-            raise UserError(f"it names the class {value[_CLASS]!r}, which is neither a setting nor the experiment")
+    if isinstance(value, dict) and CLASS in value:
+        if (kind := classes.get(value[CLASS])) is None:
+            raise UserError(f"it names the class {value[CLASS]!r}, which is neither a setting nor the experiment")
         known = {field.name for field in dataclasses.fields(kind)}
-        for key in value.keys() - known - {_CLASS, _FILE, _SHA256, _ACCEPTED} if kind in _HARNESS else ():
-            raise UserError(f"{value[_CLASS]} has no field {key!r} any more{did_you_mean(key, known)}")
+        for key in value.keys() - known - {CLASS, _FILE, _SHA256, _ACCEPTED} if kind in HARNESS else ():
+            raise UserError(f"{value[CLASS]} has no field {key!r} any more{did_you_mean(key, known)}")
         return kind(**{key: _decode(item, classes) for key, item in value.items() if key in known})
     if isinstance(value, dict):
         return {key: _decode(item, classes) for key, item in value.items()}
@@ -110,8 +117,18 @@ def _settings_of(kind: Any) -> Iterator[Any]:
             yield hint
 
 
-def _find_class(names: Mapping[str, str]) -> Any:
-    module_name, _, name = names[_CLASS].rpartition(":")
+def _transforms(run: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
+    """The JSON of each optimizer that is a dataclass of the user's own."""
+    optimizer = run.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(groups := optimizer.get("groups", {}), dict):
+        return  # `check_types` says what is wrong
+    given = [optimizer.get("name"), *(group.get("optimizer") for group in groups.values() if isinstance(group, dict))]
+    yield from (value for value in given if isinstance(value, dict))
+
+
+def _find_class(names: Mapping[str, str], methods: Sequence[str]) -> Any:
+    """The class that JSON names; it must be a dataclass with these methods, those of an experiment for example."""
+    module_name, _, name = names[CLASS].rpartition(":")
     if module_name == "__main__" or "<locals>" in name:
         remedy = "train and evaluate it there, or define it in a module or in the config file"
         where = "was defined in a script, a notebook or a function, and cannot be imported again"
@@ -130,9 +147,11 @@ def _find_class(names: Mapping[str, str]) -> Any:
     for part in name.split("."):
         kind = getattr(kind, part, None)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise UserError(f"{names[_CLASS]} is not a dataclass any more")
-    if missing := [name for name in ("init", "loss", "source") if not callable(getattr(kind, name, None))]:
-        raise UserError(f"{names[_CLASS]} is no experiment: it has no {missing[0]}")
+        raise UserError(f"{names[CLASS]} is not a dataclass any more")
+    if missing := [name for name in methods if not callable(getattr(kind, name, None))]:
+        raise UserError(
+            f"{names[CLASS]} is no {'optimizer' if len(methods) == 1 else 'experiment'}: it has no {missing[0]}"
+        )
     return kind
 
 
@@ -169,7 +188,7 @@ def user_errors(what: str) -> Iterator[None]:
 def _nearest_setting(message: str) -> str:
     """Python's error about an argument that a class of settings does not have, with the nearest one; else ""."""
     found = re.match(r"((\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)')", message)
-    kinds = [kind for kind in _HARNESS if found and kind.__name__ == found[2]]
+    kinds = [kind for kind in HARNESS if found and kind.__name__ == found[2]]
     return found[1] + did_you_mean(found[3], [f.name for f in dataclasses.fields(kinds[0])]) if found and kinds else ""
 
 
@@ -202,53 +221,3 @@ def import_file(file: Path, sha256: str | None = None) -> ModuleType:
     if name in sys.modules and getattr(sys.modules[name].__loader__, "sha256", None) != sha256:
         del sys.modules[name]
     return _import(name, f"config file {str(file)!r}")
-
-
-class Change(NamedTuple):
-    """A setting that differs between a run and the run that continues it."""
-
-    text: str  # such as "batch_size was 128, is 64"
-    harmless: bool  # whether the updates stay as they were; else the trajectory changes
-
-
-def changes(kept: Mapping[str, Any], asked: Run) -> list[Change]:
-    """Every setting that differs between the JSON of a run and the run that is to continue it. Imports no class.
-
-    A setting that the experiment no longer has is harmless. Raises `UserError` if `kept` is not
-    the JSON of a run.
-    """
-    if not isinstance(kept, dict) or kept.get(_CLASS) != _name(Run):
-        raise UserError("it is not the JSON of a Run")
-    return list(_changes(kept, asked, "", harmless=False))
-
-
-def _changes(old: Any, new: Any, path: str, *, harmless: bool) -> Iterator[Change]:
-    if dataclasses.is_dataclass(new) and isinstance(old, dict) and old.get(_CLASS) == _names(type(new))[_CLASS]:
-        gone = {name: value for name, value in old.items() if not name.startswith("$")}
-        for field in dataclasses.fields(new):
-            was = gone.pop(field.name) if field.name in gone else _default(field)
-            may = harmless or bool(field.metadata.get("may_change"))
-            yield from _changes(was, getattr(new, field.name), f"{path}.{field.name}", harmless=may)
-        for name, was in gone.items():  # of an experiment: nothing can be asked of it any more
-            text = f"{path}.{name}".lstrip(".") + f" was {_shown(was)}, is no setting any more"
-            yield Change(text, harmless or type(new) not in _HARNESS)
-    elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        for key in old:
-            yield from _changes(old[key], new[key], f"{path}.{key}", harmless=harmless)
-    else:
-        new = _encode(new, path)
-        if old != new or isinstance(old, bool) is not isinstance(new, bool):
-            yield Change(f"{path.lstrip('.')} was {_shown(old)}, is {_shown(new)}", harmless)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    """The JSON of a field's default: the value that applied to a run whose JSON is older than the field."""
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return None if default is dataclasses.MISSING else _encode(default, "")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict) and _CLASS in value:
-        return value[_CLASS]
-    text = repr(tuple(value) if isinstance(value, list) else value)
-    return text if len(text) <= 60 else text[:57] + "..."

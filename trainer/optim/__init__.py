@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -12,11 +13,14 @@ from trainer.optim import fused
 from trainer.optim.adabelief import Belief
 from trainer.optim.precision import global_norm, one_minus_power, square
 from trainer.optim.schedules import build_schedule
+from trainer.optim.transforms import TransformGroup, clip_all, evaluation_params, find_transform, mixed
 from trainer.optim.update_rules import Adam, Momentum
 
-__all__ = ["Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics", "global_norm"]
+__all__ = ["Groups", "Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics"]
+__all__ += ["evaluation_params", "global_norm"]
 
-Statistics = Callable[[optax.Updates, optax.Params, fused.ScaleByBeliefState], dict[str, Float[Array, ""]]]
+Statistics = Callable[[optax.Updates, optax.Params, Any], dict[str, Float[Array, ""]]]
+Groups = Mapping[str, fused.ParamGroup | TransformGroup | None]  # by label; None for a label whose leaves are frozen
 
 
 def build_schedules(run: config.Run, examples: int) -> dict[str, optax.Schedule]:
@@ -25,47 +29,67 @@ def build_schedules(run: config.Run, examples: int) -> dict[str, optax.Schedule]
     return {path: build_schedule(config.schedule_in_steps(s, path, run, examples)) for path, s in schedules}
 
 
-def build_groups(optimizer: config.Optimizer, schedules: Mapping[str, optax.Schedule]) -> fused.Groups:
+def build_groups(optimizer: config.Optimizer, schedules: Mapping[str, optax.Schedule]) -> Groups:
     """The parameter group of each label; None for a label that is frozen."""
     return {label: _group(optimizer, label, schedules) for label in optimizer.groups}
 
 
-def _group(optimizer: config.Optimizer, label: str, schedules: Mapping[str, optax.Schedule]) -> fused.ParamGroup | None:
+def _group(
+    optimizer: config.Optimizer, label: str, schedules: Mapping[str, optax.Schedule]
+) -> fused.ParamGroup | TransformGroup | None:
     o, group, path = optimizer, optimizer.groups[label], f"optimizer.groups.{label}"
     if group.frozen:
         return None
     schedule = schedules.get(f"{path}.schedule", schedules["optimizer.schedule"])
+    rate = schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count)
+    peak = group.lr_multiplier * (group.schedule or o.schedule).peak
+    # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
+    weight_decay = schedules.get(f"{path}.decay_schedule", group.weight_decay) or None
+    name = group.optimizer or o.name
+    if name not in config.NAMES:
+        options = o.options if group.optimizer is None else group.options
+        # Its own count is that of the updates of the group; schedules follow the updates of the run.
+        used = group.schedule or o.schedule
+        constant = peak if used.name == "constant" and not used.warmup else None
+        transform = find_transform(name, options, lambda count: rate(count * group.every_steps), constant)
+        return TransformGroup(transform, rate, weight_decay, o.decay, group.clip_norm, group.every_steps, peak)
     rules = {
         "adabelief": Belief(o.b1, o.b2, o.eps, o.eps_root, o.nesterov, o.rectify, o.sgd_fallback),
         "adam": Adam(o.b1, o.b2, o.eps, o.eps_root, o.nesterov),
         "sgd": Momentum(o.b1, o.nesterov),
     }
-    rule, dtypes = rules[group.optimizer or o.name], (group.mu_dtype or o.mu_dtype, group.nu_dtype or o.nu_dtype)
-    rate = schedule if group.lr_multiplier == 1 else lambda count: group.lr_multiplier * schedule(count)
-    # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
-    weight_decay = schedules.get(f"{path}.decay_schedule", group.weight_decay) or None
     return fused.ParamGroup(
-        rule,
+        rules[name],
         rate,
         weight_decay,
         o.decay,
         group.clip_norm,
         group.every_steps,
-        *dtypes,
-        peak_rate=group.lr_multiplier * (group.schedule or o.schedule).peak,
+        group.mu_dtype or o.mu_dtype,
+        group.nu_dtype or o.nu_dtype,
+        peak_rate=peak,
         cautious=o.cautious,
         rounds_randomly=o.param_rounding == "stochastic",
     )
 
 
+def _split(groups: Groups) -> tuple[fused.Groups, dict[str, TransformGroup]]:
+    """The groups of the fused pass, where None stands for the others too, and those that Optax updates."""
+    others = {label: group for label, group in groups.items() if isinstance(group, TransformGroup)}
+    return {label: group for label, group in groups.items() if not isinstance(group, TransformGroup)}, others
+
+
 def build_optimizer(
-    optimizer: config.Optimizer, groups: fused.Groups, labels: Any, seed: int
+    optimizer: config.Optimizer, groups: Groups, labels: Any, seed: int
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation for all groups; `labels` is a tree like the parameters."""
-    return fused.fused_groups(groups, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
+    own, others = _split(groups)
+    if others:
+        return mixed(own, others, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
+    return fused.fused_groups(own, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
 
 
-def build_statistics(groups: fused.Groups, labels: Any, clip_norm: float | None) -> Statistics:
+def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> Statistics:
     """Per-label statistics of an update, from its gradients and the parameters and state after it.
 
     For each label that is not frozen:
@@ -78,29 +102,42 @@ def build_statistics(groups: fused.Groups, labels: Any, clip_norm: float | None)
       Near 0, gradients are as mu predicts, and its steps are 1/belief times those of Adam. Momentum has no belief;
     - `learning_rate/LABEL` and `weight_decay/LABEL`, where the label has a schedule of its own.
 
-    Nothing is stored for them: the update is computed again from the moments.
+    Nothing is stored for them: the update is computed again from the moments. Optax transformations store its norm.
     """
+    fused_groups, others = _split(groups)
+    fused_groups = {**fused_groups, **dict.fromkeys(others)}
 
-    def statistics(grads: optax.Updates, params: optax.Params, state: fused.ScaleByBeliefState) -> dict[str, Array]:
-        leaves, _ = fused.flatten(labels, grads, state, params)
-        scalars_of = fused.update_scalars(groups, leaves, state.count - 1, clip_norm)
-        updated: dict[str, Any] = {label: groups[label] for label in scalars_of}
+    def statistics(grads: optax.Updates, params: optax.Params, state: Any) -> dict[str, Array]:
+        moments, clip = (state, clip_norm) if not others else (state.fused, None)
+        raw, structure = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
+        frozen = [groups[name] is None for name in jax.tree.leaves(labels)]
+        clipped = clip_all(raw, frozen, clip_norm) if others else raw
+        leaves, _ = fused.flatten(labels, structure.unflatten(clipped), moments, params)
+        scalars_of = fused.update_scalars(fused_groups, leaves, state.count - 1, clip)
+        with_gradient = dict.fromkeys(leaf[0] for leaf in leaves if leaf[1] is not None)
+        updated: dict[str, Any] = {label: groups[label] for label in with_gradient if groups[label] is not None}
         several_rates = len({group.learning_rate for group in updated.values()}) > 1
         found: dict[str, Any] = {}
         for label, group in updated.items():
-            scalars, own = scalars_of[label], [leaf[1:] for leaf in leaves if leaf[0] == label and leaf[1] is not None]
-            found[f"grad_norm/{label}"] = global_norm([g for g, _, _ in own])
-            weights = global_norm([p for _, _, p in own])
-            moved = global_norm([_displacement(group, scalars, *leaf) for leaf in own])
+            own = [(g, *leaf[1:]) for g, leaf in zip(raw, leaves, strict=True) if leaf[0] == label and g is not None]
+            found[f"grad_norm/{label}"] = global_norm([g for g, *_ in own])
+            weights = global_norm([p for *_, p in own])
+            if label in others:
+                moved, rate = state.others[label].moved, group.learning_rate(state.count - 1)
+                decay = group.weight_decay(state.count - 1) if callable(group.weight_decay) else None
+            else:
+                scalars = scalars_of[label]
+                moved = global_norm([_displacement(group, scalars, *leaf[1:]) for leaf in own])
+                rate, decay = scalars.learning_rate, scalars.weight_decay
             found[f"update_ratio/{label}"] = moved / jnp.where(weights == 0, 1.0, weights)
             if several_rates:
-                found[f"learning_rate/{label}"] = scalars.learning_rate
+                found[f"learning_rate/{label}"] = rate
             if callable(group.weight_decay):
-                found[f"weight_decay/{label}"] = scalars.weight_decay
-            if group.rule.nu_center is not None:
-                total = sum((jnp.sum(_belief(group, scalars, *leaf, state.count)) for leaf in own), jnp.zeros(()))
-                found[f"belief/{label}"] = total / sum(p.size for _, _, p in own)
-        return {name: value.astype(jnp.float32) for name, value in found.items()}
+                found[f"weight_decay/{label}"] = decay
+            if label not in others and group.rule.nu_center is not None:
+                total = sum((jnp.sum(_belief(group, scalars, *leaf[1:], state.count)) for leaf in own), jnp.zeros(()))
+                found[f"belief/{label}"] = total / sum(p.size for *_, p in own)
+        return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
     return statistics
 

@@ -1,7 +1,7 @@
 """The decay check: do parameters decay as their labels say in one step with zero gradients?"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from trainer.observe import table
-from trainer.optim.fused import Groups, ParamGroup
+from trainer.optim.fused import ParamGroup
+from trainer.optim.transforms import TransformGroup, move_without_gradient, set_count
 from trainer.rules import paths
 
 
@@ -44,14 +45,18 @@ class DecayResult:
 
 
 def check_decay(
-    params: Any, labels: Sequence[str], groups: Groups, optimizer: optax.GradientTransformation, total_steps: int
+    params: Any,
+    labels: Sequence[str],
+    groups: Mapping[str, ParamGroup | TransformGroup | None],
+    optimizer: optax.GradientTransformation,
+    total_steps: int,
 ) -> list[DecayResult]:
     """For every label, makes a step with zero gradients and fresh moments, and compares parameters before and after.
 
     The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype; "corrected" decay
     is that times learning rate / peak. It must keep every bit of parameters without decay and of frozen ones. It is the
     step in which the label decays most: under a warm-up, the first step has no decay. A parameter that is 0 is replaced
-    by 1, since no decay would change it.
+    by 1, since no decay would change it. The move that an Optax transformation makes without gradients is allowed for.
 
     Args:
       params: the parameters at the start of the run.
@@ -66,7 +71,7 @@ def check_decay(
 
     @jax.jit
     def after(count: jax.Array) -> Any:
-        updates, _ = optimizer.update(zeros, fresh._replace(count=count), params)
+        updates, _ = optimizer.update(zeros, set_count(fresh, count), params)
         return optax.apply_updates(params, updates)
 
     results = []
@@ -75,11 +80,16 @@ def check_decay(
         new_params = jax.tree.leaves(after(jnp.asarray(count, jnp.int32)))
         rows = zip(paths(params), labels, jax.tree.leaves(params), new_params, strict=True)
         own = [(path, np.asarray(old), np.asarray(new)) for path, other, old, new in rows if other == label]
+        moves: list[Any] = [0.0] * len(own)
+        if isinstance(group, TransformGroup):
+            updates = move_without_gradient(label, group, list(labels), params, jnp.asarray(count // group.every))
+            moves = [np.asarray(u, np.float64) for u in updates if u is not None]
         if shrink and group is not None and group.decay == "coupled":
             results.append(DecayResult(label, count + 1, None, len(own), ()))
             continue
-        wrong = tuple(path for path, old, new in own if not _shrunk(old, new, shrink))
-        may_stay = group is not None and group.rounds_randomly
+        pairs = zip(own, moves, strict=True)
+        wrong = tuple(path for (path, old, new), move in pairs if not _shrunk(old, new, shrink, move))
+        may_stay = isinstance(group, ParamGroup) and group.rounds_randomly
         lost = shrink > 0 and not may_stay and all(old.tobytes() == new.tobytes() for _, old, new in own)
         results.append(DecayResult(label, count + 1, 1 - shrink, len(own), wrong, lost))
     return results
@@ -92,7 +102,7 @@ def decay_table(results: Sequence[DecayResult]) -> str:
     return table(("label", "arrays", "step", "factor", "result"), cells, right=("arrays", "step"))
 
 
-def _steepest(group: ParamGroup | None, total_steps: int) -> tuple[int, float]:
+def _steepest(group: ParamGroup | TransformGroup | None, total_steps: int) -> tuple[int, float]:
     """The count of updates before the step in which a group decays most, and the share of its parameters it loses."""
     if group is None:
         return 0, 0.0
@@ -107,9 +117,10 @@ def _steepest(group: ParamGroup | None, total_steps: int) -> tuple[int, float]:
     return int(counts[steepest]), float(decays[steepest])
 
 
-def _shrunk(old: np.ndarray, new: np.ndarray, shrink: float) -> bool:
-    if shrink == 0:
+def _shrunk(old: np.ndarray, new: np.ndarray, shrink: float, move: Any) -> bool:
+    """Whether `new` is `old` times 1 − shrink, plus `move`, to the last place."""
+    if shrink == 0 and not np.any(move):
         return old.tobytes() == new.tobytes()
-    expected = old.astype(np.float64) * (1 - shrink)
+    expected = old.astype(np.float64) * (1 - shrink) + move
     # Rounding errs by half an ulp. The arithmetic of the share that is subtracted errs by another half.
     return bool(np.all(np.abs(new.astype(np.float64) - expected) <= np.abs(np.spacing(np.abs(old)).astype(np.float64))))

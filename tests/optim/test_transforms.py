@@ -1,0 +1,350 @@
+"""Optax's optimizers and those of the user, by label: the numbers of Optax alone, under every setting of a group."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.optim.building import build
+from tests.tasks import make_run
+from tests.test_hooks import BreaksAt, FailedError, bits
+from trainer import config, evaluate, load, take, train
+from trainer.commands.arguments import find_run, make_parser, parse_flags
+from trainer.errors import UserError
+from trainer.observe.log import read_rows
+from trainer.optim import build_groups, build_schedules
+from trainer.optim.decay_check import check_decay
+from trainer.optim.transforms import MixedState, _names, find_transform
+from trainer.program import compile_program
+
+LABELS = {"kernel": "decayed", "bias": "plain", "scale": "plain"}
+RATE, DECAY = 0.05, 0.1
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "optax.sgd": {"momentum": 0.9, "nesterov": True},
+    "optax.adamw": {"b1": 0.8},
+    "optax.lion": {},
+    "optax.radam": {"b2": 0.99},
+    "optax.yogi": {},
+    "optax.adafactor": {"min_dim_size_to_factor": 2},
+    "optax.contrib.muon": {"ns_steps": 4},
+    "optax.contrib.schedule_free_adamw": {"b2": 0.9},
+}
+
+
+def schedule() -> config.Schedule:
+    return config.Schedule("linear", peak=RATE, final=0.01, warmup=2)
+
+
+def rate(count: Any) -> Any:
+    return optax.join_schedules([optax.linear_schedule(0, RATE, 2), optax.linear_schedule(RATE, 0.01, 8)], [2])(count)
+
+
+def params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (6, 4), "bias": (4,), "scale": (3,)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def gradients(steps: int = 10) -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(1)
+    return [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params()) for _ in range(steps)]
+
+
+def settings(name: Any, options: dict[str, Any], **fields: Any) -> config.Optimizer:
+    groups = {"decayed": config.Group(weight_decay=DECAY), "plain": config.Group()}
+    defaults: dict[str, Any] = {"schedule": schedule(), "groups": groups}
+    return config.Optimizer(name, options=options, **defaults | fields)
+
+
+def walk(transform: Any, steps: int = 10) -> list[Any]:
+    p, found = params(), []
+    state, update = transform.init(p), jax.jit(transform.update)
+    for grads in gradients(steps):
+        updates, state = update(grads, state, p)
+        p = optax.apply_updates(p, updates)
+        found.append(p)
+    return found
+
+
+def assert_close(found: Any, expected: Any, rtol: float = 2e-6) -> None:
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=2e-7, err_msg=name)
+
+
+def alone(name: str, options: dict[str, Any], decay: float) -> optax.GradientTransformation:
+    """Optax's own, with its decay switched off, and decoupled decay after it."""
+    module = optax.contrib if ".contrib." in name else optax
+    off = {"optax.adamw": {"weight_decay": 0.0}, "optax.lion": {"weight_decay": 0.0}}.get(name, {})
+    transform = getattr(module, name.rpartition(".")[2])(rate, **options, **off)
+    if not decay:
+        return transform
+    subtract = optax.inject_hyperparams(optax.add_decayed_weights)(lambda count: -decay * rate(count))
+    return optax.chain(transform, subtract)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_label_goes_as_optax_alone_would_take_it_and_decays_by_its_group(name):
+    options = OPTIMIZERS[name]
+    found = walk(build(settings(name, options), LABELS)[0])
+    for label, decay in (("decayed", DECAY), ("plain", 0.0)):
+        own = {leaf for leaf, other in LABELS.items() if other == label}
+        masked = optax.masked(alone(name, options, decay), {leaf: leaf in own for leaf in LABELS})
+        expected = walk(masked)
+        assert_close({leaf: found[-1][leaf] for leaf in own}, {leaf: expected[-1][leaf] for leaf in own})
+
+
+@pytest.mark.parametrize(("name", "own"), [("optax.adamw", "weight_decay"), ("optax.lion", "weight_decay")])
+def test_the_decay_of_a_group_is_that_which_optax_has_built_in(name, own):
+    found = walk(build(settings(name, {}), LABELS)[0])
+    mask = {leaf: label == "decayed" for leaf, label in LABELS.items()}
+    expected = walk(getattr(optax, name.removeprefix("optax."))(rate, **{own: DECAY}, mask=mask))
+    assert_close(found[-1], expected[-1])
+
+
+def test_muon_on_matrices_and_adabelief_on_the_rest_are_each_what_they_are_alone():
+    groups = {
+        "decayed": config.Group(optimizer="optax.contrib.muon", options={"beta": 0.9}, weight_decay=DECAY),
+        "plain": config.Group(),
+    }
+    found = walk(build(settings("adabelief", {}, groups=groups), LABELS)[0])[-1]
+    muon = walk(build(settings("optax.contrib.muon", {"beta": 0.9}), LABELS)[0])[-1]
+    belief = walk(build(settings("adabelief", {}), LABELS)[0])[-1]
+    assert_close(found, {"kernel": muon["kernel"], "bias": belief["bias"], "scale": belief["scale"]}, rtol=1e-6)
+
+
+def test_the_norm_of_all_labels_is_clipped_and_then_that_of_a_group():
+    groups = {"decayed": config.Group(optimizer="optax.sgd"), "plain": config.Group(clip_norm=0.1)}
+    found = walk(build(settings("sgd", {}, b1=0.0, clip_norm=0.5, groups=groups), LABELS)[0], steps=3)
+    p = jax.tree.map(np.asarray, params())
+    for step, grads in enumerate(gradients(3)):
+        norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
+        grads = {name: np.asarray(g, np.float64) * min(1, 0.5 / norm) for name, g in grads.items()}
+        plain = np.sqrt(sum(np.sum(grads[name] ** 2) for name in ("bias", "scale")))
+        factor = {"kernel": 1.0, "bias": min(1, 0.1 / plain), "scale": min(1, 0.1 / plain)}
+        p = {name: p[name] - float(rate(step)) * factor[name] * grads[name] for name in p}
+        assert_close(found[step], p)
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "fixed", "coupled", "corrected"])
+def test_the_kinds_of_decay_are_those_of_the_fused_pass(decay):
+    momentum = settings("sgd", {}, b1=0.9, decay=decay)
+    found = walk(build(settings("optax.sgd", {"momentum": 0.9}, decay=decay), LABELS)[0])
+    assert_close(found[-1], walk(build(momentum, LABELS)[0])[-1])
+
+
+def test_a_group_that_is_updated_at_every_third_step_follows_the_schedule_of_the_run():
+    groups = {"decayed": config.Group(weight_decay=DECAY, every_steps=3, lr_multiplier=0.5), "plain": config.Group()}
+    other = settings("optax.sgd", {"momentum": 0.9}, groups=groups)
+    found = walk(build(other, LABELS)[0])
+    expected = walk(build(settings("sgd", {}, b1=0.9, groups=groups), LABELS)[0])
+    for one, two in zip(found, expected, strict=True):
+        assert_close(one, two)
+    np.testing.assert_array_equal(found[1]["kernel"], found[2]["kernel"])
+
+
+def test_a_frozen_label_keeps_every_bit_and_has_no_state():
+    groups = {"decayed": config.Group(optimizer="optax.lion"), "plain": config.Group(frozen=True)}
+    transform, _ = build(settings("adabelief", {}, groups=groups), LABELS)
+    found = walk(transform)[-1]
+    np.testing.assert_array_equal(found["bias"], params()["bias"])
+    state: Any = transform.init(params())
+    assert isinstance(state, MixedState)
+    assert [x.shape for x in jax.tree.leaves(state.others["decayed"].inner) if x.ndim] == [(6, 4)]
+    assert jax.tree.leaves((state.fused.mu, state.fused.nu)) == []
+
+
+def test_sixteen_bit_parameters_are_updated_in_float32():
+    transform, _ = build(settings("optax.adamw", {}), LABELS)
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params())
+    state: Any = transform.init(narrow)
+    moments = [x.dtype for x in jax.tree.leaves(state.others) if jnp.ndim(x)]
+    assert set(moments) == {jnp.dtype(jnp.float32)}
+    updates, _ = transform.update(jax.tree.map(lambda p: 0 * p + 1, narrow), state, narrow)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_statistics_are_norms_of_gradients_and_of_moves():
+    fields: dict[str, Any] = {"clip_norm": 0.5}
+    transform, statistics = build(settings("optax.adamw", {}, **fields), LABELS)
+    p, (grads, *_) = params(), gradients(1)
+    updates, state = transform.update(grads, transform.init(p), p)
+    found = statistics(grads, optax.apply_updates(p, updates), state)
+    for label in ("decayed", "plain"):
+        own = [name for name, other in LABELS.items() if other == label]
+
+        def norm(tree: Any, own: list[str] = own) -> float:
+            return float(np.sqrt(sum(np.sum(np.square(np.asarray(tree[name], np.float64))) for name in own)))
+
+        assert found[f"grad_norm/{label}"] == pytest.approx(norm(grads), rel=1e-6)
+        after = optax.apply_updates(p, updates)
+        assert found[f"update_ratio/{label}"] == pytest.approx(norm(updates) / norm(after), rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_decay_check_holds_for_each(name):
+    optimizer = settings(name, OPTIMIZERS[name])
+    transform, _ = build(optimizer, LABELS)
+    groups = build_groups(optimizer, build_schedules(make_run(10, optimizer=optimizer), examples=10))
+    names = [LABELS[keys[0].key] for keys, _ in jax.tree_util.tree_leaves_with_path(params())]
+    results = check_decay(params(), names, groups, transform, 10)
+    assert [str(result) for result in results] == ["as stated", "untouched, as stated"]
+    assert results[0].factor == pytest.approx(1 - RATE * DECAY)
+
+
+def test_every_optimizer_of_the_list_updates_and_keeps_the_structure_of_its_state():
+    for name in _names():
+        transform = find_transform(name, {}, lambda count: 0.01 + 0 * count, 0.01)
+        state = transform.init(params())
+        updates, after = jax.jit(transform.update)(gradients(1)[0], state, params())
+        assert jax.tree.structure(after) == jax.tree.structure(state), name
+        shapes = [[(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)] for tree in (state, after)]
+        assert shapes[0] == shapes[1], name
+        assert all(np.isfinite(u).all() for u in updates.values()), name
+    assert len(_names()) > 35
+
+
+@dataclasses.dataclass
+class Signs:
+    """An optimizer of a user: moves by the sign of the gradient."""
+
+    scale: float = 1.0
+
+    def transform(self, learning_rate):
+        return optax.chain(optax.scale_by_sign(), optax.scale(self.scale), optax.scale_by_learning_rate(learning_rate))
+
+
+def test_a_dataclass_of_the_user_is_an_optimizer():
+    found = walk(build(settings(Signs(2.0), {}), LABELS)[0], steps=4)
+    expected = params()["bias"]
+    for step, grads in enumerate(gradients(4)):
+        expected = expected - 2 * rate(step) * jnp.sign(grads["bias"])
+    np.testing.assert_allclose(found[-1]["bias"], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("optax.lyon", {}, r"optimizer 'optax.lyon' is not known; did you mean 'optax.lion'\?"),
+        ("optax.lbfgs", {}, "optimizer 'optax.lbfgs' is not known"),
+        ("optax.os.system", {}, "optimizer 'optax.os.system' is not known"),
+        ("optax.lion", {"mu_dtyp": 0.5}, r"optax.lion has no option 'mu_dtyp'; did you mean 'mu_dtype'\?"),
+        ("optax.adamw", {"weight_decay": 0.5}, "has a setting of its own: optimizer.groups.LABEL.weight_decay"),
+        ("optax.adamw", {"learning_rate": 0.5}, "has a setting of its own: optimizer.schedule"),
+        ("optax.rprop", {}, "optax.rprop takes a constant learning rate only"),
+        ("optax.contrib.muon", {"ns_coeffs": "fast"}, r"optax.contrib.muon does not take its options"),
+    ],
+    ids=str,
+)
+def test_a_name_or_an_option_that_optax_does_not_have_is_named(name, options, text):
+    with pytest.raises(UserError, match=text):
+        build(settings(name, options), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        (settings("adamm", {}), r"optimizer.name is 'adamm'; did you mean 'adam'\?"),
+        (settings("adam", {"b1": 0.5}), "optimizer.options is {'b1': 0.5}, but adam has settings of its own"),
+        (
+            settings("adam", {}, groups={"decayed": config.Group(options={"b1": 0.5}), "plain": config.Group()}),
+            "optimizer.groups.decayed.options is {'b1': 0.5}, but adam has settings of its own",
+        ),
+        (
+            settings("optax.lion", {}, groups={"decayed": config.Group(mu_dtype="bfloat16"), "plain": config.Group()}),
+            "optimizer.groups.decayed has a mu_dtype, which optax.lion does not use: give it in options",
+        ),
+        (
+            settings("optax.lion", {}, cautious=True),
+            "optimizer.cautious works with adabelief, adam, sgd only, but the run uses optax.lion",
+        ),
+        (settings("optax.lion", {}, b1=0.5), "optimizer.b1 is 0.5, which optax.lion does not use: give it in"),
+    ],
+    ids=range(6),
+)
+def test_settings_that_an_optimizer_does_not_use_are_refused(optimizer, text):
+    with pytest.raises(UserError, match=text):
+        config.resolve(make_run(10, optimizer=optimizer))
+
+
+def run_of(name: Any, options: dict[str, Any], parallel: config.Parallel, total_steps: int = 10) -> config.Run:
+    labels = ((r".*/kernel", "decayed"), (".*", "plain"))
+    optimizer = settings(name, options, labels=labels, clip_norm=1.0)
+    checkpoint = config.Checkpoint(every_steps=4)
+    return make_run(total_steps, optimizer=optimizer, parallel=parallel, checkpoint=checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_resumes_bit_for_bit_and_is_the_same_on_four_devices(tmp_path, name):
+    one, four = config.Parallel(devices=1), config.Parallel("fsdp", devices=4, min_shard_size=0)
+    options = OPTIMIZERS[name]
+    whole = train(run_of(name, options, one), tmp_path / "whole", verbose=False)
+    with pytest.raises(FailedError):
+        train(run_of(name, options, one), tmp_path / "run", verbose=False, hooks=[BreaksAt(6)])
+    assert bits(train(run_of(name, options, one), tmp_path / "run", verbose=False)) == bits(whole)
+    sharded = train(run_of(name, options, four), tmp_path / "sharded", verbose=False)
+    for a, b in zip(jax.tree.leaves(sharded.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+    kernels = [x for x in jax.tree.leaves(sharded.opt_state) if x.shape == (8, 16)]
+    assert kernels or name == "optax.adafactor"  # which keeps rows and columns
+    assert not any(x.sharding.is_fully_replicated for x in kernels)
+    losses = [row["train/loss"] for row in read_rows(tmp_path / "whole" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def test_a_run_is_evaluated_at_the_average_of_a_schedule_free_optimizer(tmp_path):
+    name = "optax.contrib.schedule_free_adamw"
+    run = run_of(name, {}, config.Parallel(devices=1))
+    state = train(run, tmp_path / "run", verbose=False)
+    expected = {}
+    for free in state.opt_state.others.values():
+        own = jax.tree.map(lambda z, p: z if is_masked(z) else p, free.inner.z, state.params, is_leaf=is_masked)
+        averages = optax.contrib.schedule_free_eval_params(free.inner, own)
+        expected |= {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(averages)}
+    trained = load(tmp_path / "run")
+    found = {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(trained.variables["params"])}
+    assert found.keys() == expected.keys()
+    for path, x in found.items():
+        np.testing.assert_allclose(x, expected[path], rtol=1e-6, atol=1e-7)
+    batch = jax.tree.map(
+        jnp.asarray, take(run.experiment.source("test"), np.arange(21)) | {"mask": np.ones(21, np.float32)}
+    )
+    metrics, _ = run.experiment.loss(trained.variables, batch, key=jax.random.key(0), train=False)
+    assert evaluate(tmp_path / "run")["test/loss"] == pytest.approx(metrics["loss"].compute(), rel=1e-5)
+    raw = {**trained.variables, "params": state.params}
+    at_y, _ = run.experiment.loss(raw, batch, key=jax.random.key(0), train=False)
+    assert abs(at_y["loss"].compute() / metrics["loss"].compute() - 1) > 1e-3
+
+
+def test_the_workdir_alone_rebuilds_an_optimizer_of_the_user_and_its_options(tmp_path):
+    run = config.resolve(make_run(3, optimizer=settings(Signs(2.0), {})))
+    assert config.from_json(config.to_json(run)) == run
+    run = config.resolve(make_run(3, optimizer=settings("optax.contrib.muon", {"ns_coeffs": (1.0, 2.0, 3.0)})))
+    assert config.from_json(config.to_json(run)) == run
+
+
+def test_flags_choose_an_optimizer_and_its_options(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("from tests.tasks import make_run\n\ndef get_config():\n    return make_run(5)\n")
+    flags = [
+        f"--config={file}",
+        "--config.optimizer.name=optax.lion",
+        "--config.optimizer.options.b1=0.5",
+        "--config.optimizer.options.mu_dtype=bfloat16",
+        "--config.optimizer.groups.plain.optimizer=adam",
+    ]
+    run = find_run(*parse_flags(make_parser("train", ""), flags)).run
+    assert run.optimizer.name == "optax.lion"
+    assert run.optimizer.options == {"b1": 0.5, "mu_dtype": "bfloat16"}
+    assert run.optimizer.groups["plain"].optimizer == "adam"
+    table = str(compile_program(run).param_table)
+    assert "optax.lion" in table
+    assert "adam " in table

@@ -1,0 +1,89 @@
+"""Schedules in whole updates, with their checks."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+from trainer.config.optimizer import Schedule
+from trainer.config.settings import Run
+from trainer.errors import UserError
+
+DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
+# The settings that only some schedules use, with the names of these schedules.
+_USED_BY = {"final": DESCENTS, "end": DESCENTS, "descent": ("wsd",), "power": ("polynomial",)}
+_USED_BY |= {"boundaries": ("step",), "factor": ("step",)}
+
+
+def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | None = None) -> Schedule:
+    """The schedule at `path` of `run` with its times in whole updates, and the end of a descent written out.
+
+    `examples`, the length of the training split, gives the length of an epoch. Without it, times in epochs are not
+    converted: only their order is checked. Raises `UserError` if settings contradict each other, or if a time rounds to
+    0 updates or lies after the end of the run.
+    """
+    _check_used(schedule, path)
+    unit, length = schedule.unit, schedule.run_steps or run.total_steps
+    per_epoch = examples / run.batch_size if examples else None
+    scale = {"steps": 1.0, "epochs": per_epoch, "examples": 1 / run.batch_size, "percent": length / 100}[unit]
+    measure = f" (in steps: {scale:.6g} per {unit.removesuffix('s')})" if scale and unit != "steps" else ""
+
+    def steps(name: str, time: float) -> Any:
+        if unit == "percent" and time > 100:
+            raise UserError(f"{path}.{name} has {time:.12g} percent; of a run there are at most 100")
+        if unit in ("steps", "examples") and time % 1:
+            raise UserError(f"{path}.{name} has {time:.12g} {unit}; a whole number is expected")
+        count = time if scale is None else round(time * scale)
+        if time and not count:
+            raise UserError(f"{path}.{name} has {time:.12g} {unit}, which rounds to 0 steps{measure}")
+        return count
+
+    given = {name: time for name in ("warmup", "end", "descent") if (time := getattr(schedule, name)) is not None}
+    times: dict[str, Any] = {name: steps(name, time) for name, time in given.items()}
+    times["boundaries"] = tuple(steps("boundaries", time) for time in schedule.boundaries)
+    run_end = length if scale else math.inf
+    end = times.get("end", run_end)
+    whole = run_end / (scale or 1) if schedule.end is None else schedule.end
+    fits = schedule.warmup + (schedule.descent or 0) <= whole * (1 + 1e-9)  # the tolerance is for sums as 0.1 + 0.2
+    if fits and times.get("descent", 0) > 1 and times["warmup"] + times["descent"] == end + 1:  # both were rounded up
+        times["descent"] -= 1
+    exact = dataclasses.replace(schedule, **times, unit="steps" if scale else unit)
+    _check_order(schedule, exact, path, run_end, measure, fits)
+    return dataclasses.replace(exact, end=end) if scale and schedule.name in DESCENTS else exact
+
+
+def _check_used(schedule: Schedule, path: str) -> None:
+    """Raises `UserError` for settings that a schedule of this name does not use, and for missing ones."""
+    name, unit = schedule.name, schedule.unit
+    for field in dataclasses.fields(schedule):
+        users, value = _USED_BY.get(field.name), getattr(schedule, field.name)
+        if users and name not in users and value != field.default:
+            used = f"(used by {', '.join(users)})"
+            raise UserError(f"{path}.{field.name} is {value!r}, which a schedule named {name!r} does not use {used}")
+    if name == "step" and not schedule.boundaries:
+        raise UserError(f"{path}.boundaries is empty; a step schedule needs the {unit} after which it steps down")
+    if name == "wsd" and not schedule.descent:
+        raise UserError(f"{path}.descent is {schedule.descent}; a wsd schedule needs the {unit} of its descent")
+    if name in DESCENTS and schedule.final > schedule.peak:
+        peak = f"a {name} descent ends at or below its peak, {schedule.peak}"
+        raise UserError(f"{path}.final is {schedule.final}; {peak}")
+
+
+def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
+    """Checks the order of times in steps, or in epochs of unknown length; errors show them as they were given."""
+    unit, warmup, hint = given.unit, f"{given.warmup:.12g} {given.unit}", measure
+    if given.end is None:
+        whole, end = length, f"{length} steps"
+        hint += f"; for a run cut short, set {path}.run_steps to its full length"
+    else:  # a descent with an end of its own, which may lie past that of the run
+        whole, end = exact.end or 0, f"{given.end:.12g} {unit}"
+    if exact.warmup >= whole:
+        raise UserError(f"{path}.warmup is {warmup}, but the whole schedule has only {end}{hint}")
+    if not fits or exact.warmup + (exact.descent or 0) > whole * (1 + 1e-9):
+        left = f"{whole - exact.warmup:.12g} of {whole:.12g} {exact.unit if math.isinf(length) else 'steps'}"
+        raise UserError(f"{path}.descent is {given.descent:.12g} {unit}, but the warm-up leaves only {left}{hint}")
+    boundaries = f"{path}.boundaries is {given.boundaries} {unit}"
+    if any(first >= second for first, second in itertools.pairwise((exact.warmup, *exact.boundaries))):
+        raise UserError(f"{boundaries}; they must ascend, the first above the warm-up ({warmup}){measure}")
+    if exact.boundaries and exact.boundaries[-1] >= length:
+        raise UserError(f"{boundaries}, but the run has only {length} steps{hint}")

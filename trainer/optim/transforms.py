@@ -1,0 +1,237 @@
+"""Groups that an Optax transformation updates, beside those of the fused pass."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int32
+
+from trainer import config
+from trainer.errors import UserError, did_you_mean
+from trainer.optim.fused import Groups, ScaleByBeliefState, fused_groups
+from trainer.optim.precision import compute_dtype, global_norm
+from trainer.rules import path_of
+
+# Arguments that have a setting of their own; a transformation gets no decay, which `MixedState` explains.
+_DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
+_NUMBERS = ("optax.rprop", "optax.sm3")  # take no schedule
+# These need the loss or a function of it in every update, or a key; the last is deprecated.
+_LEFT_OUT = ("optax.lbfgs", "optax.contrib.momo", "optax.contrib.momo_adam", "optax.contrib.sophia")
+_LEFT_OUT += ("optax.noisy_sgd", "optax.optimistic_adam")
+_NONE = optax.MaskedNode()  # a leaf of another label; a tree without leaves to JAX
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TransformGroup:
+    """How an Optax transformation updates the parameters of one label; fields are as in `fused.ParamGroup`."""
+
+    transform: optax.GradientTransformation
+    learning_rate: Any
+    weight_decay: Any = None
+    decay: str = "decoupled"
+    clip_norm: float | None = None
+    every: int = 1
+    peak_rate: Any = None
+
+
+class OtherState(NamedTuple):
+    """The state of one label that an Optax transformation updates."""
+
+    inner: Any  # of the transformation
+    moved: Float[Array, ""]  # the norm of its last update, for the statistics
+
+
+class MixedState(NamedTuple):
+    """The state of an optimizer some of whose labels are updated by Optax transformations.
+
+    Such a label is clipped before and decayed after the transformation, as the fused groups are, so every setting of a
+    group means the same for all of them. The arithmetic is in float32 or wider.
+    """
+
+    fused: ScaleByBeliefState  # without moments where all labels are others
+    others: Mapping[str, OtherState]  # by label
+
+    @property
+    def count(self) -> Int32[Array, ""]:
+        """Updates made."""
+        return self.fused.count
+
+
+def find_transform(
+    name: str | config.Transform, options: Mapping[str, Any], learning_rate: Callable, constant: float | None
+) -> optax.GradientTransformation:
+    """The transformation of a name such as "optax.lion", or of the user's own dataclass.
+
+    Args:
+      name: of a function of `optax` or `optax.contrib` that takes a learning rate, or the dataclass.
+      options: its other arguments.
+      learning_rate: a function of the updates made before.
+      constant: the learning rate if it never changes, for the few functions that take a number only.
+
+    Raises `UserError` for a name that Optax does not have and for an option that it does not take, with the nearest.
+    """
+    if not isinstance(name, str):
+        return name.transform(learning_rate)
+    if name not in (known := _names()):
+        raise UserError(f"optimizer {name!r} is not known{did_you_mean(name, (*config.NAMES, *known))}")
+    module, _, function = name.rpartition(".")
+    make = getattr(importlib.import_module(module), function)
+    arguments = inspect.signature(make).parameters
+    own = [key for key in arguments if key not in ("learning_rate", *_DECAYS)]
+    for option in options:
+        if option in arguments and option not in own:
+            instead = "schedule" if option == "learning_rate" else "groups.LABEL.weight_decay"
+            raise UserError(f"option {option!r} of {name} has a setting of its own: optimizer.{instead}")
+        if option not in own:
+            raise UserError(f"{name} has no option {option!r}{did_you_mean(option, own)}")
+    if name in _NUMBERS and constant is None:
+        raise UserError(f"{name} takes a constant learning rate only; optimizer.schedule is none")
+    off = {key: None if arguments[key].default is None else 0.0 for key in _DECAYS if key in arguments}
+    try:
+        return make(learning_rate=constant if name in _NUMBERS else learning_rate, **off, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} does not take its options {dict(options)}: {error}") from error
+
+
+def _names() -> list[str]:
+    """The functions of Optax that make an optimizer from a learning rate."""
+    found = []
+    for module in (optax, optax.contrib):
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and not name.startswith(("_", "scale_by_")):
+                arguments = inspect.signature(value).parameters.values()
+                needed = {argument.name for argument in arguments if argument.default is argument.empty}
+                if "learning_rate" in {argument.name for argument in arguments} and needed <= {"learning_rate"}:
+                    found.append(f"{module.__name__}.{name}")
+    return [name for name in found if name not in _LEFT_OUT]
+
+
+def mixed(
+    groups: Groups,
+    others: Mapping[str, TransformGroup],
+    labels: Any,
+    *,
+    amsgrad: bool,
+    clip_norm: float | None,
+    seed: int,
+) -> optax.GradientTransformationExtraArgs:
+    """The fused pass over `groups` and the transformations of the `others`, as one; arguments as for `fused_groups`."""
+    fused = fused_groups({**groups, **dict.fromkeys(others)}, labels, amsgrad=amsgrad, seed=seed)
+    names = jax.tree.leaves(labels)
+    frozen = {label for label, group in groups.items() if group is None}
+
+    def init(params: optax.Params) -> MixedState:
+        if not jax.tree.leaves(params):  # of `optax.tree_map_params`, a placeholder
+            return MixedState(fused.init(params), {label: OtherState(params, params) for label in others})
+        leaves, structure = jax.tree.flatten(params)
+        inner = {
+            label: group.transform.init(structure.unflatten(_only(label, names, leaves)))
+            for label, group in others.items()
+        }
+        return MixedState(fused.init(params), {label: OtherState(x, jnp.zeros(())) for label, x in inner.items()})
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, MixedState]:
+        del extra
+        if params is None:
+            raise ValueError("the parameters are needed: call update(gradients, state, params)")
+        grads, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        grads = clip_all(grads, [name in frozen for name in names], clip_norm)
+        own = structure.flatten_up_to(params)
+        found, fused_state = fused.update(structure.unflatten(grads), state.fused, params)
+        results, states = structure.flatten_up_to(found), {}
+        for label, group in others.items():
+            g, p = (structure.unflatten(_only(label, names, leaves)) for leaves in (grads, own))
+            tree, states[label] = _update(group, g, state.others[label], p, state.count)
+            for place, u in enumerate(structure.flatten_up_to(tree)):
+                if not _is_masked(u):
+                    results[place] = u.astype(own[place].dtype)
+        return structure.unflatten(results), MixedState(fused_state, states)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type] - its state is ours
+
+
+def clip_all(grads: list[Any], frozen: list[bool], clip_norm: float | None) -> list[Any]:
+    """Gradients whose common norm is at most `clip_norm`, without those that are None or frozen."""
+    if clip_norm is None:
+        return grads
+    is_used = [g is not None and not still for g, still in zip(grads, frozen, strict=True)]
+    norm = global_norm([g for g, used in zip(grads, is_used, strict=True) if used])
+    factor = clip_norm / jnp.maximum(norm, clip_norm)
+    return [(g * factor).astype(g.dtype) if used else g for g, used in zip(grads, is_used, strict=True)]
+
+
+def _only(label: str, names: list[str], leaves: list[Any]) -> list[Any]:
+    """The leaves of a label in the dtype of the computation, and a node without leaves for each of the others."""
+    is_own = [name == label and x is not None for name, x in zip(names, leaves, strict=True)]
+    return [x.astype(compute_dtype(x.dtype)) if own else _NONE for own, x in zip(is_own, leaves, strict=True)]
+
+
+def _update(
+    group: TransformGroup, g: Any, state: OtherState, p: Any, count: Int32[Array, ""]
+) -> tuple[Any, OtherState]:
+    """The update of one label and its new state."""
+    rate = group.learning_rate(count)
+    decay = group.weight_decay(count) if callable(group.weight_decay) else group.weight_decay
+    if group.clip_norm is not None:
+        factor = group.clip_norm / jnp.maximum(global_norm(jax.tree.leaves(g)), group.clip_norm)
+        g = jax.tree.map(lambda x: x * factor, g)
+    if decay is not None and group.decay == "coupled":
+        g = jax.tree.map(lambda x, q: x + decay * q, g, p)
+    u, inner = group.transform.update(g, state.inner, p)
+    if decay is not None and group.decay != "coupled":
+        factors = {"fixed": 1.0, "decoupled": rate, "corrected": rate * rate / group.peak_rate}
+        share = decay * factors[group.decay]
+        u = jax.tree.map(lambda x, q: x - share * q, u, p)
+    new = OtherState(inner, global_norm(jax.tree.leaves(u)))
+    if group.every == 1:
+        return u, new
+    due = count % group.every == 0
+    u = jax.tree.map(lambda x: jnp.where(due, x, jnp.full_like(x, -0.0)), u)
+    return u, jax.tree.map(lambda x, old: jnp.where(due, x, old), new, state)
+
+
+def set_count(state: Any, count: Int32[Array, ""]) -> Any:
+    """The state with another number of updates made, in every transformation."""
+
+    def replace(keys: Any, leaf: Any) -> Any:
+        return jnp.asarray(count, leaf.dtype) if path_of(keys).rpartition("/")[2] == "count" else leaf
+
+    return jax.tree_util.tree_map_with_path(replace, state)
+
+
+def move_without_gradient(label: str, group: TransformGroup, names: list[str], params: Any, count: Any) -> list[Any]:
+    """The update of each leaf of a label, None elsewhere, for gradients of zero and without decay; Yogi's is not 0."""
+    leaves, structure = jax.tree.flatten(params)
+    own = structure.unflatten(_only(label, names, leaves))
+    state = set_count(group.transform.init(own), count)
+    updates, _ = group.transform.update(jax.tree.map(jnp.zeros_like, own), state, own)
+    return [None if _is_masked(u) else u for u in structure.flatten_up_to(updates)]
+
+
+def evaluation_params(params: Any, state: Any) -> Any:
+    """The parameters to evaluate: those of a schedule-free optimizer are an average, x = (y − (1 − b1) · z) / b1."""
+    if not isinstance(state, MixedState):
+        return params
+    for free in filter(_is_free, jax.tree.leaves([other.inner for other in state.others.values()], is_leaf=_is_free)):
+        params = jax.tree.map(functools.partial(_average, free.b1), free.z, params, is_leaf=_is_masked)
+    return params
+
+
+def _is_free(node: Any) -> bool:
+    return isinstance(node, optax.contrib.ScheduleFreeState)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _average(b1: Array, z: Any, y: Any) -> Any:
+    return y if _is_masked(z) else ((y - (1 - b1) * z) / b1).astype(y.dtype)
