@@ -1,6 +1,8 @@
 """Optax's optimizers and those of the user, by label: the numbers of Optax alone, under every setting of a group."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -348,3 +350,17 @@ def test_flags_choose_an_optimizer_and_its_options(tmp_path):
     table = str(compile_program(run).param_table)
     assert "optax.lion" in table
     assert "adam " in table
+
+
+def test_the_optimizers_of_the_page_train(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    first, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(first, names)
+    run = make_run(3, optimizer=names["optimizer"], parallel=config.Parallel(devices=1))
+    run.optimizer.schedule.warmup = 0
+    train(run, tmp_path / "muon", verbose=False)
+    exec(own, names)
+    found = walk(build(names["optimizer"], dict.fromkeys(LABELS, "default"))[0], steps=1)
+    expected = params()["bias"] - 0.5 * 1e-3 * jnp.sign(gradients(1)[0]["bias"])
+    np.testing.assert_allclose(found[0]["bias"], expected, rtol=1e-6)

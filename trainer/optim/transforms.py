@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, Int32
 
 from trainer import config
 from trainer.errors import UserError, did_you_mean
-from trainer.optim.fused import Groups, ScaleByBeliefState, fused_groups
+from trainer.optim import fused
+from trainer.optim.fused import ParamGroup, ScaleByBeliefState
 from trainer.optim.precision import compute_dtype, global_norm
 from trainer.rules import path_of
 
@@ -40,6 +42,15 @@ class TransformGroup:
     peak_rate: Any = None
 
 
+Groups = Mapping[str, ParamGroup | TransformGroup | None]  # by label; None for a label whose leaves are frozen
+
+
+def split(groups: Groups) -> tuple[fused.Groups, dict[str, TransformGroup]]:
+    """The groups of the fused pass and the frozen ones, and those that Optax transformations update."""
+    others = {label: group for label, group in groups.items() if isinstance(group, TransformGroup)}
+    return {label: group for label, group in groups.items() if not isinstance(group, TransformGroup)}, others
+
+
 class OtherState(NamedTuple):
     """The state of one label that an Optax transformation updates."""
 
@@ -47,7 +58,8 @@ class OtherState(NamedTuple):
     moved: Float[Array, ""]  # the norm of its last update, for the statistics
 
 
-class MixedState(NamedTuple):
+@flax.struct.dataclass
+class MixedState:
     """The state of an optimizer some of whose labels are updated by Optax transformations.
 
     Such a label is clipped before and decayed after the transformation, as the fused groups are, so every setting of a
@@ -113,7 +125,7 @@ def _names() -> list[str]:
 
 
 def mixed(
-    groups: Groups,
+    groups: fused.Groups,
     others: Mapping[str, TransformGroup],
     labels: Any,
     *,
@@ -122,19 +134,19 @@ def mixed(
     seed: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The fused pass over `groups` and the transformations of the `others`, as one; arguments as for `fused_groups`."""
-    fused = fused_groups({**groups, **dict.fromkeys(others)}, labels, amsgrad=amsgrad, seed=seed)
+    main = fused.fused_groups({**groups, **dict.fromkeys(others)}, labels, amsgrad=amsgrad, seed=seed)
     names = jax.tree.leaves(labels)
     frozen = {label for label, group in groups.items() if group is None}
 
-    def init(params: optax.Params) -> MixedState:
+    def init(params: Any) -> MixedState:
         if not jax.tree.leaves(params):  # of `optax.tree_map_params`, a placeholder
-            return MixedState(fused.init(params), {label: OtherState(params, params) for label in others})
+            return MixedState(main.init(params), {label: OtherState(params, params) for label in others})
         leaves, structure = jax.tree.flatten(params)
         inner = {
             label: group.transform.init(structure.unflatten(_only(label, names, leaves)))
             for label, group in others.items()
         }
-        return MixedState(fused.init(params), {label: OtherState(x, jnp.zeros(())) for label, x in inner.items()})
+        return MixedState(main.init(params), {label: OtherState(x, jnp.zeros(())) for label, x in inner.items()})
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -145,7 +157,7 @@ def mixed(
         grads, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         grads = clip_all(grads, [name in frozen for name in names], clip_norm)
         own = structure.flatten_up_to(params)
-        found, fused_state = fused.update(structure.unflatten(grads), state.fused, params)
+        found, fused_state = main.update(structure.unflatten(grads), state.fused, params)
         results, states = structure.flatten_up_to(found), {}
         for label, group in others.items():
             g, p = (structure.unflatten(_only(label, names, leaves)) for leaves in (grads, own))
