@@ -4,7 +4,7 @@
     python -m trainer prepare --config=configs/shakespeare_muon.py
     python -m trainer train --config=configs/shakespeare_muon.py --workdir=runs/shakespeare_muon
 
-Cost: about 4 minutes on 2 CPU cores. Expected: PENDING bits per byte on the two test works, after two thirds of the
+Cost: about 4 minutes on 2 CPU cores. Expected: 2.31 bits per byte on the two test works, after two thirds of the
 training works; `shakespeare.py`, with AdaBelief alone, has 2.42.
 """
 

@@ -35,9 +35,9 @@ def here(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_every_command_and_every_block_of_the_page_runs_in_its_order(here, monkeypatch, capsys):
+def test_every_command_and_every_block_of_the_page_runs_in_its_order(here, monkeypatch, capsys, data_dir):
     monkeypatch.chdir(here)
-    assert len(COMMANDS) == len(BLOCKS) == 3
+    assert (len(COMMANDS), len(BLOCKS)) == (5, 3)
     first, matrix, read = BLOCKS
     assert len(first.splitlines()) <= 5  # four and an empty one
     assert len([line for line in matrix.splitlines() if line]) <= 10
@@ -45,9 +45,14 @@ def test_every_command_and_every_block_of_the_page_runs_in_its_order(here, monke
     label, truth = capsys.readouterr().out.split()
     assert re.fullmatch(r"\[\d\]", label)
     assert re.fullmatch(r"\[\d\]", truth)
+    more = f" --config.experiment.data_dir={data_dir} --config.parallel.devices=1"
     for line in COMMANDS:
-        assert command(shlex.split(line)) == 0
+        line += more.replace("CONFIG", "") if "CONFIG" in line else ""
+        assert command(shlex.split(line.replace("CONFIG", str(DOCS.parent / "configs" / "digits.py")))) == 0
     shown = capsys.readouterr().out
+    assert "begins from the parameters of runs/digits, step 100\nvariable " in shown
+    assert re.search(r"^conv_0/bias +taken, float32\[32\] +conv_0/bias$", shown, re.MULTILINE)
+    assert re.search(r"^step +150/150 ", shown, re.MULTILINE)
     assert "wrote digits.npz: 359 examples, step 100 of runs/digits\n" in shown
     names: dict = {}
     exec(matrix, names)

@@ -19,7 +19,7 @@ LAYERS = [
     {"determinism", "loop", "plan", "prove", "replay"},
     {"opening"},
     {"divergence"},
-    {"session"},
+    {"init_from", "session"},
     {"watch"},
     {"evaluation", "export", "prediction"},
     {"restore"},

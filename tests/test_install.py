@@ -84,6 +84,7 @@ from trainer import (
     Experiment,
     Group,
     HostError,
+    InitFrom,
     Interrupted,
     Loading,
     Logging,
@@ -118,7 +119,7 @@ assert_type(run.optimizer.schedule.peak, float)
 assert_type(run.optimizer.groups["default"], Group)
 assert_type((run.loading, run.evaluation, run.checkpoint), tuple[Loading, Evaluation, Checkpoint])
 assert_type((run.logging, run.parallel), tuple[Logging, Parallel])
-assert_type((run.watch, run.numerics), tuple[Watch, Numerics])
+assert_type((run.watch, run.numerics, run.init_from), tuple[Watch, Numerics, InitFrom | None])
 assert_type(train(run, Path("run"), verbose=False, handle_signals=False), TrainState)
 assert_type(replica_axis(), str | None)
 assert_type(Mean.of(jnp.ones(3), jnp.ones(3)).compute(), float)

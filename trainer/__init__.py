@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # isort: off
-    from trainer.config import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group, Loading as Loading
-    from trainer.config import Logging as Logging, Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel
-    from trainer.config import Run as Run, Schedule as Schedule, Watch as Watch, setting as setting
+    from trainer.config import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group, InitFrom as InitFrom
+    from trainer.config import Loading as Loading, Logging as Logging, Numerics as Numerics, Optimizer as Optimizer
+    from trainer.config import Parallel as Parallel, Run as Run, Schedule as Schedule, Watch as Watch
+    from trainer.config import setting as setting
     from trainer.data import ArraySource as ArraySource, take as take
     from trainer.data.tfds import TfdsSource as TfdsSource
     from trainer.distributed import Interrupted as Interrupted
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 else:
     # Makes each import above when its name is first used: importing JAX takes a second, and `--help` need not wait.
     _EXPORTS = {
-        "trainer.config": "Checkpoint Evaluation Group Loading Logging Numerics Optimizer Parallel Run Schedule Watch "
-        "setting",
+        "trainer.config": "Checkpoint Evaluation Group InitFrom Loading Logging Numerics Optimizer Parallel Run "
+        "Schedule Watch setting",
         "trainer.data": "ArraySource take",
         "trainer.data.tfds": "TfdsSource",
         "trainer.distributed": "Interrupted",

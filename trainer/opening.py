@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TypedDict
 
-from trainer import distributed, divergence
+from trainer import distributed, divergence, init_from
 from trainer.checkpoint import Store, scores
 from trainer.compilation import compile_ahead
 from trainer.data import load
@@ -66,6 +66,7 @@ def open_session(
             limit = run.loading.in_memory_bytes
             sources = (load(program.train_source, limit), load(program.eval_source, limit))
             data = describe_data(sources[0])
+            beginning = None if folder.has_checkpoint() else init_from.plan(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
@@ -76,6 +77,8 @@ def open_session(
         watch.enter("restore", 0)
         with distributed.collective_errors("the checkpoint"):
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
+            if resumed.state is None and beginning is not None:
+                resumed = resumed._replace(state=beginning.state(), start=beginning.start, notes=[str(beginning)])
             start = resumed.start
             if profile is not None and profile[0] <= start:
                 raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")

@@ -104,6 +104,8 @@ def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments
         if not workdir.path.exists():
             raise UserError(f"there is no workdir {workdir.path}; a new one needs --config=FILE")
         raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
+    if source := getattr(options, "init_from", None):
+        run.init_from = dataclasses.replace(run.init_from or config.InitFrom(source), source=source)
     return Arguments(config.resolve(_override(run, overrides)), workdir, options)
 
 

@@ -32,6 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept-changes", action="store_true", help=accept)
     parser.add_argument("--from-step", metavar="STEP", type=int, help=earlier)
     parser.add_argument(
+        "--init-from", metavar="SOURCE", help="begin from WORKDIR[@STEP], a folder of Orbax or a .safetensors file"
+    )
+    parser.add_argument(
         "--trace", metavar="DIR", help="also write what the run does, as it does it, to DIR, per process"
     )
     twice = "only make the first N steps twice, and name the first metric and parameter that differ; exit code 1 if any"

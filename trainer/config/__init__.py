@@ -12,6 +12,7 @@ from trainer.config.encoding import from_json as from_json, import_file as impor
 from trainer.config.encoding import user_errors as user_errors
 from trainer.config.schedules import schedule_in_steps as schedule_in_steps
 from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group
-from trainer.config.settings import Loading as Loading, Logging as Logging, Optimizer as Optimizer, Parallel as Parallel
-from trainer.config.settings import Numerics as Numerics, Run as Run, Schedule as Schedule, Watch as Watch
+from trainer.config.settings import InitFrom as InitFrom, Loading as Loading, Logging as Logging
+from trainer.config.settings import Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel, Run as Run
+from trainer.config.settings import Schedule as Schedule, Watch as Watch
 from trainer.config.optimizer import NAMES as NAMES, Transform as Transform, setting as setting

@@ -131,6 +131,27 @@ class Parallel:
 
 
 @dataclasses.dataclass
+class InitFrom:
+    """What a run begins from, in place of fresh variables.
+
+    The names of arrays are the paths in the table of parameters; those of other variables begin with their collection,
+    such as "batch_stats/norm/mean".
+    """
+
+    source: str = setting()
+    """A workdir, or WORKDIR@STEP, where STEP is a number, latest or best; a folder in which Orbax saved params,
+    variables or a `flax.training.TrainState`; a .safetensors file."""
+    rename: tuple[tuple[str, str], ...] = setting(())
+    """Ordered (regex, replacement) over whole names in the source; the first match renames."""
+    rules: tuple[tuple[str, str], ...] = setting(())
+    """Ordered (regex, rule) over whole names of this run; the first match wins. `take`: from the same name and shape;
+    `fresh`: as initialised; `linear`, `cubic`, `nearest`: interpolated to the shape here; `pad`: cut off, and filled up
+    with fresh numbers. Without rules, everything is taken."""
+    optimizer_state: str = setting("fresh", choices=("fresh", "carried"))
+    """`carried`: also the moments that fit, and the step, from which the run then goes on."""
+
+
+@dataclasses.dataclass
 class Run:
     """The complete description of a run."""
 
@@ -152,3 +173,4 @@ class Run:
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
     watch: Watch = dataclasses.field(default_factory=Watch)
     numerics: Numerics = dataclasses.field(default_factory=Numerics)
+    init_from: InitFrom | None = setting(None)  # what the run begins from; None for fresh variables

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from trainer import config
 from trainer.errors import UserError, did_you_mean
 from trainer.optim import fused
-from trainer.optim.fused import ParamGroup, ScaleByBeliefState
+from trainer.optim.fused import ParamGroup
 from trainer.optim.precision import compute_dtype, global_norm
 from trainer.rules import path_of
 
@@ -66,7 +66,7 @@ class MixedState:
     group means the same for all of them. The arithmetic is in float32 or wider.
     """
 
-    fused: ScaleByBeliefState  # without moments where all labels are others
+    fused: Any  # the `ScaleByBeliefState` of the fused pass, without moments where all labels are others
     others: Mapping[str, OtherState]  # by label
 
     @property

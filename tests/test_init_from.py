@@ -1,0 +1,281 @@
+"""A run that begins from another one, from Orbax's trees and from safetensors: what becomes of each array."""
+
+import dataclasses
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax.training.train_state import TrainState as FlaxState
+
+from tests.tasks import Task, make_run
+from tests.test_hooks import BreaksAt, FailedError, bits
+from trainer import config, load, train
+from trainer.commands import run as command
+from trainer.errors import UserError
+from trainer.export import write_safetensors
+from trainer.init_from import plan
+from trainer.observe.log import read_rows
+from trainer.observe.progress import Progress
+from trainer.program import compile_program
+from trainer.rules import path_of
+
+ONE = config.Parallel(devices=1)
+
+
+def leaves(tree: Any) -> dict[str, np.ndarray]:
+    return {path_of(keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def as_bytes(tree: Any) -> dict[str, bytes]:
+    return {path: x.tobytes() for path, x in leaves(tree).items()}
+
+
+def run_of(total_steps: int = 6, **settings: Any) -> config.Run:
+    return make_run(total_steps, **{"parallel": ONE, "checkpoint": config.Checkpoint(every_steps=3)} | settings)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a finished run of 6 steps, with checkpoints of steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("old") / "run"
+    train(run_of(), folder, verbose=False)
+    return folder
+
+
+def begun(run: config.Run) -> Any:
+    """The first state of a run."""
+    beginning = plan(compile_program(config.resolve(run)))
+    assert beginning is not None
+    return beginning.state()
+
+
+def test_without_rules_every_variable_is_taken_from_the_step_that_is_named(old):
+    for step in (3, 6):
+        expected = load(old, step).variables
+        state = begun(run_of(init_from=config.InitFrom(f"{old}@{step}"), seed=9))
+        found = {"params": state.params, **state.collections}
+        assert {k: x.tobytes() for k, x in leaves(found).items()} == {
+            k: x.tobytes() for k, x in leaves(expected).items()
+        }
+        assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
+        assert int(state.step) == 0
+
+
+@dataclasses.dataclass
+class Wide(Task):
+    """The same task with other names and a larger head."""
+
+    classes: int = 5
+
+    def init(self, key, batch):
+        return Renamed(self.classes).init(key, batch["x"], train=False)
+
+    def loss(self, variables, batch, *, key, train):
+        mutable = ["batch_stats"] if train else []
+        logits, collections = Renamed(self.classes).apply(variables, batch["x"], train=train, mutable=mutable)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        from trainer.metrics import Mean
+
+        return {"loss": Mean.of(losses, batch["mask"])}, collections
+
+
+class Renamed(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(16, use_bias=False, name="first")(x)
+        x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm")(x))
+        return nn.Dense(self.classes, name="out")(x)
+
+
+RENAME = ((r"dense/(.*)", r"first/\1"), (r"head/(.*)", r"out/\1"))
+
+
+@pytest.mark.parametrize("rule", ["fresh", "pad", "linear", "nearest"])
+def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
+    rules = ((r"out/.*", rule), (".*", "take"))
+    run = run_of(experiment=Wide(), init_from=config.InitFrom(str(old), RENAME, rules))
+    beginning = plan(compile_program(config.resolve(run)))
+    assert beginning is not None
+    state, there = beginning.state(), leaves(load(old).variables)
+    fresh = leaves(beginning.program.init().params)
+    found = leaves({"params": state.params, **state.collections})
+    np.testing.assert_array_equal(found["params/first/kernel"], there["params/dense/kernel"])
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(found[f"batch_stats/norm/{name}"], there[f"batch_stats/norm/{name}"])
+    small, large = there["params/head/kernel"], found["params/out/kernel"]
+    assert (small.shape, large.shape) == ((16, 3), (16, 5))
+    if rule == "fresh":
+        np.testing.assert_array_equal(large, fresh["out/kernel"])
+    elif rule == "pad":
+        np.testing.assert_array_equal(large[:, :3], small)
+        np.testing.assert_array_equal(large[:, 3:], fresh["out/kernel"][:, 3:])
+    elif rule == "nearest":
+        np.testing.assert_array_equal(large, small[:, np.floor((np.arange(5) + 0.5) * 3 / 5).astype(int)])
+    else:
+        at = np.clip((np.arange(5) + 0.5) * 3 / 5 - 0.5, 0, 2)
+        expected = np.stack([np.interp(at, np.arange(3), row) for row in small.astype(np.float64)])
+        np.testing.assert_allclose(large, expected, rtol=1e-5, atol=1e-6)
+    text = str(beginning)
+    kinds = {"fresh": r"fresh, float32\[16, 5\]"}.get(rule, rf"{rule} from \[16, 3\], float32\[16, 5\]")
+    assert re.search(rf"^out/kernel +{kinds} ", text, re.MULTILINE)
+    assert re.search(r"^first/kernel +taken, float32\[8, 16\] +dense/kernel$", text, re.MULTILINE)
+    assert ("not used: head/bias, head/kernel" in text) == (rule == "fresh")
+
+
+def test_the_table_is_shown_once_and_a_killed_run_begins_and_resumes_the_same(old, tmp_path):
+    run = run_of(
+        12, init_from=config.InitFrom(str(old)), optimizer=config.Optimizer(schedule=config.Schedule(peak=1e-3))
+    )
+    whole = train(run, tmp_path / "whole", verbose=False)
+    for step in (2, 8):  # before the first checkpoint and after it
+        with pytest.raises(FailedError):
+            train(run, tmp_path / "run", verbose=False, hooks=[BreaksAt(step)])
+    stream = StringIO()
+    assert bits(train(run, tmp_path / "run", progress=Progress(12, stream))) == bits(whole)
+    assert "begins from" not in stream.getvalue()
+    first = StringIO()
+    train(run, tmp_path / "again", progress=Progress(12, first))
+    assert first.getvalue().count(f"begins from the parameters of {old}, step 6\n") == 1
+    fresh = train(dataclasses.replace(run, init_from=None), tmp_path / "fresh", verbose=False)
+    assert bits(fresh) != bits(whole)
+
+
+def test_every_strategy_begins_from_the_same_numbers(old):
+    expected = leaves(begun(run_of(init_from=config.InitFrom(str(old)))))
+    for strategy in ("pmap", "fsdp"):
+        parallel = config.Parallel(strategy, devices=4, min_shard_size=0)
+        state = begun(run_of(init_from=config.InitFrom(str(old)), parallel=parallel))
+        for path, x in leaves(state).items():
+            np.testing.assert_array_equal(x, expected[path], err_msg=path)
+        if strategy == "fsdp":
+            assert not state.params["dense"]["kernel"].sharding.is_fully_replicated
+
+
+def test_the_whole_state_goes_on_as_if_the_old_run_had_gone_on(old, tmp_path):
+    constant = config.Optimizer(
+        schedule=config.Schedule(peak=1e-2), labels=((".*", "all"),), groups={"all": config.Group()}
+    )
+    train(run_of(6, optimizer=constant), tmp_path / "first", verbose=False)
+    longer = train(run_of(12, optimizer=constant), tmp_path / "longer", verbose=False)
+    carried = config.InitFrom(str(tmp_path / "first"), optimizer_state="carried")
+    state = train(run_of(12, optimizer=constant, init_from=carried), tmp_path / "new", verbose=False)
+    assert bits(state) == bits(longer)
+    slower = dataclasses.replace(constant, schedule=config.Schedule(peak=1e-3))
+    state = train(run_of(12, optimizer=slower, init_from=carried), tmp_path / "slower", verbose=False)
+    assert int(state.step) == 12
+    rows = list(read_rows(tmp_path / "slower" / "metrics.jsonl"))
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(7, 13))
+    assert rows[-1]["train/learning_rate"] == pytest.approx(1e-3)
+    assert int(state.opt_state.count) == 12
+    assert bits(state) != bits(longer)
+
+
+def test_ema_params_are_taken_where_a_run_keeps_them(tmp_path):
+    optimizer = config.Optimizer(schedule=config.Schedule(peak=1e-2), ema_decay=0.9)
+    trained = train(run_of(optimizer=optimizer), tmp_path / "ema", verbose=False)
+    state = begun(run_of(init_from=config.InitFrom(str(tmp_path / "ema")), optimizer=optimizer))
+    for tree in (state.params, state.ema):
+        for path, x in leaves(tree).items():
+            np.testing.assert_array_equal(x, leaves(trained.ema)[path], err_msg=path)
+
+
+def saved_by_orbax(kind: str, place: Path, variables: Any) -> None:
+    params = variables["params"]
+    flax_state = FlaxState.create(apply_fn=lambda: None, params=params, tx=optax.adam(1e-3))
+    tree = {"params": params, "variables": dict(variables), "state": flax_state, "manager": flax_state}[kind]
+    if kind == "manager":
+        with ocp.CheckpointManager(place.absolute()) as manager:
+            manager.save(7, args=ocp.args.StandardSave(tree))
+        return
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(place.absolute(), tree)
+
+
+@pytest.mark.parametrize("kind", ["params", "variables", "state", "manager"])
+def test_trees_that_orbax_saved_are_sources(old, tmp_path, kind):
+    variables = load(old).variables
+    saved_by_orbax(kind, tmp_path / "tree", variables)
+    rules = () if kind == "variables" else ((r"batch_stats/.*", "fresh"), (".*", "take"))
+    source = f"{tmp_path / 'tree'}@7" if kind == "manager" else str(tmp_path / "tree")
+    state = begun(run_of(init_from=config.InitFrom(source, rules=rules)))
+    for path, x in leaves(variables["params"]).items():
+        np.testing.assert_array_equal(leaves(state.params)[path], x, err_msg=path)
+    if kind == "variables":
+        np.testing.assert_array_equal(
+            state.collections["batch_stats"]["norm"]["mean"], variables["batch_stats"]["norm"]["mean"]
+        )
+
+
+def test_a_safetensors_file_is_a_source_also_in_bfloat16(old, tmp_path):
+    trained = load(old)
+    write_safetensors(trained, tmp_path / "model.safetensors")
+    state = begun(run_of(init_from=config.InitFrom(str(tmp_path / "model.safetensors"))))
+    assert as_bytes(state.params) == as_bytes(trained.variables["params"])
+    narrow = dataclasses.replace(trained, variables=jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained.variables))
+    write_safetensors(narrow, tmp_path / "narrow.safetensors")
+    beginning = plan(
+        compile_program(config.resolve(run_of(init_from=config.InitFrom(str(tmp_path / "narrow.safetensors")))))
+    )
+    assert beginning is not None
+    assert "taken, float32[16, 3], cast from bfloat16" in str(beginning)
+    kernel = leaves(beginning.state().params)["head/kernel"]
+    np.testing.assert_array_equal(kernel, np.asarray(narrow.variables["params"]["head"]["kernel"], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"rules": ((r"out/.*", "fresh"), (".*", "take"))}, "it has no first/kernel"),
+        ({"rename": RENAME}, r"out/kernel is \[16, 3\] there, \[16, 5\] here; give init_from.rules"),
+        ({"rename": ((r"dens/(.*)", r"first/\1"),)}, "init_from.rename 'dens/.*' matches no array"),
+        ({"rename": ((r"norm/.*", "one"),)}, "init_from.rename gives norm/bias and norm/scale one name, one"),
+        ({"rename": ((r"(", "one"),)}, r"init_from.rename '\(' → 'one': missing \)"),
+        ({"rules": ((r"out/.*", "fresh"),)}, "no init_from rule matches"),
+        ({"rules": ((r"nothing", "fresh"), (".*", "take"))}, "init_from rule 'nothing' matches no parameter"),
+        ({"rules": ((".*", "tak"),)}, r"init_from.rules has 'tak'; did you mean 'take'\?"),
+        ({"source": "missing"}, "init_from: there is no .*missing"),
+        ({"source": "@99"}, "there is no checkpoint of step '99'; there are 3, 6"),
+    ],
+    ids=range(10),
+)
+def test_what_does_not_fit_is_one_line_and_touches_nothing(old, tmp_path, settings, text):
+    source = {"@99": f"{old}@99"}.get(settings.pop("source", ""), str(old) if "source" not in settings else "")
+    if text.endswith("missing"):
+        source = str(old.parent / "missing")
+    run = run_of(experiment=Wide(), init_from=config.InitFrom(source or str(old), **settings))
+    with pytest.raises(UserError, match=text) as raised:
+        train(run, tmp_path / "run", verbose=False)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "torn"])
+def test_a_file_or_folder_that_is_no_source_is_named(old, tmp_path, kind):
+    place = tmp_path / {"text": "notes.txt", "empty": "folder", "torn": "torn.safetensors"}[kind]
+    place.mkdir() if kind == "empty" else place.write_bytes(b"not a header")
+    with pytest.raises(UserError, match=rf"init_from: {place} (is neither|cannot be read)"):
+        plan(compile_program(config.resolve(run_of(init_from=config.InitFrom(str(place))))))
+
+
+@pytest.mark.slow
+def test_the_flag_begins_from_a_workdir_and_the_same_command_goes_on(old, tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text("from tests.test_init_from import run_of\n\ndef get_config():\n    return run_of()\n")
+    flags = ["train", f"--config={file}", f"--workdir={tmp_path / 'run'}", f"--init-from={old}@3"]
+    assert command(flags) == 0
+    shown = capsys.readouterr().out
+    assert f"begins from the parameters of {old}, step 3" in shown
+    assert command(flags) == 0
+    assert "resumed from step 6 (finished" in capsys.readouterr().out
+    assert command([*flags[:-1], f"--init-from={old}@6"]) == 2
+    assert "init_from.source was" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""The first state of a run from something that was trained before: which array becomes what, and the state itself."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer import config
+from trainer.checkpoint.metadata import Leaf
+from trainer.checkpoint.reading import restore_leaves
+from trainer.errors import UserError, did_you_mean
+from trainer.init_from.sources import Source, open_source
+from trainer.observe import table
+from trainer.program import Program
+from trainer.rules import assign, path_of
+from trainer.state import TrainState
+
+RULES = ("take", "fresh", "linear", "cubic", "nearest", "pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What becomes of one variable of the run."""
+
+    name: str
+    rule: str  # of `RULES`
+    source: str | None  # the name of the array there; None where it stays fresh
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """How the first state of a run is made; nothing is read yet but names, shapes and dtypes."""
+
+    program: Program
+    source: Source
+    rows: list[Row]
+    unused: list[str]  # arrays of the source
+
+    @property
+    def start(self) -> int:
+        """Updates that count as made: those of the source if its whole state is carried on, else 0."""
+        return self.source.step or 0 if _settings(self.program).optimizer_state == "carried" else 0
+
+    def __str__(self) -> str:
+        """A row for each variable."""
+        rows = [(row.name, row.text, row.source or "-") for row in self.rows]
+        unused = f"not used: {', '.join(self.unused)}\n" if self.unused else ""
+        return f"begins from the {self.source.text}\n{table(('variable', 'is', 'from'), rows)}{unused}"
+
+    def state(self) -> TrainState:
+        """The state. All processes call it."""
+        program, like = self.program, _variables(self.program)
+        fresh = program.init()
+        replicated = program.strategy.sharding("", ())
+        taken = {row.source: row for row in self.rows if row.source is not None}
+        wanted = {
+            there: like[row.name].sharding if self.source.leaves[there].shape == like[row.name].shape else replicated
+            for there, row in taken.items()
+        }
+        arrays = self.source.read(wanted)
+        values = _variables(program, fresh)
+        for there, row in taken.items():
+            make = jax.jit(partial(_RESIZE[row.rule]), out_shardings=like[row.name].sharding)
+            values[row.name] = make(arrays[there], values[row.name])
+        kinds = ("params", "collections")
+        state = _replaced(fresh, {f"{kind}/{name}": x for kind in kinds for name, x in values.items()})
+        if state.ema is not None:
+            state = _replaced(state, {f"ema/{name}": x for name, x in values.items()})
+        shardings = jax.tree.map(lambda x: x.sharding, program.state.opt_state)
+        opt_state = jax.jit(program.optimizer.init, out_shardings=shardings)(state.params)
+        state = dataclasses.replace(state, opt_state=opt_state)
+        return state if self.start == 0 else self._carried(state)
+
+    def _carried(self, state: TrainState) -> TrainState:
+        """The state with the step and with every array of the optimizer that fits."""
+        assert self.source.metadata is not None
+        assert self.source.place is not None
+        same = {row.name: row.source for row in self.rows if row.rule == "take" and row.source is not None}
+        wanted, places = {}, {}
+        for path, leaf in _paths(self.program.state).items():
+            there = _source_path(path, same)
+            saved = self.source.metadata.leaves.get(there or "")
+            if there is not None and saved is not None and saved == Leaf(tuple(leaf.shape), str(leaf.dtype)):
+                wanted[there] = jax.ShapeDtypeStruct(*saved, sharding=leaf.sharding)
+                places[path] = there
+        arrays = restore_leaves(self.source.place, self.source.metadata, wanted)
+        return _replaced(state, {path: arrays[there] for path, there in places.items()})
+
+
+def plan(program: Program) -> Beginning | None:
+    """How `Run.init_from` makes the first state; None if the run begins with fresh variables.
+
+    Raises `UserError` if there is no such source, or if a variable is not covered or does not fit.
+    """
+    if (settings := program.run.init_from) is None:
+        return None
+    source = open_source(settings.source)
+    if settings.optimizer_state == "carried" and source.step is None:
+        raise UserError(
+            f"init_from.optimizer_state is 'carried', but {source.text} has no state that this run can carry"
+        )
+    names, here = _renamed(source, settings), _variables(program)
+    for _, rule in settings.rules:
+        if rule not in RULES:
+            raise UserError(f"init_from.rules has {rule!r}{did_you_mean(rule, RULES)}")
+    rules = settings.rules or ((".*", "take"),)
+    actions = assign(rules, dict(here), what="init_from rule")
+    rows, problems = [], []
+    for name, leaf in here.items():
+        row, problem = _row(name, actions[name], leaf, names.get(name), source)
+        rows.append(row)
+        problems += [problem] if problem else []
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        hint = "give init_from.rules ('fresh', 'linear', 'pad' …) or init_from.rename"
+        raise UserError(f"the {source.text} does not fit: {'; '.join(problems[:8])}{more}; {hint}")
+    used = {row.source for row in rows}
+    return Beginning(program, source, rows, [there for there in source.leaves if there not in used])
+
+
+def _settings(program: Program) -> config.InitFrom:
+    assert program.run.init_from is not None
+    return program.run.init_from
+
+
+def _row(name: str, rule: str, here: Any, there: str | None, source: Source) -> tuple[Row, str]:
+    """The row of a variable, and what is wrong with it."""
+    if rule == "fresh":
+        return Row(name, rule, None, f"fresh, {_leaf(here)}"), ""
+    if there is None:
+        known = did_you_mean(name, source.leaves)
+        return Row(name, rule, None, ""), f"it has no {name}{known}"
+    saved = source.leaves[there]
+    cast = "" if saved.dtype == str(here.dtype) else f", cast from {saved.dtype}"
+    if saved.shape == tuple(here.shape):
+        return Row(name, "take", there, f"taken, {_leaf(here)}{cast}"), ""
+    if rule == "take" or len(saved.shape) != len(here.shape):
+        return Row(name, rule, None, ""), f"{name} is {list(saved.shape)} there, {list(here.shape)} here"
+    resized = f"{rule} from {list(saved.shape)}, {_leaf(here)}{cast}"
+    return Row(name, rule, there, resized), ""
+
+
+def _leaf(leaf: Any) -> str:
+    return str(Leaf(tuple(leaf.shape), str(leaf.dtype)))
+
+
+def _renamed(source: Source, settings: config.InitFrom) -> dict[str, str]:
+    """The names in the source by the names that the first matching pattern of `rename` gives them."""
+    used: set[str] = set()
+    found: dict[str, str] = {}
+    for there in source.leaves:
+        name = there
+        for pattern, replacement in settings.rename:
+            try:
+                if re.fullmatch(pattern, there):
+                    name, _ = re.sub(pattern, replacement, there, count=1), used.add(pattern)
+                    break
+            except re.error as error:
+                raise UserError(f"init_from.rename {pattern!r} → {replacement!r}: {error}") from error
+        if name in found:
+            raise UserError(f"init_from.rename gives {found[name]} and {there} one name, {name}")
+        found[name] = there
+    if idle := [pattern for pattern, _ in settings.rename if pattern not in used]:
+        raise UserError(f"init_from.rename {idle[0]!r} matches no array of the {source.text}, or earlier ones do")
+    return found
+
+
+def _paths(state: TrainState) -> dict[str, Any]:
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _variables(program: Program, state: TrainState | None = None) -> dict[str, Any]:
+    """The parameters and other variables of a state, by default the program's abstract one, by name."""
+    found = {}
+    for path, leaf in _paths(program.state if state is None else state).items():
+        for prefix in ("params/", "collections/"):
+            if path.startswith(prefix):
+                found[path.removeprefix(prefix)] = leaf
+    return found
+
+
+def _replaced(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:
+    """The state with other arrays at some paths, sharded and typed as before."""
+
+    def replace(keys: Any, old: Any) -> Any:
+        new = arrays.get(path_of(keys))
+        return old if new is None else jax.device_put(jnp.asarray(new, old.dtype), old.sharding)
+
+    return jax.tree_util.tree_map_with_path(replace, state)
+
+
+def _source_path(path: str, same: Mapping[str, str]) -> str | None:
+    """The path in the source's state of an array of this run's; None for one of a variable that was not taken."""
+    if path == "step" or path.startswith("guard/"):
+        return path
+    if not path.startswith("opt_state/"):
+        return None
+    name = path
+    while name:
+        name = name.partition("/")[2]
+        if name in same:
+            return path.removesuffix(name) + same[name]
+    return path  # a count
+
+
+def _pad(x: jax.Array, fresh: jax.Array) -> jax.Array:
+    """The corner that both shapes share from `x`, the rest fresh."""
+    corner = tuple(slice(0, min(a, b)) for a, b in zip(x.shape, fresh.shape, strict=True))
+    return fresh.at[corner].set(x[corner].astype(fresh.dtype))
+
+
+def _interpolated(method: str, x: jax.Array, fresh: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.image.resize(wide, fresh.shape, method).astype(fresh.dtype)
+
+
+_RESIZE: dict[str, Callable[[Any, Any], Any]] = {
+    "take": lambda x, fresh: x.astype(fresh.dtype),
+    "pad": _pad,
+    **{method: partial(_interpolated, method) for method in ("linear", "cubic", "nearest")},
+}

@@ -1,0 +1,156 @@
+"""What a run may begin from: a workdir, a tree that Orbax saved, a file of safetensors."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from trainer.checkpoint import Metadata, Store, leaves_of, scores
+from trainer.checkpoint.metadata import Leaf
+from trainer.checkpoint.reading import arrays_handler, cause, restore_leaves
+from trainer.errors import UserError, did_you_mean
+from trainer.files import Folder
+from trainer.observe.log import read_rows
+from trainer.restore import run_of
+from trainer.rules import path_of
+from trainer.workdir import Workdir
+
+Wanted = Mapping[str, jax.sharding.Sharding]  # by the name of an array
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Arrays by name: a parameter by its path, another variable by collection and path, as "batch_stats/norm/mean"."""
+
+    text: str  # what it is, for the user
+    leaves: Mapping[str, Leaf]
+    read: Callable[[Wanted], dict[str, jax.Array]]  # with these shardings
+    step: int | None = None  # updates made, of a workdir
+    metadata: Metadata | None = None  # of a workdir's checkpoint
+    place: Folder | None = None  # of a workdir's checkpoint
+
+
+def open_source(text: str) -> Source:
+    """The source that PATH or PATH@STEP names; raises `UserError` if there is none. Reads no array."""
+    name, at, step = text.rpartition("@")
+    if not at or "/" in step:
+        name, step = text, ""
+    place = Workdir(name).path
+    if not place.exists():
+        siblings = [str(p) for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise UserError(f"init_from: there is no {name}{did_you_mean(name, siblings)}")
+    if place.is_dir():
+        is_ours = (place / "checkpoints").is_dir()
+        return _workdir(name, step or "latest") if is_ours else _orbax(place, step)
+    if step:
+        raise UserError(f"init_from: {name} is a file, which has no step {step}")
+    if place.suffix == ".safetensors":
+        return _safetensors(Path(place))
+    raise UserError(f"init_from: {name} is neither a workdir, nor a folder that Orbax wrote, nor a .safetensors file")
+
+
+def _workdir(name: str, step: str) -> Source:
+    folder = Workdir(name)
+    run = run_of(folder, None)
+    store = Store(folder.checkpoints, run.checkpoint)
+    if step == "best":
+        store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
+    chosen = store.choose(step)
+    metadata, place = store.metadata(chosen), store.path(chosen)
+    params = "params/" if run.optimizer.ema_decay is None else "ema/"
+    names = {
+        path.removeprefix(prefix): path
+        for path in metadata.leaves
+        for prefix in (params, "collections/")
+        if path.startswith(prefix)
+    }
+
+    def read(wanted: Wanted) -> dict[str, jax.Array]:
+        like = {
+            names[name]: jax.ShapeDtypeStruct(*metadata.leaves[names[name]], sharding=sharding)
+            for name, sharding in wanted.items()
+        }
+        arrays = restore_leaves(place, metadata, like)
+        return {name: arrays[names[name]] for name in wanted}
+
+    kind = "EMA params" if params == "ema/" else "parameters"
+    leaves = {name: metadata.leaves[path] for name, path in names.items()}
+    return Source(f"{kind} of {name}, step {chosen}", leaves, read, chosen, metadata, place)
+
+
+def _orbax(place: Folder, step: str) -> Source:
+    """A tree of params or variables, or a `flax.training.TrainState`, saved by a checkpointer or a manager."""
+    if step or not (place / "_METADATA").exists():
+        steps = sorted((int(p.name) for p in place.iterdir() if p.name.isdecimal()), reverse=True)
+        if step and not (step.isdecimal() and int(step) in steps):
+            known = ", ".join(map(str, reversed(steps))) or "none"
+            raise UserError(f"init_from: {place} has no step {step}; there are {known}")
+        roots = [place / step] if step else [place, *(place / str(number) for number in steps[:1])]
+        items = [root / item for root in roots for item in ("", "default", "state", "params")]
+        if (found := next((item for item in items if (item / "_METADATA").exists()), None)) is None:
+            raise UserError(f"init_from: {place} is neither a workdir nor a folder that Orbax wrote")
+        place = found
+    path = epath.Path(place if isinstance(place, epath.Path) else place.absolute())
+    try:
+        tree = arrays_handler().metadata(path).tree
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"init_from: {place} cannot be read: {cause(error)}") from error
+    paths = leaves_of(tree)
+    names = _variable_names(paths)
+
+    def read(wanted: Wanted) -> dict[str, jax.Array]:
+        shardings = {names[name]: sharding for name, sharding in wanted.items()}
+
+        def like(keys: object, _: object) -> object:
+            saved = path_of(keys)  # pyrefly: ignore[bad-argument-type]
+            if saved not in shardings:
+                return ocp.PLACEHOLDER
+            return jax.ShapeDtypeStruct(*paths[saved], sharding=shardings[saved])
+
+        wanted_tree = jax.tree_util.tree_map_with_path(like, tree, is_leaf=lambda x: hasattr(x, "dtype"))
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted_tree)
+        restored = arrays_handler().restore(path, args=ocp.args.PyTreeRestore(wanted_tree, restore_args=arguments))
+        arrays = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(restored)}
+        return {name: arrays[names[name]] for name in wanted}
+
+    return Source(f"Orbax's {place}", {name: paths[saved] for name, saved in names.items()}, read)
+
+
+def _safetensors(file: Path) -> Source:
+    try:
+        from safetensors.flax import load_file
+        from safetensors.numpy import safe_open
+    except ImportError as error:
+        raise UserError(f"{error}; it is part of: pip install 'belief-trainer[export]'") from error
+    try:
+        with safe_open(file, "np") as opened:
+            slices = {path: opened.get_slice(path) for path in opened.keys()}  # noqa: SIM118 - it is no mapping
+            paths = {path: Leaf(tuple(x.get_shape()), _DTYPES[x.get_dtype()]) for path, x in slices.items()}
+    except KeyError as error:
+        raise UserError(f"init_from: {file} holds arrays of a dtype that JAX does not have: {error}") from error
+    except Exception as error:  # the library has one type for all errors of a file
+        raise UserError(f"init_from: {file} cannot be read: {cause(error)}") from error
+    names = _variable_names(paths)
+
+    def read(wanted: Wanted) -> dict[str, jax.Array]:
+        arrays = load_file(file)
+        return {name: jax.device_put(np.asarray(arrays[names[name]]), sharding) for name, sharding in wanted.items()}
+
+    return Source(str(file), {name: paths[path] for name, path in names.items()}, read)
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {f"{sign}{bits}": f"{kind}int{bits}" for sign, kind in (("I", ""), ("U", "u")) for bits in (8, 16, 32, 64)}
+
+
+def _variable_names(paths: Mapping[str, Leaf]) -> dict[str, str]:
+    """The path of each variable by its name: what is below "params", and collections; or else every path as it is."""
+    if not any(path.startswith("params/") for path in paths):
+        return {path: path for path in paths}
+    own = {path.removeprefix("params/").removeprefix("params/"): path for path in paths if path.startswith("params/")}
+    others = ("opt_state/", "step", "params/", "tx/", "ema/")
+    return own | {path: path for path in paths if not path.startswith(others)}
