@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from experiments.datasets.fashion_mnist_local import FOLDER_VARIABLE
@@ -101,10 +102,14 @@ def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     run.parallel.devices = 1
     run.batch_size = 4 * run.microbatches
     run.evaluation.batch_size = 32
-    state = train(run, tmp_path)
+    if run.init_from is not None:  # from a tree of the same parameters
+        run.init_from.source = str(tmp_path / "params")
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "params", compile_program(run).init().params)
+    state = train(run, tmp_path / "run")
     assert int(state.step) == 1
-    assert (tmp_path / "checkpoints" / "1").is_dir()
-    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert row["step"] == 1
     assert 0 < row["train/loss"] < LARGEST_LOSS.get(path.stem, 10)
     assert row[f"{run.evaluation.split}/examples"] == len(run.experiment.source(run.evaluation.split))
