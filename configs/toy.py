@@ -2,8 +2,8 @@
 
     python -m trainer train --config=configs/toy.py --workdir=runs/toy
 
-Cost: 15 seconds on 2 CPU cores. Expected: runs/toy/trajectories.png, where AdaBelief arrives first everywhere. They are
-within 0.01 of the minimum from step
+Cost: 15 seconds on 2 CPU cores. Expected: a picture in runs/toy/reports, where AdaBelief arrives first everywhere.
+They are within 0.01 of the minimum from step
 
                    SGD    Adam  AdaBelief
     |x| + |y|    2,500   2,500        400

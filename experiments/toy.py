@@ -5,7 +5,6 @@ One run trains a point for each function and optimizer, and ends with a picture 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from trainer.data import ArraySource
 from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, RandomAccessSource, Variables
 from trainer.metrics import Mean, Metrics
+from trainer.report import ReportWriter
 
 try:
     from matplotlib.axes import Axes
@@ -154,11 +154,10 @@ class Toy:
         del split
         return ArraySource({"nothing": np.zeros(1, np.float32)})
 
-    def report(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Sequence[Path]:
-        """Draws `trajectories.png`."""
-        file = folder / "trajectories.png"
-        draw(rows, self.tolerance).savefig(file)
-        return [file]
+    def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
+        """Draws the trajectories so far."""
+        del step, variables
+        writer.figure("trajectories", draw(writer.rows(), self.tolerance))
 
 
 def trajectory(rows: Sequence[Mapping[str, Any]], function: str, optimizer: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ LAYERS = [
     {"opening"},
     {"divergence"},
     {"init_from", "session"},
+    {"moved"},
     {"watch"},
     {"evaluation", "export", "prediction"},
     {"restore"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"observe"},
     {"data", "sharding", "workdir"},
     {"config", "optional", "protocol", "state"},
-    {"distributed", "experiment", "rules"},
+    {"distributed", "experiment", "report", "rules"},
     {"compilation", "files", "lock"},
     {"errors", "metrics"},
 ]
@@ -93,7 +94,7 @@ def test_trainer_knows_no_experiment_no_config_file_and_no_tensorflow(module):
 def test_experiment_imports_only_what_tasks_are_made_of(module):
     assert top_levels(module).isdisjoint({"configs", "tests", "tensorflow"})
     used = {unit(name) for name in imports(module) if name.startswith("trainer.")}
-    assert used <= {"config", "data", "errors", "experiment", "metrics"}
+    assert used <= {"config", "data", "errors", "experiment", "metrics", "report"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("configs.")])

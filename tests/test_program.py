@@ -14,7 +14,7 @@ from tests.tasks import Task, make_run
 from trainer import config
 from trainer.errors import UserError
 from trainer.metrics import Mean
-from trainer.program import Program, compile_program, due
+from trainer.program import Program, compile_program, due, is_logged
 
 
 class Sowing(nn.Module):
@@ -113,11 +113,12 @@ def test_a_model_that_names_an_axis_is_told_what_to_write_instead(strategy):
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (1, (False, False, False, False)),
-        (2, (True, False, False, False)),
-        (3, (False, True, False, False)),
-        (4, (True, False, True, False)),
-        (7, (True, True, True, True)),  # the last step, whatever the intervals
+        (1, (False, (), False, False)),
+        (2, (True, (), False, False)),
+        (3, (False, ("test",), False, False)),
+        (4, (True, (), True, False)),
+        (5, (False, ("small",), False, False)),
+        (7, (True, ("test", "small", "end"), True, True)),  # the last step, whatever the intervals
     ],
 )
 def test_due_after_a_step_follows_from_the_intervals(step, expected):
@@ -125,15 +126,16 @@ def test_due_after_a_step_follows_from_the_intervals(step, expected):
         7,
         logging=config.Logging(every_steps=2),
         evaluation=config.Evaluation(every_steps=3),
+        evaluations={"small": config.Evaluation(every_steps=5), "end": config.Evaluation()},
         checkpoint=config.Checkpoint(every_steps=4),
     )
     assert due(run, step) == expected
-    assert tuple(map(bool, due(run, jnp.asarray(step)))) == expected
+    assert bool(is_logged(run, jnp.asarray(step))) == expected[0]
 
 
 def test_without_an_interval_only_the_last_step_is_evaluated():
     run = make_run(3)
-    assert [due(run, step).evaluate for step in (1, 2, 3)] == [False, False, True]
+    assert [due(run, step).evaluate for step in (1, 2, 3)] == [(), (), ("test",)]
 
 
 @dataclasses.dataclass

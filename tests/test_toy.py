@@ -250,22 +250,20 @@ def test_what_arrives_first_is_adabelief_and_not_its_name(optimizer, expected, t
 
 
 @pytest.mark.slow
-def test_command_draws_a_picture_and_draws_it_again_when_launched_again(capsys, tmp_path):
-    workdir = tmp_path / "run"
+def test_command_draws_a_picture_at_its_evaluation_and_one_that_is_owed(capsys, tmp_path):
+    workdir, pictures = tmp_path / "run", []
     command = ["train", CONFIG, "--config.total_steps=20", f"--workdir={workdir}"]
-    pictures = []
+    picture = workdir / "reports" / "20" / "trajectories.png"
     for _ in range(2):
         assert run_command(command) == 0
-        assert f"\nwrote {workdir}/trajectories.png\ndone: " in capsys.readouterr().out
-        pictures.append((workdir / "trajectories.png").read_bytes())
-        (workdir / "trajectories.png").unlink()
+        assert "\nstep 20: reports/20 has trajectories.png\n" in capsys.readouterr().out
+        pictures.append(picture.read_bytes())
+        picture.unlink()
+        rows = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [row for row in rows if "test/loss" not in row]  # as if a kill had prevented the evaluation
+        (workdir / "metrics.jsonl").write_text("".join(kept))
     assert pictures[0].startswith(b"\x89PNG")
     assert pictures[0] == pictures[1]
-
-
-def test_training_from_python_draws_nothing(tmp_path):
-    train(short_run(1), tmp_path / "run")
-    assert not list((tmp_path / "run").glob("*.png"))
 
 
 def test_missing_matplotlib_is_one_line_before_anything_is_trained(capsys, monkeypatch, tmp_path):
@@ -289,8 +287,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "trainer", "train", CONFIG, f"--workdir={workdir}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"\nwrote {workdir}/trajectories.png\n" in done.stdout
-    assert (workdir / "trajectories.png").stat().st_size > 50_000
+    assert (workdir / "reports" / "14000" / "trajectories.png").stat().st_size > 50_000
     return workdir
 
 

@@ -1,21 +1,26 @@
 """Evaluation: every example of a split once, whatever the batch size and the devices."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from os import PathLike
+from typing import Any
 
 from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, check_leaves, scores
 from trainer.data import load
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
-from trainer.experiment import RandomAccessSource
-from trainer.metrics import Metrics, add, numbers
+from trainer.experiment import Batch, RandomAccessSource
+from trainer.metrics import Mean, Metric, Metrics, add, numbers
 from trainer.observe.log import read_rows
+from trainer.optional import Evaluates, Reports
 from trainer.program import Program, compile_program
+from trainer.report import ReportWriter
 from trainer.restore import read_step, run_of
 from trainer.state import TrainState
+from trainer.step import evaluation_variables
 from trainer.workdir import Workdir
 
 
@@ -29,7 +34,8 @@ def evaluate(
       workdir: the folder of the run.
       run: its description; None for the one that the workdir holds.
       step: that of the checkpoint, or "latest", or "best" by `checkpoint.best_metric`.
-      split: the split given to the experiment's `source`; None for `evaluation.split`.
+      split: the split given to the experiment's `source`, or the name of one of `Run.evaluations`; None for
+        `evaluation.split`.
 
     Returns the metrics by name, such as "test/loss", "test/examples" (their number), and "step", the checkpoint's.
     Raises `UserError` if the workdir holds no such checkpoint, or one of another run, or there is no such split.
@@ -38,11 +44,14 @@ def evaluate(
     with distributed.collective_errors("the run"):
         run = run_of(folder, run)
         folder.check_run(run)
-        evaluation = dataclasses.replace(run.evaluation, split=run.evaluation.split if split is None else split)
+        name = run.evaluation.split if split is None else split
+        named = {name: run.evaluations[name]} if name in run.evaluations else {}
+        main = run.evaluation if named else dataclasses.replace(run.evaluation, split=name)
         # `compile_program` would raise if this split lacked the best metric. The store below keeps the run's settings.
         checkpoint = dataclasses.replace(run.checkpoint, best_metric=None)
-        program = compile_program(dataclasses.replace(run, evaluation=evaluation, checkpoint=checkpoint))
-        source = load(program.eval_source, run.loading.in_memory_bytes)
+        alone = dataclasses.replace(run, evaluation=main, evaluations=named, checkpoint=checkpoint)
+        program = compile_program(alone)
+        source = load(program.evaluations[name].source, run.loading.in_memory_bytes)
     with closing(Store(folder.checkpoints, run.checkpoint)) as store:
         if step == "best":
             store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
@@ -52,30 +61,62 @@ def evaluate(
             return store.restore(program.state, metadata.step, metadata)
 
         chosen, state = read_step(store, step, restore)
-    return evaluate_split(program, state, source) | {"step": chosen}
+    return evaluate_split(program, state, source, name=name) | {"step": chosen}
 
 
 def evaluate_split(
-    program: Program, state: TrainState, source: RandomAccessSource, on_batch: Callable[[], None] = lambda: None
+    program: Program,
+    state: TrainState,
+    source: RandomAccessSource,
+    on_batch: Callable[[], None] = lambda: None,
+    name: str | None = None,
 ) -> dict[str, float]:
     """The metrics of `source` by name, such as "test/accuracy", and "test/examples", how many examples there are.
 
-    `on_batch` is called after each batch; an exception of it ends the evaluation.
+    Args:
+      program: of the run.
+      state: on the devices.
+      source: the examples of the evaluation, perhaps in memory.
+      on_batch: called after each batch; an exception of it ends the evaluation.
+      name: of the evaluation in `program.evaluations`; None for the main one.
     """
+    name = name or next(iter(program.evaluations))
+    one, strategy, experiment = program.evaluations[name], program.strategy, program.run.experiment
+    size = one.spec["mask"].shape[0]
+    local, threads = strategy.local_examples(size), program.run.loading.threads
+    batches = partial(eval_batches, source, size, local_examples=local, threads=threads)
+    own: Mapping[str, Any] | None = None
+    if isinstance(experiment, Evaluates):
+        variables = evaluation_variables(state, ema=one.settings.ema)
+        taken = prefetch(batches(), strategy.global_batch)
+        own = experiment.evaluate(name, variables, _beating(taken, on_batch))
+    if own is not None:
+        metrics = {key: value if isinstance(value, Metric) else Mean.single(value) for key, value in own.items()}
+        return {**numbers(metrics, name), f"{name}/examples": len(source)}
     sums: Metrics | None = None
-    strategy, size = program.strategy, program.eval_spec["mask"].shape[0]
+    on_devices = prefetch(batches(), strategy.shard_batch)
     # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
     fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
-    local, threads = strategy.local_examples(size), program.run.loading.threads
-    batches = eval_batches(source, size, local_examples=local, threads=threads)
-    on_devices = prefetch(batches, strategy.shard_batch)
-    for metrics in prefetch(on_devices, lambda batch: program.eval_step(state, batch), 0 if fake else 2):
+    for metrics in prefetch(on_devices, lambda batch: one.step(state, batch), 0 if fake else 2):
         sums = add(sums, metrics)
         on_batch()
     assert sums is not None  # a split has examples
     seen = round(float(sums["examples"].total))
     if seen != len(source):
         raise UserError(f"the evaluation saw {seen} examples of {len(source)}")
-    split = program.run.evaluation.split
-    own = {name: metric for name, metric in sums.items() if name != "examples"}
-    return {**numbers(own, split), f"{split}/examples": seen}
+    found = {key: metric for key, metric in sums.items() if key != "examples"}
+    return {**numbers(found, name), f"{name}/examples": seen}
+
+
+def _beating(batches: Iterator[Batch], on_batch: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        on_batch()
+
+
+def report(program: Program, state: TrainState, name: str, writer: ReportWriter) -> None:
+    """Lets the experiment report after the main evaluation, if it does. All processes call it."""
+    experiment, settings = program.run.experiment, program.evaluations[name].settings
+    if isinstance(experiment, Reports) and settings is program.main.settings:
+        experiment.report(writer.step, evaluation_variables(state, ema=settings.ema), writer)
+        writer.close()

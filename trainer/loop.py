@@ -61,8 +61,8 @@ def train_program(
             due = session.due(step)
             if due.save:
                 session.save(state)
-            if due.evaluate:
-                session.evaluate(state)
+            for name in due.evaluate:
+                session.evaluate(state, name)
         session.finish(state)
         return state
 

@@ -62,10 +62,11 @@ def open_session(
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
-            compile_ahead(program.train_step, program.eval_step)
+            compile_ahead(program.train_step, *(one.step for one in program.evaluations.values()))
             limit = run.loading.in_memory_bytes
-            sources = (load(program.train_source, limit), load(program.eval_source, limit))
-            data = describe_data(sources[0])
+            source = load(program.train_source, limit)
+            eval_sources = {name: load(one.source, limit) for name, one in program.evaluations.items()}
+            data = describe_data(source)
             beginning = None if folder.has_checkpoint() else init_from.plan(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
@@ -106,7 +107,7 @@ def open_session(
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         parts = (store, log, recorder, progress, profiler, preemption, watch, trace, calls)
-        session = Session(program, folder, resumed, *sources, *parts)
+        session = Session(program, folder, resumed, source, eval_sources, *parts)
         watch.rescues_with(session.rescue)
         try:
             yield session

@@ -1,13 +1,13 @@
-"""What an experiment may offer besides the protocol: prepared data, augmentation, predictions, a report."""
+"""What an experiment may offer besides the protocol: data, augmentation, predictions, evaluations, reports."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
 
 from trainer.experiment import Batch, Experiment, Variables
+from trainer.report import ReportWriter
 
 Augment = Callable[[dict[str, Any], np.random.Generator], Mapping[str, Any]]
 
@@ -57,16 +57,35 @@ class Predicts(Protocol):
 
 
 @runtime_checkable
-class Reports(Protocol):
-    """An experiment that writes files about a finished run, such as pictures."""
+class Evaluates(Protocol):
+    """An experiment with evaluations that are no sum over examples, such as generation or nearest neighbours."""
 
-    def report(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Sequence[Path]:
-        """Writes files, over those of an earlier call, and returns their paths.
+    def evaluate(self, name: str, variables: Variables, batches: Iterator[Batch]) -> Mapping[str, Any] | None:
+        """Metrics by name, numbers or objects of `trainer.metrics`; None for the usual evaluation by `loss`.
 
-        The command `train` calls this when the run is finished; the function `train` does not.
+        All processes call this together and must return the same.
 
         Args:
-          folder: the workdir.
-          rows: the rows of `metrics.jsonl`: each has "step" and metrics by names such as "train/loss".
+          name: that of the evaluation: the split of the main one, a key of `Run.evaluations` else.
+          variables: the parameters to evaluate and the collections, on the devices.
+          batches: the batches of the split on the devices, in order. They need not all be taken.
+        """
+        ...
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An experiment that shows what its model does, in pictures or texts."""
+
+    def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
+        """Writes images, texts, histograms and figures with `writer`, to TensorBoard and to WORKDIR/reports/STEP.
+
+        This is called after each main evaluation, by all processes together; only one of them writes. What fails to be
+        written does not stop the run.
+
+        Args:
+          step: updates made.
+          variables: the parameters that were evaluated and the collections, on the devices.
+          writer: also has the rows of `metrics.jsonl`.
         """
         ...

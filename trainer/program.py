@@ -13,13 +13,13 @@ import optax
 
 from trainer import config
 from trainer.compilation import Step, no_collection
-from trainer.data import batch_spec, open_source
+from trainer.data import First, batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, Experiment, RandomAccessSource
 from trainer.guard import new_guard
 from trainer.metrics import numbers
 from trainer.optim import Groups, build_groups, build_optimizer, build_schedules, build_statistics
-from trainer.optional import augmentation
+from trainer.optional import Evaluates, augmentation
 from trainer.params import ParamTable, label_tree, param_table
 from trainer.rules import path_of
 from trainer.sharding import Strategy, build_strategy, check_divides
@@ -32,10 +32,20 @@ BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 class Due(NamedTuple):
     """The work after a step."""
 
-    log: Any
-    evaluate: Any
-    save: Any
-    stop: Any
+    log: bool
+    evaluate: tuple[str, ...]  # names of evaluations
+    save: bool
+    stop: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalProgram:
+    """One evaluation of a run."""
+
+    settings: config.Evaluation
+    source: RandomAccessSource  # not loaded into memory yet
+    spec: BatchSpec  # shapes and dtypes of a global batch
+    step: Step  # jitted: (state, batch) → metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +54,8 @@ class Program:
 
     run: config.Run  # resolved
     train_source: RandomAccessSource  # not loaded into memory yet
-    eval_source: RandomAccessSource
     train_spec: BatchSpec  # shapes and dtypes of a global batch
-    eval_spec: BatchSpec
+    evaluations: Mapping[str, EvalProgram]  # by the name that their metrics have; the main one first
     param_table: ParamTable
     groups: Groups  # the parameter group of each label; None where it is frozen
     optimizer: optax.GradientTransformation  # turns gradients into updates
@@ -54,23 +63,29 @@ class Program:
     state: TrainState  # abstract: a `jax.ShapeDtypeStruct` with its sharding for each array
     init: Callable[[], TrainState]  # makes the first state on the devices
     train_step: Step  # jitted: (state, batch) → (state, metrics); donates the state
-    eval_step: Step  # jitted: (state, batch) → metrics
 
-    def due(self, step: Any) -> Due:
-        """The work that is due after a step, counted from 1. If `step` is traced, the result is traced."""
+    @property
+    def main(self) -> EvalProgram:
+        """The main evaluation."""
+        return next(iter(self.evaluations.values()))
+
+    def due(self, step: int) -> Due:
+        """The work that is due after a step, counted from 1."""
         return due(self.run, step)
 
 
-def due(run: config.Run, step: Any) -> Due:
+def due(run: config.Run, step: int) -> Due:
     """As `Program.due`. Only here do the settings decide what is due; `Session.due` adds the effect of a signal."""
     last = step == run.total_steps
+    names = [
+        name for name, e in config.evaluations(run).items() if last or (e.every_steps and step % e.every_steps == 0)
+    ]
+    return Due(is_logged(run, step), tuple(names), last or step % run.checkpoint.every_steps == 0, last)
 
-    def every(steps: int | None) -> Any:
-        return last if steps is None else last | (step % steps == 0)
 
-    return Due(
-        every(run.logging.every_steps), every(run.evaluation.every_steps), every(run.checkpoint.every_steps), last
-    )
+def is_logged(run: config.Run, step: Any) -> Any:
+    """Whether a row of metrics is due; `step` may be traced."""
+    return (step == run.total_steps) | (step % run.logging.every_steps == 0)
 
 
 @no_collection()
@@ -86,9 +101,10 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         parameters, a model and a batch that do not fit each other.
     """
     experiment = run.experiment
-    train_source, eval_source = (open_source(experiment, split) for split in (run.loading.split, run.evaluation.split))
+    train_source = open_source(experiment, run.loading.split)
     train_spec = batch_spec(train_source, run.batch_size, augmentation(experiment))
-    eval_spec = batch_spec(eval_source, run.evaluation.batch_size or run.batch_size)
+    run = config.evaluations_in_steps(run, len(train_source))
+    sources = {name: open_source(experiment, e.split) for name, e in config.evaluations(run).items()}
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
     # Jitted, so that JAX traces it once: for the shapes here, for those of the state, and for the state itself.
@@ -115,7 +131,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
         spike=_spike(run.numerics),
         statistics=build_statistics(groups, labels, run.optimizer.clip_norm),
-        is_logged=lambda step: due(run, step).log,
+        is_logged=partial(is_logged, run),
     )
 
     def init() -> TrainState:
@@ -125,13 +141,20 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         return init_state(init_variables(), optimizer, ema=ema, guard=guard)
 
     state = strategy.abstract_state(init)
-    train, evaluation = partial(train_step, settings), partial(eval_step, experiment, strategy.axis_name)
+    train, shapes = partial(train_step, settings), state
+
+    def evaluation(name: str, settings: config.Evaluation) -> EvalProgram:
+        source = sources[name] if settings.max_examples is None else First(sources[name], settings.max_examples)
+        spec = batch_spec(source, settings.batch_size or run.batch_size)
+        step = partial(eval_step, experiment, strategy.axis_name, settings.ema)
+        arguments = (shapes, strategy.abstract_batch(spec))
+        return EvalProgram(settings, source, spec, Step(strategy.compile_eval(step, shapes), arguments))
+
     program = Program(
         run,
         train_source,
-        eval_source,
         train_spec,
-        eval_spec,
+        {name: evaluation(name, settings) for name, settings in config.evaluations(run).items()},
         param_table(params, labels, run.optimizer, strategy.specs),
         groups,
         optimizer,
@@ -139,7 +162,6 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         state,
         partial(strategy.init_state, init),
         Step(strategy.compile_train(train, state), (state, strategy.abstract_batch(train_spec))),
-        Step(strategy.compile_eval(evaluation, state), (state, strategy.abstract_batch(eval_spec))),
     )
     _check_steps(program)
     return program
@@ -173,11 +195,14 @@ def _check_steps(program: Program) -> None:
     with model_errors(program.train_spec):
         after, _ = jax.eval_shape(program.train_step.jitted, state, strategy.abstract_batch(program.train_spec))
     _check_unchanged(state, after)
-    with model_errors(program.eval_spec):
-        metrics = jax.eval_shape(program.eval_step.jitted, state, strategy.abstract_batch(program.eval_spec))
-    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics)  # for the names of what is computed from metrics
-    best, known = run.checkpoint.best_metric, numbers(ones, run.evaluation.split)
-    if best is not None and best not in known:
+    best, known = run.checkpoint.best_metric, dict[str, float]()
+    for name, one in program.evaluations.items():
+        with model_errors(one.spec):
+            metrics = jax.eval_shape(one.step.jitted, state, strategy.abstract_batch(one.spec))
+        ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics)  # for the names of what is computed from them
+        known |= numbers(ones, name)
+    # An experiment's own evaluation says its metrics only when it is made.
+    if best is not None and best not in known and not isinstance(run.experiment, Evaluates):
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")
 
 

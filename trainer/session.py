@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,12 @@ from trainer import distributed
 from trainer.checkpoint import Metadata, Store, make_metadata
 from trainer.data.stream import prefetch, split_ids, train_batches
 from trainer.distributed import Break, Interrupted, Preemption
-from trainer.errors import DivergedError, HostError
-from trainer.evaluation import evaluate_split
+from trainer.errors import DivergedError, HostError, UserError, did_you_mean
+from trainer.evaluation import evaluate_split, report
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.hooks import Hooks
 from trainer.metrics import Metrics
+from trainer.moved import check_place
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
@@ -40,7 +41,7 @@ class Session:
     workdir: Workdir
     resumed: Resumed
     train_source: RandomAccessSource
-    eval_source: RandomAccessSource
+    eval_sources: Mapping[str, RandomAccessSource]  # by evaluation
     store: Store
     log: MetricsLog | NoLog
     recorder: Recorder
@@ -69,17 +70,17 @@ class Session:
             self.trace.restored(start, state)
         self._newest = start, state
         self._call_hooks("on_start", start)
-        if start and self.program.due(start).evaluate and "no" in self._evaluated(start):
-            self.progress.message(f"the evaluation of step {start} is still owed")
-            self.evaluate(state)
+        for name in self.program.due(start).evaluate if start else ():
+            if "no" in self._evaluated(start, name):
+                self.progress.message(f"the evaluation {name!r} of step {start} is still owed")
+                self.evaluate(state, name)
         return state
 
     def _call_hooks(self, name: str, step: int, sums: Mapping[str, Any] | None = None) -> None:
         self.hooks.call(name, step, sums or {}, lambda: self._newest[1], self.log)
 
-    def _evaluated(self, step: int) -> list[str]:
-        prefix = f"{self.program.run.evaluation.split}/"
-        is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, prefix)
+    def _evaluated(self, step: int, name: str) -> list[str]:
+        is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, f"{name}/")
         return distributed.gather("evaluated", "yes" if is_there else "no")
 
     def _is_ending(self) -> bool:
@@ -157,7 +158,7 @@ class Session:
                 if not is_lost:
                     raise
         if self.hooks.reason:
-            return due._replace(evaluate=True, save=True)
+            return due._replace(evaluate=tuple(self.program.evaluations), save=True)
         return due._replace(save=True) if is_lost or self._signum is not None or self._is_time(due) else due
 
     def _is_time(self, due: Due) -> bool:
@@ -181,10 +182,11 @@ class Session:
         step = self.recorder.flush()
         self._enter("save", step)
         with self.recorder.paused(), self._write_errors():
-            self._check_place(state, step)
+            metadata = self._metadata(step)
+            check_place(self.workdir, self.program, state, metadata, self.resumed.accepted)
             self.log.sync()
             # Loss and gradient of this step may be finite, and the parameters after it not.
-            if not self.store.save(state, self._metadata(step)):
+            if not self.store.save(state, metadata):
                 raise DivergedError(f"the state after step {step} holds NaN or Inf", step)
             self._saved_step, self._saved_at = step, time.monotonic()
             self.trace.saving(step)
@@ -195,13 +197,14 @@ class Session:
         accepted = [text for entry in self.resumed.accepted for text in entry["changes"]]
         return make_metadata(run, table, self.resumed.data, step, rows=self.log.count, accepted=accepted)
 
-    def evaluate(self, state: TrainState) -> None:
-        """Evaluates the state after the newest step, and writes the result in a row of its own."""
-        step, settings = self.recorder.flush(), self.program.run.checkpoint
+    def evaluate(self, state: TrainState, name: str) -> None:
+        """Evaluates the state after the newest step, reports, and writes the result in a row of its own."""
+        step, best = self.recorder.flush(), self.program.run.checkpoint.best_metric
         self._enter("evaluate", step)
         try:
             with self.recorder.paused(), self.preemption.breakable():
-                metrics = evaluate_split(self.program, state, self.eval_source, self._after_batch)
+                metrics = evaluate_split(self.program, state, self.eval_sources[name], self._after_batch, name)
+                report(self.program, state, name, self.log.report_writer(step))
         except Break:
             self._signum = self._signum or self.preemption.signal_after()
             self.progress.message(f"the evaluation of step {step} is broken off: the next launch makes it")
@@ -210,8 +213,10 @@ class Session:
         self.progress.message(f"step {step}: {evaluation_text(metrics)}")
         with self._write_errors():
             self.log.write(step, metrics, {})
-        if settings.best_metric in metrics:
-            self.store.scores[step] = metrics[settings.best_metric]
+        if best in metrics:
+            self.store.scores[step] = metrics[best]
+        elif best is not None and best.startswith(f"{name}/"):
+            raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, metrics)}")
         self._call_hooks("on_evaluate", step, metrics)
 
     def _after_batch(self) -> None:
@@ -253,15 +258,3 @@ class Session:
             if self.program.run.checkpoint.on_error == "stop" or distributed.count() > 1:
                 raise
             self.progress.message(f"warning: {error}; the run goes on")
-
-    def _check_place(self, state: TrainState, step: int) -> None:
-        """Raises `HostError` if the workdir was moved, removed or replaced, once the state is saved beside it."""
-        if "yes" not in distributed.gather("the workdir", "yes" if self.workdir.is_replaced() else "no"):
-            return
-        beside = Workdir(distributed.gather("a workdir beside", str(self.workdir.beside().path))[0])
-        with closing(Store(beside.checkpoints, self.program.run.checkpoint)) as store:
-            store.save(state, self._metadata(step))
-        if distributed.is_primary():
-            beside.write(self.program.run, str(self.program.param_table), self.resumed.accepted)
-        cause = f"workdir {self.workdir.path} was moved, removed or replaced while the run trained in it"
-        raise HostError(f"{cause}; the state of step {step} is saved in {beside.path}: go on there with --workdir")

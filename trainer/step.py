@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from trainer.experiment import Batch, Experiment, set_replica_axis
+from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
 from trainer.guard import drop_bad_update
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, evaluation_params, global_norm
@@ -105,19 +105,21 @@ def step_keys(key: Key[Array, ""], step: Int32[Array, ""] | int) -> tuple[Key[Ar
     return key, example_key
 
 
-def eval_step(experiment: Experiment, replica_axis: str | None, state: TrainState, batch: Batch) -> Metrics:
-    """The metrics of one batch as sums, with "examples", the number of examples that are not masked.
-
-    The EMA params are evaluated if the state has any, and the average of a schedule-free optimizer.
-    """
-    params = evaluation_params(state.params, state.opt_state)
-    if state.ema is not None:
-        params = jax.tree.map(lambda p, ema: ema.astype(p.dtype), params, state.ema)
-    variables = {"params": params, **state.collections}
+def eval_step(experiment: Experiment, replica_axis: str | None, ema: bool, state: TrainState, batch: Batch) -> Metrics:
+    """The metrics of one batch as sums, with "examples", the number of examples that are not masked."""
     with set_replica_axis(replica_axis):
+        variables = evaluation_variables(state, ema=ema)
         metrics, _ = check_loss(experiment.loss(variables, batch, key=jax.random.key(0), train=False))
     metrics = {**metrics, "examples": Mean(jnp.sum(batch["mask"]), jnp.ones((), jnp.float32))}
     return metrics if replica_axis is None else jax.lax.psum(metrics, replica_axis)
+
+
+def evaluation_variables(state: TrainState, *, ema: bool) -> Variables:
+    """The EMA params if the state has any and `ema` is true, else the average of a schedule-free optimizer, if any."""
+    params = evaluation_params(state.params, state.opt_state)
+    if ema and state.ema is not None:
+        params = jax.tree.map(lambda p, average: average.astype(p.dtype), state.params, state.ema)
+    return {"params": params, **state.collections}
 
 
 def accumulate(

@@ -596,7 +596,7 @@ def test_no_command_at_all_prints_the_usage_and_is_a_mistake(capsys):
     assert capsys.readouterr().out.startswith("usage: python -m trainer COMMAND ")
 
 
-RESUME = {"--accept-changes", "--from-step"}
+RESUME = {"--accept-changes", "--from-step", "--init-from"}
 GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
 
 

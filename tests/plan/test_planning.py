@@ -43,7 +43,7 @@ def test_both_steps_of_every_strategy_compile_for_every_generation(strategy, top
     there = find(topology)
     run = make_run(strategy=strategy, **SMALL)
     program = planning.program_for(run, there, Layout(torus=True))
-    for step, spec in ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec)):
+    for step, spec in ((program.train_step, program.train_spec), (program.main.step, program.main.spec)):
         arguments = (program.state, program.strategy.abstract_batch(spec))
         compiled = compile_step(step, arguments, len(there.devices), FAST)
         assert isinstance(compiled, CompiledStep)

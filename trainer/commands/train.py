@@ -17,6 +17,7 @@ from trainer.observe.progress import Progress
 
 if TYPE_CHECKING:  # imports JAX
     from trainer.config import Run
+    from trainer.program import EvalProgram
 
 DESCRIPTION = "Trains a run. The same command on the same workdir continues it from its last checkpoint."
 
@@ -43,15 +44,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Trains and lets the experiment report; the exit code is 1 if the loss is no longer finite."""
+    """Trains; the exit code is 1 if the loss is no longer finite."""
     from trainer.distributed import collective_errors, is_primary
     from trainer.loop import train
-    from trainer.observe.log import read_rows
     from trainer.observe.trace import NoTrace, Trace
-    from trainer.optional import Reports
-    from trainer.workdir import Mirror
 
-    options, experiment = arguments.options, arguments.run.experiment
+    options = arguments.options
     with collective_errors("the flags"):
         _check(options)
     trace = Trace(options.trace) if options.trace else NoTrace()
@@ -84,12 +82,6 @@ def main(arguments: Arguments) -> int:
         return 1
     if not is_primary():
         return 0
-    if isinstance(experiment, Reports):
-        mirror = Mirror(path)
-        written = experiment.report(mirror.folder, list(read_rows(path / "metrics.jsonl")))
-        mirror.close()
-        for file in written:
-            print(f"wrote {path / file.relative_to(mirror.folder).as_posix()}")
     print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and params.txt")
     return 0
 
@@ -154,7 +146,7 @@ def _dry_run(run: "Run") -> str:
     import numpy as np
 
     from trainer import distributed
-    from trainer.data import ArraySource, fits_in_memory, take
+    from trainer.data import fits_in_memory
     from trainer.loop import agreed_program, train_program
     from trainer.observe import table
 
@@ -163,11 +155,10 @@ def _dry_run(run: "Run") -> str:
     trial, times = _SilentProgress(3, io.StringIO()), [time.perf_counter()]
     with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
         program = agreed_program(_first_steps(run), folder)
-        examples = len(program.train_source), len(program.eval_source)
-        for source in (program.train_source, program.eval_source):
+        examples = len(program.train_source), len(program.main.source)
+        for source in (program.train_source, *(one.source for one in program.evaluations.values())):
             fits_in_memory(source, run.loading.in_memory_bytes)  # raises the error that the run would end with
-        two_batches = np.arange(min(2 * program.eval_spec["mask"].shape[0], examples[1]))
-        program = dataclasses.replace(program, eval_source=ArraySource(take(program.eval_source, two_batches)))
+        program = dataclasses.replace(program, evaluations={k: _cut(one) for k, one in program.evaluations.items()})
         times.append(time.perf_counter())
         saved = train_program(program, folder, trial, handle_signals=False)
         times += [trial.trained_at, trial.evaluated_at, time.perf_counter()]
@@ -190,13 +181,25 @@ def _dry_run(run: "Run") -> str:
     return table(("tried", "result", "seconds"), rows, right=("seconds",)) + "nothing of this dry run is kept\n"
 
 
+def _cut(evaluation: "EvalProgram") -> "EvalProgram":
+    """The evaluation of two batches."""
+    import numpy as np
+
+    from trainer.data import ArraySource, take
+
+    source, size = evaluation.source, evaluation.spec["mask"].shape[0]
+    return dataclasses.replace(evaluation, source=ArraySource(take(source, np.arange(min(2 * size, len(source))))))
+
+
 def _first_steps(run: "Run") -> "Run":
     """A copy of a resolved run that ends after 3 steps; these equal the first 3 steps of the run itself."""
     from trainer.config import schedules
 
     short = copy.deepcopy(run)
     short.total_steps = min(3, run.total_steps)
-    short.evaluation.every_steps = short.checkpoint.every_steps = short.total_steps
+    short.checkpoint.every_steps = short.total_steps
+    for evaluation in (short.evaluation, *short.evaluations.values()):
+        evaluation.every_steps, evaluation.every = short.total_steps, None
     short.logging.every_steps, short.loading.in_memory_bytes = 1, 0  # so that only these steps' examples are read
     for schedule in schedules(short.optimizer).values():
         schedule.run_steps = schedule.run_steps or run.total_steps

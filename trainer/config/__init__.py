@@ -10,6 +10,7 @@ from trainer.config.checks import check_types as check_types, resolve as resolve
 from trainer.config.checks import schedules as schedules, setting_at as setting_at, type_name as type_name
 from trainer.config.encoding import from_json as from_json, import_file as import_file, to_json as to_json
 from trainer.config.encoding import user_errors as user_errors
+from trainer.config.schedules import evaluations as evaluations, evaluations_in_steps as evaluations_in_steps
 from trainer.config.schedules import schedule_in_steps as schedule_in_steps
 from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group
 from trainer.config.settings import InitFrom as InitFrom, Loading as Loading, Logging as Logging

@@ -12,7 +12,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from trainer.config.encoding import to_json
 from trainer.config.optimizer import NAMES, Group, Transform
-from trainer.config.schedules import DESCENTS, schedule_in_steps
+from trainer.config.schedules import DESCENTS, evaluations, evaluations_in_steps, schedule_in_steps
 from trainer.config.settings import Optimizer, Run, Schedule
 from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Experiment
@@ -47,13 +47,16 @@ def resolve(run: Run) -> Run:
             raise UserError(f"{path} {idle}: {longer}; {keep}")
     if run.batch_size % run.microbatches:
         raise UserError(f"batch_size {run.batch_size} does not divide into {run.microbatches} microbatches")
-    if run.evaluation.batch_size is None:
-        run.evaluation.batch_size = run.batch_size
-    best, evaluated = run.checkpoint.best_metric, run.evaluation.every_steps
-    if best is not None and (evaluated is None or run.checkpoint.every_steps % evaluated):
-        rule = f"({run.checkpoint.every_steps}) must be a multiple of evaluation.every_steps ({evaluated})"
-        need = f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint"
-        raise UserError(f"{need}: checkpoint.every_steps {rule}")
+    for name, evaluation in evaluations(run).items():
+        if evaluation.batch_size is None:
+            evaluation.batch_size = run.batch_size
+        if name in run.evaluations and (not re.fullmatch(r"[\w.-]+", name) or name in ("train", run.evaluation.split)):
+            other = f"other than 'train' and {run.evaluation.split!r}, the split of the main one"
+            raise UserError(
+                f"evaluations has the name {name!r}; letters, digits, '_', '.' and '-' are expected, {other}"
+            )
+    if run.evaluation.every is None and not any(e.every for e in run.evaluations.values()):
+        evaluations_in_steps(run, 1)  # checks what it can before the data are read
     return run
 
 

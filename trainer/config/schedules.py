@@ -1,4 +1,4 @@
-"""Schedules in whole updates, with their checks."""
+"""Schedules and evaluations in whole updates, with their checks."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from trainer.config.optimizer import Schedule
-from trainer.config.settings import Run
+from trainer.config.settings import Evaluation, Run
 from trainer.errors import UserError
 
 DESCENTS = ("linear", "cosine", "polynomial", "wsd")  # schedules that reach `final` at `end`
@@ -87,3 +87,35 @@ def _check_order(given: Schedule, exact: Schedule, path: str, length: float, mea
         raise UserError(f"{boundaries}; they must ascend, the first above the warm-up ({warmup}){measure}")
     if exact.boundaries and exact.boundaries[-1] >= length:
         raise UserError(f"{boundaries}, but the run has only {length} steps{hint}")
+
+
+def evaluations(run: Run) -> dict[str, Evaluation]:
+    """Every evaluation of a run by the name that its metrics have; the main one first."""
+    return {run.evaluation.split: run.evaluation, **run.evaluations}
+
+
+def evaluations_in_steps(run: Run, examples: int) -> Run:
+    """A copy of the run with `every_steps` of each evaluation computed from `every`; `examples` are those of an epoch.
+
+    Raises `UserError` if checkpoints fall between the evaluations of `checkpoint.best_metric`.
+    """
+    epoch, percent = examples / run.batch_size, run.total_steps / 100
+    scales = {"epochs": epoch, "examples": 1 / run.batch_size, "percent": percent}
+
+    def in_steps(evaluation: Evaluation) -> Evaluation:
+        if evaluation.every is None:
+            return evaluation
+        return dataclasses.replace(evaluation, every_steps=max(round(evaluation.every * scales[evaluation.unit]), 1))
+
+    named = {name: in_steps(evaluation) for name, evaluation in run.evaluations.items()}
+    run = dataclasses.replace(run, evaluation=in_steps(run.evaluation), evaluations=named)
+    if (best := run.checkpoint.best_metric) is not None:
+        owners = [name for name in evaluations(run) if best.startswith(f"{name}/")] or [run.evaluation.split]
+        name = max(owners, key=len)
+        evaluated = evaluations(run)[name].every_steps
+        if evaluated is None or run.checkpoint.every_steps % evaluated:
+            path = "evaluation" if name == run.evaluation.split else f"evaluations.{name}"
+            rule = f"({run.checkpoint.every_steps}) must be a multiple of {path}.every_steps ({evaluated})"
+            need = f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint"
+            raise UserError(f"{need}: checkpoint.every_steps {rule}")
+    return run

@@ -12,13 +12,20 @@ _STRATEGIES = ("data", "zero1", "fsdp", "tensor", "zero1_tensor", "fsdp_tensor",
 
 @dataclasses.dataclass
 class Evaluation:
-    """The evaluations of the run."""
+    """An evaluation of the run, at regular times and at the end."""
 
     split: str = setting("test", may_change=True)  # the split given to the experiment's `source`
     every_steps: int | None = setting(None, minimum=1, maximum=MOST, may_change=True)
     """Updates between evaluations; None for the end only. The end is always evaluated."""
     batch_size: int | None = setting(None, minimum=1, maximum=MOST, may_change=True)
     """Examples per evaluation batch over all devices; None for the run's `batch_size`."""
+    every: float | None = setting(None, above=0, maximum=MOST, may_change=True)
+    """Time between evaluations in `unit`, from which `every_steps` is computed; None to give `every_steps` itself."""
+    unit: str = setting("epochs", choices=("epochs", "examples", "percent"), may_change=True)
+    """Unit of `every`: passes over the training split, training examples, or percent of the run."""
+    max_examples: int | None = setting(None, minimum=1, maximum=MOST, may_change=True)
+    """Examples to evaluate, the first of the split; None for all."""
+    ema: bool = setting(True, may_change=True)  # whether EMA params are evaluated, if the run keeps any
 
 
 @dataclasses.dataclass
@@ -168,6 +175,9 @@ class Run:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     loading: Loading = dataclasses.field(default_factory=Loading)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    """The main evaluation, whose metrics are named by its split, such as "test/accuracy"."""
+    evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict, metadata={"may_change": True})
+    """Further evaluations by name; the metrics of `"small"` are "small/accuracy" and so on."""
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     logging: Logging = dataclasses.field(default_factory=Logging)
     parallel: Parallel = dataclasses.field(default_factory=Parallel)

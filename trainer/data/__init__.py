@@ -37,6 +37,23 @@ class ArraySource:
         return {name: array.take(indices, axis=0) for name, array in self.arrays.items()}
 
 
+class First:
+    """The first examples of a source."""
+
+    def __init__(self, source: RandomAccessSource, count: int) -> None:
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._source[index]
+
+    def __getitems__(self, indices: list[int]) -> Sequence[Mapping[str, Any]]:
+        """Many examples at once."""
+        return _read(self._source, indices)
+
+
 def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
     """The examples of a split, if they are as the protocol says."""
     name = f"{type(experiment).__name__}.source({split!r})"

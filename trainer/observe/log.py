@@ -9,17 +9,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.errors import HostError, UserError
-from trainer.files import Folder, host_error
+from trainer.files import Folder
 from trainer.observe import mark as marks
 from trainer.observe.events import Events, event_files, shown_values
 from trainer.observe.mark import Mark
+from trainer.observe.outage import Outage
 from trainer.observe.row_file import RowFile
 from trainer.observe.rows import Row, contents
 from trainer.observe.rows import read_rows as read_rows
+from trainer.report import ReportWriter
 from trainer.workdir import Mirror
 
 _FILES = ("metrics.jsonl", "timing.jsonl")
@@ -63,10 +64,10 @@ class MetricsLog:
         self._folder = folder / "tensorboard"
         self._metrics, self._timing = (RowFile(folder / name, after_step, report) for name in _FILES)
         until = "kept in memory until a save can write them"
-        self._metrics_outage = _Outage(self._metrics.file, f"its rows are {until}", report, is_fatal=is_fatal)
-        self._timing_outage = _Outage(self._timing.file, f"its rows are {until}", report)
-        self._events_outage = _Outage(self._folder, "events are not written until a save can write them", report)
-        self._copy_outage = _Outage(workdir, "the metrics are copied there at the next save", report, is_fatal=is_fatal)
+        self._metrics_outage = Outage(self._metrics.file, f"its rows are {until}", report, is_fatal=is_fatal)
+        self._timing_outage = Outage(self._timing.file, f"its rows are {until}", report)
+        self._events_outage = Outage(self._folder, "events are not written until a save can write them", report)
+        self._copy_outage = Outage(workdir, "the metrics are copied there at the next save", report, is_fatal=is_fatal)
         if folder != workdir:
             self._copy_outage.attempt(lambda: self._fetch(workdir))
         self._mark = marks.read_mark(self._folder)
@@ -105,6 +106,15 @@ class MetricsLog:
                 outage.attempt(file.flush)  # a killed process loses no row
         if self._events.is_open and self._events_outage.attempt(lambda: self._add(step, row, times)):
             self._in_events = self._metrics.size
+
+    def report_writer(self, step: int) -> ReportWriter:
+        """Writes what an experiment reports after a step; no error of the disk reaches the caller."""
+        place = self._mirror.folder / "reports"
+        return ReportWriter(place, step, self.rows, self._add_summary, self._report)
+
+    def _add_summary(self, step: int, summary: Any) -> None:
+        if self._events.is_open:
+            self._events_outage.attempt(lambda: self._events.add(summary, step, time.time()))
 
     def sync(self) -> None:
         """Puts all rows on disk, so that no checkpoint saved afterwards outlives its metrics; raises `HostError`."""
@@ -209,31 +219,9 @@ class NoLog:
 
     sync = close = write
 
-
-class _Outage:
-    """Turns the errors of one writer into one line for each outage, or into `HostError`."""
-
-    def __init__(
-        self, place: PathLike[str], meanwhile: str, report: Callable[[str], None], *, is_fatal: bool = False
-    ) -> None:
-        self._place, self._meanwhile, self._report = place, meanwhile, report
-        self.is_fatal, self.is_on = is_fatal, False
-
-    def attempt(self, action: Callable[[], object]) -> bool:
-        """Whether an action that may raise `OSError` succeeds."""
-        try:
-            action()
-        except OSError as error:
-            was_on, self.is_on = self.is_on, True
-            if self.is_fatal:
-                raise host_error(self._place, error) from error
-            if not was_on:
-                self._report(f"warning: {self._place}: {error.strerror or error}; {self._meanwhile}")
-            return False
-        if self.is_on:
-            self.is_on = False
-            self._report(f"note: {self._place}: written again, and nothing is missing")
-        return True
+    def report_writer(self, step: int) -> ReportWriter:
+        """One that writes nothing."""
+        return ReportWriter(None, step, list, self.write, self.write)
 
 
 def _finite(values: Values) -> Row:

@@ -105,15 +105,15 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, progress: Callable[
     if not fast or train is None:
         train = _compile_train(program, topology, layout, fast=fast)
     progress("evaluation step")
-    batch = program.strategy.abstract_batch(program.eval_spec)
+    batch = program.strategy.abstract_batch(program.main.spec)
     options = _options(layout, fast)
-    evaluation = compile_step(program.eval_step, (program.state, batch), len(topology.devices), options)
+    evaluation = compile_step(program.main.step, (program.state, batch), len(topology.devices), options)
     return _plan(program, layout, len(compared), train, evaluation, fast, topology.hbm_bytes)
 
 
 def plan_here(program: Program) -> Plan:
     """The plan of a program that was compiled for the devices of this process."""
-    steps = ((program.train_step, program.train_spec), (program.eval_step, program.eval_spec))
+    steps = ((program.train_step, program.train_spec), (program.main.step, program.main.spec))
     train, evaluation = (
         compile_step(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})
         for step, spec in steps

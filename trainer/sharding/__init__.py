@@ -45,6 +45,7 @@ def check_divides(run: config.Run, shards: int) -> None:
     for name, size, text, parts in (
         ("batch_size", run.batch_size, microbatches, run.microbatches),
         ("evaluation.batch_size", run.evaluation.batch_size or run.batch_size, "", 1),
+        *((f"evaluations.{k}.batch_size", e.batch_size or run.batch_size, "", 1) for k, e in run.evaluations.items()),
     ):
         if size // parts % shards:
             must = f"it must be a multiple of {shards * parts}"

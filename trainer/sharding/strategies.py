@@ -94,6 +94,10 @@ class Strategy(abc.ABC):
         """A host batch, NumPy arrays of this process's `local_examples`, on the devices."""
         return {name: self._shard(x) for name, x in batch.items()}
 
+    def global_batch(self, batch: Batch) -> Batch:
+        """The same as global arrays, also under `pmap`, for functions that are not steps."""
+        return {name: global_array(self.batch_sharding, x) for name, x in batch.items()}
+
     def abstract_batch(self, batch: Mapping[str, Any]) -> Batch:
         """The result of `shard_batch` for a global batch, abstract: a `jax.ShapeDtypeStruct` for each array."""
         return {name: self._abstract(x) for name, x in batch.items()}

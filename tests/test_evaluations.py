@@ -1,0 +1,242 @@
+"""Evaluations by name, of the experiment's own, and reports after them."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tasks import Net, Task, make_run
+from tests.test_hooks import BreaksAt, FailedError, bits
+from trainer import config, evaluate, load, train
+from trainer.data import take
+from trainer.errors import UserError
+from trainer.metrics import Moments
+from trainer.observe.events import event_files, read_events
+from trainer.observe.log import read_rows
+from trainer.observe.progress import Progress
+from trainer.report import ReportWriter, _grid
+
+ONE = config.Parallel(devices=1)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path, name: str) -> list[int]:
+    return [row["step"] for row in rows_of(folder) if f"{name}/examples" in row]
+
+
+def run_of(total_steps: int = 12, **settings: Any) -> config.Run:
+    evaluations = {
+        "often": config.Evaluation(every_steps=2, max_examples=5, batch_size=4),
+        "epoch": config.Evaluation(every=2, unit="epochs"),  # 50 examples in batches of 16: 6 steps
+        "train-set": config.Evaluation("train", every=25, unit="percent", batch_size=32),
+        "examples": config.Evaluation(every=64, unit="examples", ema=False),
+    }
+    defaults: dict[str, Any] = {"parallel": ONE, "evaluations": evaluations}
+    return make_run(total_steps, **defaults | settings)
+
+
+def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(tmp_path):
+    optimizer = config.Optimizer(schedule=config.Schedule(peak=1e-2), ema_decay=0.5)
+    run = run_of(optimizer=optimizer)
+    state = train(run, tmp_path / "run", verbose=False)
+    expected = {"often": [2, 4, 6, 8, 10, 12], "epoch": [6, 12], "train-set": [3, 6, 9, 12], "examples": [4, 8, 12]}
+    for name, found in ({"test": [12]} | expected).items():
+        assert steps(tmp_path / "run", name) == found
+    last = {name: value for row in rows_of(tmp_path / "run") if row["step"] == 12 for name, value in row.items()}
+    trained = load(tmp_path / "run")
+    for name, split, count, params in (
+        ("often", "test", 5, trained.variables["params"]),
+        ("train-set", "train", 50, trained.variables["params"]),
+        ("examples", "test", 21, state.params),
+    ):
+        assert last[f"{name}/examples"] == count
+        batch = jax.tree.map(jnp.asarray, take(run.experiment.source(split), np.arange(count)))
+        variables = {**trained.variables, "params": params}
+        metrics, _ = run.experiment.loss(
+            variables, batch | {"mask": jnp.ones(count)}, key=jax.random.key(0), train=False
+        )
+        assert last[f"{name}/loss"] == pytest.approx(metrics["loss"].compute(), rel=1e-5)
+    assert last["examples/loss"] != last["test/loss"]
+    assert evaluate(tmp_path / "run", split="often")["often/loss"] == pytest.approx(last["often/loss"], rel=1e-6)
+
+
+def test_a_killed_run_makes_every_evaluation_that_it_owes(tmp_path):
+    run = run_of(checkpoint=config.Checkpoint(every_steps=6))
+    whole = train(run, tmp_path / "whole", verbose=False)
+    for step in (5, 8):
+        with pytest.raises(FailedError):
+            train(run, tmp_path / "run", verbose=False, hooks=[BreaksAt(step)])
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not ('"step": 8' in line and "often/" in line)))
+    assert bits(train(run, tmp_path / "run", verbose=False)) == bits(whole)
+    assert sorted(map(str, rows_of(tmp_path / "run"))) == sorted(map(str, rows_of(tmp_path / "whole")))
+
+
+def test_the_best_metric_of_a_named_evaluation_is_kept(tmp_path):
+    checkpoint = config.Checkpoint(every_steps=2, keep_last=1, best_metric="often/loss", best_mode="max")
+    train(run_of(checkpoint=checkpoint), tmp_path / "run", verbose=False)
+    losses = {row["step"]: row["often/loss"] for row in rows_of(tmp_path / "run") if "often/loss" in row}
+    best = max(losses, key=lambda step: losses[step])
+    assert load(tmp_path / "run", "best").step == best
+    assert best < 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"evaluations": {"train": config.Evaluation()}}, "evaluations has the name 'train'; letters"),
+        ({"evaluations": {"test": config.Evaluation()}}, "evaluations has the name 'test'; .* the split of the main"),
+        ({"evaluations": {"a/b": config.Evaluation()}}, "evaluations has the name 'a/b'"),
+        ({"evaluations": {"a": config.Evaluation("tset")}}, r"Task.source\('tset'\): KeyError"),
+        (
+            {"checkpoint": config.Checkpoint(every_steps=3, best_metric="often/loss")},
+            r"every_steps \(3\) must be a multiple of evaluations.often.every_steps \(2\)",
+        ),
+        (
+            {"checkpoint": config.Checkpoint(every_steps=4, best_metric="epoch/loss")},
+            r"every_steps \(4\) must be a multiple of evaluations.epoch.every_steps \(6\)",
+        ),
+        (
+            {"checkpoint": config.Checkpoint(every_steps=2, best_metric="often/los")},
+            r"best_metric 'often/los' is not evaluated; did you mean 'often/loss'\?",
+        ),
+        (
+            {"parallel": config.Parallel(devices=2), "evaluations": {"a": config.Evaluation(batch_size=3)}},
+            "evaluations.a.batch_size 3 does not divide over 2 batch shards",
+        ),
+    ],
+    ids=range(8),
+)
+def test_settings_that_contradict_each_other_are_named(tmp_path, settings, text):
+    with pytest.raises(UserError, match=text):
+        train(run_of(**settings), tmp_path / "run", verbose=False)
+
+
+@dataclasses.dataclass
+class Neighbours(Task):
+    """Evaluates "knn" by the nearest training example in the space of the logits, and reports all kinds."""
+
+    def logits(self, variables: Any, x: Any) -> Any:
+        return Net(self.dropout, self.batch_norm).apply(variables, x, train=False)
+
+    def evaluate(self, name, variables, batches):
+        if name != "knn":
+            return None
+        train_set = take(self.source("train"), np.arange(50))
+        known = self.logits(variables, jnp.asarray(train_set["x"]))
+        hits, count, seen = 0.0, 0.0, []
+        for batch in batches:
+            found = self.logits(variables, batch["x"])
+            nearest = jnp.argmin(jnp.sum((found[:, None] - known[None]) ** 2, -1), -1)
+            right = jnp.asarray(train_set["label"])[nearest] == batch["label"]
+            hits, count = hits + float(jnp.sum(right * batch["mask"])), count + float(jnp.sum(batch["mask"]))
+            seen.append(Moments.of(found[:, 0], batch["mask"]))
+        moments = jax.tree.map(lambda *x: sum(x), *seen)
+        return {"accuracy": hits / count, "logit": moments}
+
+    def report(self, step, variables, writer):
+        kernel = np.asarray(variables["params"]["head"]["kernel"])
+        writer.image("kernel", (kernel - kernel.min()) / np.ptp(kernel))
+        writer.image("grid", np.full((3, 4, 5, 3), 7, np.uint8))
+        writer.text("largest", f"largest weight {kernel.max():.3f}, {len(writer.rows())} rows")
+        writer.histogram("weights", kernel, bins=4)
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(2, 1), dpi=50)
+        figure.subplots().plot([row["train/loss"] for row in writer.rows() if "train/loss" in row])
+        writer.figure("losses", figure)
+
+
+@pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap"])
+def test_an_evaluation_of_ones_own_and_a_report(tmp_path, strategy):
+    parallel = config.Parallel(strategy, devices=4, min_shard_size=0)
+    run = run_of(
+        6,
+        experiment=Neighbours(),
+        parallel=parallel,
+        evaluation=config.Evaluation(every_steps=3, batch_size=8),
+        evaluations={"knn": config.Evaluation(every_steps=2, batch_size=8)},
+        checkpoint=config.Checkpoint(every_steps=2, best_metric="knn/accuracy"),
+    )
+    train(run, tmp_path / "run", verbose=False)
+    rows = [row for row in rows_of(tmp_path / "run") if "knn/accuracy" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    trained = load(tmp_path / "run")
+    own: Any = run.experiment
+    test, known = (take(own.source(split), np.arange(n)) for split, n in (("test", 21), ("train", 50)))
+    a, b = (np.asarray(own.logits(trained.variables, batch["x"]), np.float64) for batch in (test, known))
+    nearest = ((a[:, None] - b[None]) ** 2).sum(-1).argmin(-1)
+    assert rows[-1]["knn/accuracy"] == pytest.approx((known["label"][nearest] == test["label"]).mean(), abs=1e-6)
+    assert rows[-1]["knn/logit/mean"] == pytest.approx(a[:, 0].mean(), rel=1e-4, abs=1e-5)
+    assert rows[-1]["knn/examples"] == 21
+    reports = tmp_path / "run" / "reports"
+    assert sorted(path.name for path in reports.iterdir()) == ["3", "6"]
+    names = ["grid.png", "kernel.png", "largest.txt", "losses.png", "weights.npz"]
+    assert sorted(path.name for path in (reports / "6").iterdir()) == names
+    kernel = np.asarray(trained.variables["params"]["head"]["kernel"], np.float64)
+    pixels = np.asarray(Image.open(reports / "6" / "kernel.png"))
+    np.testing.assert_allclose(pixels, (kernel - kernel.min()) / np.ptp(kernel) * 255, atol=0.51)
+    counts = np.load(reports / "6" / "weights.npz")["counts"]
+    np.testing.assert_array_equal(counts, np.histogram(kernel, 4)[0])
+    assert (reports / "6" / "largest.txt").read_text().startswith(f"largest weight {kernel.max():.3f}, ")
+    values = [
+        (value.tag.partition("/")[0], event.step)
+        for name in event_files(tmp_path / "run" / "tensorboard")
+        for event in read_events((tmp_path / "run" / "tensorboard" / name).read_bytes())
+        for value in event.summary.value
+    ]
+    for name in ("kernel", "grid", "largest", "weights", "losses"):
+        assert [step for tag, step in values if tag == name] == [3, 6], name
+
+
+def test_a_best_metric_that_ones_own_evaluation_does_not_give_is_named(tmp_path):
+    run = run_of(
+        6,
+        experiment=Neighbours(),
+        evaluations={"knn": config.Evaluation(every_steps=2)},
+        checkpoint=config.Checkpoint(every_steps=2, best_metric="knn/acuracy"),
+    )
+    with pytest.raises(UserError, match=r"best_metric 'knn/acuracy' is not evaluated; did you mean 'knn/accuracy'\?"):
+        train(run, tmp_path / "run", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((4, 6), (4, 6)), ((4, 6, 1), (4, 6)), ((4, 6, 3), (4, 6, 3)), ((5, 4, 6, 1), (8, 18)), ((5, 4, 6), (8, 18))],
+    ids=str,
+)
+def test_images_of_every_shape_become_one_grid(shape, expected):
+    image = np.random.default_rng(0).random(shape)
+    grid = _grid(image, "x")
+    assert grid.shape == expected
+    first = image.reshape(-1, 4, 6, shape[-1] if shape[-1] == 3 else 1)[0].squeeze()
+    np.testing.assert_allclose(grid[:4, :6], first * 255, atol=0.51)
+
+
+def test_a_report_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch):
+    run = run_of(3, experiment=Neighbours(), evaluations={})
+    stream = io.StringIO()
+    (tmp_path / "run").mkdir()
+    train(run, tmp_path / "first", verbose=False)
+    (tmp_path / "first" / "config.json").rename(tmp_path / "run" / "config.json")
+    (tmp_path / "run" / "reports").write_text("a file in its place")
+    train(run, tmp_path / "run", progress=Progress(3, stream))
+    assert stream.getvalue().count("Not a directory; the report lacks it") >= 1
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_name_that_is_no_file_name_is_refused(tmp_path):
+    writer = ReportWriter(tmp_path, 1, list, lambda step, summary: None, print)
+    with pytest.raises(UserError, match=r"a report has the name '../up.txt'"):
+        writer.text("../up", "text")

@@ -1,0 +1,35 @@
+"""A workdir that is moved, removed or replaced while a run trains in it."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from trainer import distributed
+from trainer.checkpoint import Metadata, Store
+from trainer.errors import HostError
+from trainer.program import Program
+from trainer.state import TrainState
+from trainer.workdir import Workdir
+
+
+def check_place(
+    workdir: Workdir, program: Program, state: TrainState, metadata: Metadata, accepted: Sequence[dict[str, Any]]
+) -> None:
+    """Raises `HostError` if the workdir is not where it was, once the state is saved beside it. All processes call it.
+
+    Args:
+      workdir: as it was locked.
+      program: of the run.
+      state: after the newest step.
+      metadata: of that state.
+      accepted: changes of the trajectory, for the new workdir.
+    """
+    if "yes" not in distributed.gather("the workdir", "yes" if workdir.is_replaced() else "no"):
+        return
+    beside = Workdir(distributed.gather("a workdir beside", str(workdir.beside().path))[0])
+    with closing(Store(beside.checkpoints, program.run.checkpoint)) as store:
+        store.save(state, metadata)
+    if distributed.is_primary():
+        beside.write(program.run, str(program.param_table), accepted)
+    cause = f"workdir {workdir.path} was moved, removed or replaced while the run trained in it"
+    raise HostError(f"{cause}; the state of step {metadata.step} is saved in {beside.path}: go on there with --workdir")
