@@ -15,7 +15,7 @@ from trainer.config import Evaluation, Group, Logging, Optimizer, Run, Schedule
 def get_config() -> Run:
     """Two layers, 128 wide, for 3,000 steps of 8 × 128 bytes."""
     return Run(
-        experiment=LanguageModel(length=128, width=128, layers=2, heads=4, mlp_width=512),
+        experiment=LanguageModel(length=128, width=128, layers=2, heads=4, mlp_width=512, sample=300),
         total_steps=3000,
         batch_size=8,
         optimizer=Optimizer(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from trainer.data import ArraySource, tfds
 from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, Variables
 from trainer.metrics import Mean, Metrics
+from trainer.report import ReportWriter
 
 
 @jax.checkpoint  # the backward pass then keeps the logits and no other array of their size, whatever XLA fuses
@@ -80,8 +82,10 @@ class LanguageModel:
     memory."""
     remat: str = setting("none", choices=tuple(POLICIES))
     """The activations of each block that the backward pass keeps; see `experiments.remat`."""
+    sample: int = setting(0, minimum=0, may_change=True)
+    """Bytes that are generated after each evaluation and reported as a text; 0 for none."""
 
-    def _model(self, train: bool) -> Transformer:
+    def _model(self, train: bool, cache: int = 0) -> Transformer:
         if self.width % (2 * self.heads):
             raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even number of units")
         return Transformer(
@@ -94,8 +98,9 @@ class LanguageModel:
             self.dropout,
             self.dtype,
             self.scan,
-            self.remat,
+            "none" if cache else self.remat,
             train,
+            cache,
         )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
@@ -123,6 +128,48 @@ class LanguageModel:
         losses, _ = score(self._model(train=False).apply(variables, tokens[:, :-1]), tokens[:, 1:])
         is_target = jnp.arange(self.length) < batch["targets"][:, None]
         return {"log_likelihood": -jnp.sum(losses * is_target, axis=-1), "targets": batch["targets"]}
+
+    def generate(
+        self,
+        variables: Variables,
+        prompt: Int[Array, "examples prompt"],
+        count: int,
+        key: Key[Array, ""],
+        temperature: float = 0.8,
+    ) -> Int[Array, "examples count"]:
+        """`count` bytes after each prompt, drawn one after the other; with temperature 0 the likeliest.
+
+        Keys and values of earlier positions are kept in a cache, so each byte costs one position.
+        """
+        model = self._model(train=False, cache=prompt.shape[1] + count)
+
+        def draw(logits: Array, key: Array) -> Array:
+            last = logits[:, -1]
+            return jnp.argmax(last, -1) if temperature == 0 else jax.random.categorical(key, last / temperature)
+
+        @jax.jit
+        def run(variables: Variables, prompt: Array, keys: Array) -> Array:
+            logits, cache = model.apply(variables, prompt, mutable=["cache"])
+
+            def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
+                cache, token = carry
+                logits, cache = model.apply({**variables, **cache}, token[:, None], mutable=["cache"])
+                token = draw(logits, key)
+                return (cache, token), token
+
+            first = draw(logits, keys[0])
+            _, rest = jax.lax.scan(step, (cache, first), keys[1:])
+            return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+        return run(variables, prompt, jax.random.split(key, count))
+
+    def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
+        """A text that the model continues, if `sample` is not 0."""
+        if self.sample:
+            start = b"The "
+            prompt = jnp.asarray([list(start)], jnp.int32)
+            found = self.generate(variables, prompt, self.sample, jax.random.key(step))
+            writer.text("sample", (start + bytes(np.asarray(found[0], np.uint8))).decode(errors="replace"))
 
     def source(self, split: str) -> ArraySource:
         """The windows of all texts of a split, in the order of the texts in the data set."""

@@ -37,10 +37,15 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions."""
+    """Causal attention with rotary positions.
+
+    With a cache, a call continues the sequences of the calls before: collection "cache" holds their keys and values,
+    and how many positions they had.
+    """
 
     heads: int
     gain: float
+    cache: int = 0  # positions that the cache has room for; 0 for no cache
 
     @nn.compact
     def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length width"]:
@@ -54,8 +59,23 @@ class Attention(nn.Module):
             for name in ("query", "key", "value")
         )
         # Sums of products and the softmax are in float32.
-        mixed = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
+        if self.cache:
+            mixed = self._continued(query, key, value)
+        else:
+            mixed = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
         return Projection(width, ("heads", "embed"), self.gain, name="out")(mixed.reshape(x.shape))
+
+    def _continued(self, query: Array, key: Array, value: Array) -> Array:
+        """Attention to the positions in the cache too, to which the new ones are added."""
+        first = self.variable("cache", "positions", lambda: jnp.zeros((), jnp.int32))
+        start, shape = first.value, (query.shape[0], self.cache, *query.shape[2:])
+        kept = [self.variable("cache", name, jnp.zeros, shape, key.dtype) for name in ("keys", "values")]
+        for variable, new in zip(kept, (rotary(key, start), value), strict=True):
+            variable.value = jax.lax.dynamic_update_slice_in_dim(variable.value, new, start, axis=1)
+        first.value = start + query.shape[1]
+        sees = jnp.arange(self.cache) <= start + jnp.arange(query.shape[1])[:, None]
+        keys, values = (variable.value for variable in kept)
+        return jax.nn.dot_product_attention(rotary(query, start), keys, values, mask=sees[None, None])
 
 
 class MLP(nn.Module):
@@ -86,6 +106,7 @@ class Block(nn.Module):
     gain: float
     dropout: float
     train: bool
+    cache: int = 0
 
     @nn.compact
     def __call__(
@@ -93,7 +114,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "examples length width"], None]:
         """The residual stream after the block, as `nn.scan` carries it: (x, None) in and out."""
         layers = {
-            "attention": Attention(self.heads, self.gain, name="attention"),
+            "attention": Attention(self.heads, self.gain, self.cache, name="attention"),
             "mlp": MLP(self.mlp_width, self.activation, self.gain, name="mlp"),
         }
         for name, layer in layers.items():
@@ -117,6 +138,7 @@ class Transformer(nn.Module):
     scan: bool
     remat: str
     train: bool
+    cache: int = 0  # see `Attention`
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "examples length"]) -> Float[Array, "examples length vocab"]:
@@ -129,10 +151,11 @@ class Transformer(nn.Module):
         block = remat(Block, self.remat, scanned=self.scan)
         # Each layer adds two results to the stream; with this gain its variance does not grow with the depth.
         settings = (self.heads, self.mlp_width, self.activation, 1 / (2 * self.layers), self.dropout, self.train)
+        settings += (self.cache,)
         if self.scan:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=self.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -178,13 +201,16 @@ def norm(name: str, dtype: Any) -> nn.RMSNorm:
     return nn.RMSNorm(dtype=dtype, scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), name=name)
 
 
-def rotary(x: Float[Array, "examples length heads head_dim"]) -> Float[Array, "examples length heads head_dim"]:
+def rotary(
+    x: Float[Array, "examples length heads head_dim"], start: Int[Array, ""] | int = 0
+) -> Float[Array, "examples length heads head_dim"]:
     """Rotary embedding: at position t, rotates the pair (i, i + head_dim/2) by t · 10000 ** (−2i/head_dim) radians.
 
-    The dot product of two rotated vectors depends on the distance of their positions and not on the positions.
+    The dot product of two rotated vectors depends on the distance of their positions and not on the positions. `start`
+    is the position of the first.
     """
     half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[1])[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    angle = (start + jnp.arange(x.shape[1]))[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

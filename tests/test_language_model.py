@@ -411,3 +411,23 @@ def test_a_package_whose_files_are_gone_is_refused(tmp_path, monkeypatch):
 def test_the_checksum_in_the_docstring_is_the_one_that_is_checked():
     assert shakespeare.__doc__ is not None
     assert shakespeare.SHA256 in shakespeare.__doc__
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_bytes_that_are_generated_with_a_cache_are_the_likeliest_of_whole_forward_passes(scan):
+    values = stacked(variables()) if scan else variables()
+    prompt = np.random.default_rng(2).integers(0, 256, (3, 4)).astype(np.int32)
+    found = task(scan=scan).generate(values, jnp.asarray(prompt), 8, jax.random.key(0), temperature=0.0)
+    tokens = prompt
+    for _ in range(8):
+        logits = reference_logits(variables()["params"], tokens, "gelu")
+        tokens = np.concatenate([tokens, logits[:, -1].argmax(-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(found, tokens[:, 4:])
+
+
+def test_generated_bytes_follow_the_key():
+    prompt = jnp.zeros((2, 1), jnp.int32)
+    draws = [task().generate(variables(), prompt, 12, jax.random.key(seed), temperature=2.0) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert not np.array_equal(draws[0][0], draws[0][1])

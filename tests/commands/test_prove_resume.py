@@ -214,7 +214,7 @@ def test_a_relaunch_that_fails_by_itself_fails_the_proof():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_a_proof_that_is_stopped_leaves_no_process(tmp_path, processes):
     keep = tmp_path / "kept"
     command = [sys.executable, "-m", "trainer", "prove-resume", f"{CONFIG}:slow", f"--keep={keep}"]
@@ -259,8 +259,14 @@ for step in range(1, 10_000):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["data", "evaluate", SAVING])
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize(
+    ("phase", "signum"),
+    [
+        pytest.param(phase, signum, marks=() if phase == SAVING else pytest.mark.exhaustive)
+        for phase in ("data", "evaluate", SAVING)
+        for signum in SIGNALS
+    ],
+)
 def test_a_signal_comes_in_the_phase_that_it_was_aimed_at(tmp_path, phase, signum):
     aim = Aim(phase, 20, 9_000, 0.005, signum, 0)
     end = run_launch([sys.executable, "-c", TRACED, str(tmp_path)], Topology(), tmp_path, aim=aim, limit=60)
