@@ -1,0 +1,1 @@
+"""Experiments of a user, each with a model of Flax's own examples as it is; tests copy them out of the repository."""
