@@ -8,7 +8,7 @@ from trainer.metrics.distribution import Moments as Moments
 from trainer.metrics.mean import Mean as Mean
 from trainer.metrics.mean import Metric as Metric
 from trainer.metrics.mean import Metrics as Metrics
-from trainer.metrics.mean import Perplexity as Perplexity
-from trainer.metrics.mean import Sum as Sum
-from trainer.metrics.mean import add as add
-from trainer.metrics.mean import numbers as numbers
+from trainer.metrics.sums import Perplexity as Perplexity
+from trainer.metrics.sums import Sum as Sum
+from trainer.metrics.sums import add as add
+from trainer.metrics.sums import numbers as numbers
