@@ -180,6 +180,14 @@ def test_a_metric_that_is_not_evaluated_is_named_with_the_nearest(tmp_path):
         train(run_of(), tmp_path / "run", verbose=False, hooks=[EarlyStopping("test/los", patience=1)])
 
 
+def test_early_stopping_looks_at_its_own_evaluation_among_several(tmp_path):
+    run = run_of(100, evaluations={"quick": config.Evaluation(every_steps=1, max_examples=4)})
+    state = train(run, tmp_path / "run", verbose=False, hooks=[EarlyStopping("test/loss", patience=2, min_delta=9.0)])
+    assert int(state.step) == 6
+    with pytest.raises(UserError, match=r"metric 'quik/loss': evaluation 'quik'; did you mean 'quick'\?"):
+        train(run, tmp_path / "other", verbose=False, hooks=[EarlyStopping("quik/loss", patience=2)])
+
+
 class Misspelt:
     def on_evalute(self, event):
         pass

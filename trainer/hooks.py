@@ -84,9 +84,10 @@ class Hook:
 class Hooks:
     """The hooks of a run, by moment. Without hooks a call does nothing."""
 
-    def __init__(self, hooks: Iterable[object] = ()) -> None:
-        """Raises `UserError` for an object that no moment would call."""
+    def __init__(self, hooks: Iterable[object] = (), evaluations: Iterable[str] = ()) -> None:
+        """Hooks of a run with these evaluations; raises `UserError` for an object that no moment would call."""
         hooks = list(hooks)
+        self.evaluations = tuple(evaluations)
         self._calls = {name: [call for hook in hooks if (call := getattr(hook, name, None))] for name in MOMENTS}
         self.reason = ""  # why a hook stopped the run
         self.failed = False  # whether a hook raised an exception; then none is called any more
@@ -139,13 +140,17 @@ class EarlyStopping(Hook):
         self._best, self._since = math.inf, 0
 
     def on_start(self, event: Event) -> None:
-        """Takes up the evaluations of earlier launches."""
+        """Takes up the evaluations of earlier launches; raises `UserError` if none gives the metric."""
+        if (name := self.metric.partition("/")[0]) not in event.hooks.evaluations:
+            raise UserError(f"metric {self.metric!r}: evaluation {name!r}{did_you_mean(name, event.hooks.evaluations)}")
         self._best, self._since = math.inf, 0
         for step, value in event.history(self.metric):
             self._add(event, step, value)
 
     def on_evaluate(self, event: Event) -> None:
         """Stops the run if it is time; raises `UserError` if the metric is not evaluated."""
+        if not any(name.startswith(self.metric.partition("/")[0] + "/") for name in event.metrics):
+            return  # another evaluation
         if self.metric not in event.metrics:
             raise UserError(f"metric {self.metric!r} is not evaluated{did_you_mean(self.metric, event.metrics)}")
         self._add(event, event.step, event.metrics[self.metric])

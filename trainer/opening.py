@@ -55,7 +55,7 @@ def open_session(
     with ExitStack() as stack:
         stack.enter_context(distributed.fail_fast())
         with distributed.collective_errors("the workdir and the data"):
-            calls = Hooks(hooks)
+            calls = Hooks(hooks, program.evaluations)
             if profile is not None and profile[1] > run.total_steps:
                 raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
