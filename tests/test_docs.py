@@ -22,7 +22,7 @@ from trainer import Run, TrainState, UserError, config, train
 from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.config import resolve
 from trainer.observe.log import read_rows
-from trainer.optim.adabelief import ScaleByBeliefState
+from trainer.optim.fused import ScaleByBeliefState
 from trainer.program import compile_program
 
 ROOT = Path(__file__).parents[1]

@@ -110,7 +110,7 @@ from trainer import (
     take,
     train,
 )
-from trainer.optim.adabelief import ScaleByBeliefState
+from trainer.optim.fused import ScaleByBeliefState
 
 experiment: Experiment = Line(slope=2.0)
 optimizer = Optimizer(schedule=Schedule("cosine", peak=0.1), groups={"default": Group(frozen=False)})

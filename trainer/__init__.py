@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from trainer.experiment import Experiment as Experiment, replica_axis as replica_axis
     from trainer.loop import train as train
     from trainer.metrics import Mean as Mean
-    from trainer.optim.adabelief import adabelief as adabelief, from_optax as from_optax
-    from trainer.optim.adabelief import scale_by_belief as scale_by_belief
+    from trainer.optim.adabelief import adabelief as adabelief, scale_by_belief as scale_by_belief
+    from trainer.optim.migrate import from_optax as from_optax
     from trainer.restore import Trained as Trained, load as load
     from trainer.state import TrainState as TrainState
 else:
@@ -37,7 +37,8 @@ else:
         "trainer.experiment": "Experiment replica_axis",
         "trainer.loop": "train",
         "trainer.metrics": "Mean",
-        "trainer.optim.adabelief": "adabelief from_optax scale_by_belief",
+        "trainer.optim.adabelief": "adabelief scale_by_belief",
+        "trainer.optim.migrate": "from_optax",
         "trainer.restore": "Trained load",
         "trainer.state": "TrainState",
     }

@@ -75,9 +75,9 @@ class ParamTable:
         size = f"{sum(p.size for p in members):,}"
         if group.frozen:
             return (label, size, "frozen", *["-"] * 5)
-        rate, name = number_text(group.schedule or optimizer.schedule), group.optimizer or optimizer.name
+        rate, name = config.number_text(group.schedule or optimizer.schedule), group.optimizer or optimizer.name
         is_ours, name = name in config.NAMES, name if isinstance(name, str) else type(name).__name__
-        decay = number_text(group.decay_schedule or group.weight_decay)
+        decay = config.number_text(group.decay_schedule or group.weight_decay)
         clips = [f"{group.clip_norm:g}"] if group.clip_norm else []
         clips += [f"{optimizer.clip_norm:g} of all"] if optimizer.clip_norm else []
         dtypes = [group.mu_dtype or optimizer.mu_dtype, group.nu_dtype or optimizer.nu_dtype]
@@ -102,7 +102,7 @@ def param_table(params: Any, labels: Any, optimizer: config.Optimizer, specs: Ma
     rows = []
     for path, leaf, label in zip(paths(params), jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
         group = optimizer.groups[label]
-        decay = number_text(group.decay_schedule or group.weight_decay)
+        decay = config.number_text(group.decay_schedule or group.weight_decay)
         rows.append(Param(path, tuple(leaf.shape), np.dtype(leaf.dtype).name, label, decay, specs[path]))
     return ParamTable(tuple(rows), optimizer)
 
@@ -122,12 +122,3 @@ def label_tree(params: Any, rules: Sequence[tuple[str, str]], groups: Mapping[st
         if name not in jax.tree.leaves(labels):
             raise UserError(f"group {name!r} has no parameter: no rule in optimizer.labels gives that label")
     return labels
-
-
-def number_text(number: float | config.Schedule) -> str:
-    """A number or a schedule in a few characters, such as `0.1`, `cosine 0.1` or `cosine 0.1 → 0.01`."""
-    if not isinstance(number, config.Schedule):
-        return f"{number:g}"
-    if number.name == "constant" and not number.warmup:
-        return f"{number.peak:g}"
-    return f"{number.name} {number.peak:g}" + (f" → {number.final:g}" if number.final else "")

@@ -15,13 +15,13 @@ from trainer import config
 from trainer.compilation import Step, no_collection
 from trainer.data import First, batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
-from trainer.experiment import Batch, Experiment, RandomAccessSource
+from trainer.experiment import Batch, RandomAccessSource
 from trainer.guard import new_guard
 from trainer.metrics import numbers
 from trainer.optim import Groups, build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optional import Evaluates, augmentation
 from trainer.params import ParamTable, label_tree, param_table
-from trainer.rules import path_of
+from trainer.protocol import abstract_params, check_unchanged
 from trainer.sharding import Strategy, build_strategy, check_divides
 from trainer.state import TrainState, init_state
 from trainer.step import StepSettings, eval_step, train_step
@@ -177,24 +177,12 @@ def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
     return None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor)
 
 
-def abstract_params(experiment: Experiment, init_variables: Callable[[], Any], spec: BatchSpec) -> Any:
-    """The parameters of `init_variables` as shapes and dtypes, in the boxes that name their logical axes."""
-    with model_errors(spec):
-        variables = jax.eval_shape(init_variables)
-    if not isinstance(variables, Mapping):
-        kind = "an array" if hasattr(variables, "dtype") else f"a {type(variables).__name__}"
-        raise UserError(f"{type(experiment).__name__}.init must return a mapping with 'params', not {kind}")
-    if not jax.tree.leaves(variables.get("params")):
-        raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
-    return variables["params"]
-
-
 def _check_steps(program: Program) -> None:
     """Traces both steps, which checks everything that can be checked without computing."""
     run, state, strategy = program.run, program.state, program.strategy
     with model_errors(program.train_spec):
         after, _ = jax.eval_shape(program.train_step.jitted, state, strategy.abstract_batch(program.train_spec))
-    _check_unchanged(state, after)
+    check_unchanged(state, after)
     best, known = run.checkpoint.best_metric, dict[str, float]()
     for name, one in program.evaluations.items():
         with model_errors(one.spec):
@@ -209,12 +197,3 @@ def _check_steps(program: Program) -> None:
 def zeros(spec: BatchSpec) -> Batch:
     """A batch of zeros."""
     return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
-
-
-def _check_unchanged(before: TrainState, after: TrainState) -> None:
-    """A step must return arrays of the shapes and dtypes that it was given."""
-    flat = jax.tree_util.tree_leaves_with_path(before)
-    for (path, old), new in zip(flat, jax.tree.leaves(after), strict=True):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            name = path_of(path)
-            raise UserError(f"a step turns {name} from {old.dtype}{list(old.shape)} into {new.dtype}{list(new.shape)}")

@@ -1,14 +1,15 @@
 """Checks of what an experiment returns. They run while a step is traced, so they cost nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from trainer.errors import UserError
-from trainer.experiment import Collections
+from trainer.errors import UserError, model_errors
+from trainer.experiment import Collections, Experiment
 from trainer.metrics import Mean, Metric, Metrics
+from trainer.rules import path_of
 
 
 def check_loss(result: Any) -> tuple[Metrics, Collections]:
@@ -55,3 +56,26 @@ def carried_collections(given: Collections, returned: Collections) -> Collection
                 "every call, so leave it out in init and pop it in loss"
             )
     return returned
+
+
+def abstract_params(
+    experiment: Experiment, init_variables: Callable[[], Any], spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> Any:
+    """The parameters of `init_variables` as shapes and dtypes, in the boxes that name their logical axes."""
+    with model_errors(spec):
+        variables = jax.eval_shape(init_variables)
+    if not isinstance(variables, Mapping):
+        kind = "an array" if hasattr(variables, "dtype") else f"a {type(variables).__name__}"
+        raise UserError(f"{type(experiment).__name__}.init must return a mapping with 'params', not {kind}")
+    if not jax.tree.leaves(variables.get("params")):
+        raise UserError(f"{type(experiment).__name__}.init returned no parameters, only {sorted(variables)}")
+    return variables["params"]
+
+
+def check_unchanged(before: Any, after: Any) -> None:
+    """Raises `UserError` unless a step returns a state with the shapes and dtypes of the one before."""
+    flat = jax.tree_util.tree_leaves_with_path(before)
+    for (path, old), new in zip(flat, jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            name = path_of(path)
+            raise UserError(f"a step turns {name} from {old.dtype}{list(old.shape)} into {new.dtype}{list(new.shape)}")

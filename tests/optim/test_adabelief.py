@@ -16,7 +16,8 @@ import optax
 import pytest
 
 from tests.optim.reference import adam, deviation, reference, run
-from trainer.optim.adabelief import ScaleByBeliefState, adabelief, scale_by_belief
+from trainer.optim.adabelief import adabelief, scale_by_belief
+from trainer.optim.fused import ScaleByBeliefState
 
 STEPS = 300
 

@@ -266,7 +266,7 @@ def test_dtype_that_is_none_is_named():
 
 
 def test_state_of_another_optimizer_is_refused_with_the_way_over():
-    with pytest.raises(ValueError, match=r"^the state is a tuple, .* trainer\.optim\.adabelief\.from_optax"):
+    with pytest.raises(ValueError, match=r"^the state is a tuple, .* trainer\.from_optax"):
         adabelief(RATE).update(jnp.ones(3), optax.adabelief(RATE).init(jnp.ones(3)))
 
 

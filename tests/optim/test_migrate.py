@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.optim.adabelief import adabelief, from_optax, scale_by_belief
+from trainer.optim.adabelief import adabelief, scale_by_belief
+from trainer.optim.migrate import from_optax
 
 
 def walk(optimizer: Any, params: Any, state: Any, grads: np.ndarray) -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.optim.reference import reference
-from trainer.optim.adabelief import ScaleByBeliefState, adabelief, scale_by_belief
+from trainer.optim.adabelief import adabelief, scale_by_belief
+from trainer.optim.fused import ScaleByBeliefState
 from trainer.optim.precision import _carry_but_for_nan, _hash, round_to_storage, rounding_bits
 
 HALF = ["bfloat16", "float16"]

@@ -14,7 +14,8 @@ from jax.flatten_util import ravel_pytree
 
 import trainer.optim.adabelief
 from tests.optim.reference import reference, run
-from trainer.optim.adabelief import ScaleByBeliefState, adabelief, scale_by_belief
+from trainer.optim.adabelief import adabelief, scale_by_belief
+from trainer.optim.fused import ScaleByBeliefState
 
 STEPS = 6
 RATE, DECAY = 0.1, 0.2

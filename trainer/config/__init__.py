@@ -11,7 +11,7 @@ from trainer.config.checks import schedules as schedules, setting_at as setting_
 from trainer.config.encoding import from_json as from_json, import_file as import_file, to_json as to_json
 from trainer.config.encoding import user_errors as user_errors
 from trainer.config.schedules import evaluations as evaluations, evaluations_in_steps as evaluations_in_steps
-from trainer.config.schedules import schedule_in_steps as schedule_in_steps
+from trainer.config.schedules import number_text as number_text, schedule_in_steps as schedule_in_steps
 from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group
 from trainer.config.settings import InitFrom as InitFrom, Loading as Loading, Logging as Logging
 from trainer.config.settings import Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel, Run as Run

@@ -119,3 +119,12 @@ def evaluations_in_steps(run: Run, examples: int) -> Run:
             need = f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint"
             raise UserError(f"{need}: checkpoint.every_steps {rule}")
     return run
+
+
+def number_text(number: float | Schedule) -> str:
+    """A number or a schedule in a few characters, such as `0.1`, `cosine 0.1` or `cosine 0.1 → 0.01`."""
+    if not isinstance(number, Schedule):
+        return f"{number:g}"
+    if number.name == "constant" and not number.warmup:
+        return f"{number.peak:g}"
+    return f"{number.name} {number.peak:g}" + (f" → {number.final:g}" if number.final else "")

@@ -11,9 +11,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Inexact, Int32
 
-from trainer.optim.fused import ParamGroup, ScaleByBeliefState, fused_groups
+from trainer.optim.fused import ParamGroup, fused_groups
 from trainer.optim.precision import average, one_minus_power, rectification, squarable, square
-from trainer.rules import path_of
 
 
 class BiasCorrections(NamedTuple):
@@ -210,36 +209,3 @@ def _check_ranges(rule: Belief) -> None:
             raise ValueError(f"{name} is {value}; it must be a finite number and not negative")
     if all(isinstance(value, float | int) and value == 0 for value in (rule.eps, rule.eps_root)):
         raise ValueError("eps and eps_root are both 0: a gradient of zero would be divided by zero")
-
-
-def from_optax(state: optax.OptState, like: ScaleByBeliefState | None = None) -> ScaleByBeliefState:
-    """The state with which `adabelief` continues a run of `optax.adabelief`: the same count, mu and nu.
-
-    Args:
-      state: of `optax.adabelief` or `optax.scale_by_belief`, alone or anywhere inside of chains and wrappers.
-      like: the result of `init`, whose dtypes the moments get; None to keep those of Optax.
-
-    Raises:
-      ValueError: `state` holds not exactly one AdaBelief state (Adam's is not one), or other arrays than `like`.
-    """
-    theirs: Any = optax.ScaleByBeliefState
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, theirs))
-    found = [node for node in nodes if isinstance(node, theirs)]
-    if len(found) != 1:
-        raise ValueError(f"there are {len(found)} states of optax.scale_by_belief in this state; one is expected")
-    ours = ScaleByBeliefState(found[0].count, found[0].mu, found[0].nu)
-    if like is None:
-        return ours
-    if not isinstance(like, ScaleByBeliefState):
-        raise ValueError(f"`like` is a {type(like).__name__}; the result of the init of `adabelief` is expected")
-    if like.nu_max is not None:
-        raise ValueError("amsgrad needs the largest second moment, which an Optax state does not have")
-    if jax.tree.structure(ours) != jax.tree.structure(like):
-        raise ValueError("the state has other parameters than `like`")
-
-    def cast(keys: Any, old: Any, new: Any) -> Any:
-        if old.shape != new.shape:
-            raise ValueError(f"{path_of(keys)} has shape {old.shape}; {new.shape} is expected")
-        return old.astype(new.dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, ours, like)

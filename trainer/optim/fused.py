@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from trainer.optim.precision import check_precision, global_norm, round_to_storage, rounding_bits, storage_dtype
+from trainer.optim.precision import (
+    check_precision,
+    global_norm,
+    rounded_update,
+    rounding_bits,
+    storage_dtype,
+    store_moment,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +39,7 @@ class ParamGroup:
     nu_dtype: Any = None  # dtype of nu in the state, likewise
     peak_rate: Any = None  # the largest learning rate; needed for "corrected"
     cautious: bool = False  # whether `scaled_update` drops elements that disagree with the gradient in sign
-    rounds_randomly: bool = False  # whether bfloat16 parameters are rounded stochastically, see `_rounded`
+    rounds_randomly: bool = False  # whether bfloat16 parameters are rounded stochastically, see `rounded_update`
 
 
 Groups = Mapping[str, ParamGroup | None]  # by label; None for a label whose leaves are frozen
@@ -104,10 +111,10 @@ def fused_groups(
             elif (group := groups[label]) is None:
                 results.append((jnp.full_like(g, -0.0, (g if p is None else p).dtype), *moments))
             else:
-                store_new = partial(_store_new, scalars[label].due, seed, state.count, number)
+                store_new = partial(store_moment, scalars[label].due, seed, state.count, number)
                 u, *moments = _update_leaf(group, scalars[label], g, moments, p, store_new)
                 if group.rounds_randomly and p is not None and p.dtype == jnp.bfloat16:
-                    u = _rounded(u, p, rounding_bits(seed, state.count, 2 * len(leaves) + number))
+                    u = rounded_update(u, p, rounding_bits(seed, state.count, 2 * len(leaves) + number))
                 else:
                     u = u.astype((g if p is None else p).dtype)
                 results.append((u, *moments))
@@ -151,16 +158,6 @@ def scaled_update(group: ParamGroup, scalars: UpdateScalars, g: Array, mu: Array
         return u
     agrees = (jnp.real(jnp.sign(u) * jnp.conj(jnp.sign(g))) < 0).astype(jnp.finfo(u.dtype).dtype)
     return u * (agrees / jnp.maximum(jnp.mean(agrees), 1e-3))
-
-
-def _rounded(u: Array, p: Array, key: Array) -> Array:
-    """The float32 update that moves bfloat16 p to p + u, rounded up or down with the expectation p + u.
-
-    Rounding to nearest would lose every update below 2⁻⁹ of its parameter. The difference of two bfloat16 numbers is
-    exact in float32, or so nearly that adding it to p gives the rounded number.
-    """
-    wide = p.astype(u.dtype)
-    return round_to_storage(wide + u, p.dtype, key).astype(u.dtype) - wide
 
 
 def prepare_leaf(group: ParamGroup, scalars: UpdateScalars, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
@@ -226,7 +223,7 @@ def flatten(labels: Any, updates: Any, state: Any, params: Any) -> tuple[list[tu
     """(label, gradient, (mu, nu, nu_max), parameter) of each leaf, and the structure of the tree; None is a leaf."""
     if not isinstance(state, ScaleByBeliefState):
         raise ValueError(
-            f"the state is a {type(state).__name__}, not what init returned; trainer.optim.adabelief.from_optax "
+            f"the state is a {type(state).__name__}, not what init returned; trainer.from_optax "
             "converts a state of optax.adabelief"
         )
     gradients, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
@@ -242,12 +239,3 @@ def flatten(labels: Any, updates: Any, state: Any, params: Any) -> tuple[list[tu
 def _label_tree(labels: Any, tree: Any) -> Any:
     """The label of each leaf, in a tree like `tree`; None where that has None."""
     return jax.tree.broadcast(labels(tree) if callable(labels) else labels, tree, is_leaf=lambda x: x is None)
-
-
-def _store_new(due: Any, seed: Any, count: Array, number: int, x: Array, old: Array, *, second: bool) -> Array:
-    """A new moment of leaf `number` in the dtype of the old one, or the old one where the group is not due."""
-    if old.dtype == jnp.bfloat16:
-        x = round_to_storage(x, old.dtype, rounding_bits(seed, count, 2 * number + second))
-    else:  # no bits are needed, and tracing one for every leaf takes its time
-        x = x.astype(old.dtype)
-    return x if due is None else jnp.where(due, x, old)

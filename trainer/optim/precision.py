@@ -144,6 +144,25 @@ def round_to_storage(x: Shaped[Array, "*shape"], dtype: Any, key: UInt32[Array, 
     return _round(x.astype(jnp.float32), key)
 
 
+def rounded_update(u: Array, p: Array, key: Array) -> Array:
+    """The float32 update that moves bfloat16 p to p + u, rounded up or down with the expectation p + u.
+
+    Rounding to nearest would lose every update below 2⁻⁹ of its parameter. The difference of two bfloat16 numbers is
+    exact in float32, or so nearly that adding it to p gives the rounded number.
+    """
+    wide = p.astype(u.dtype)
+    return round_to_storage(wide + u, p.dtype, key).astype(u.dtype) - wide
+
+
+def store_moment(due: Any, seed: Any, count: Array, number: int, x: Array, old: Array, *, second: bool) -> Array:
+    """A new moment of leaf `number` in the dtype of the old one, or the old one where the group is not due."""
+    if old.dtype == jnp.bfloat16:
+        x = round_to_storage(x, old.dtype, rounding_bits(seed, count, 2 * number + second))
+    else:  # no bits are needed, and tracing one for every leaf takes its time
+        x = x.astype(old.dtype)
+    return x if due is None else jnp.where(due, x, old)
+
+
 @jax.custom_jvp
 def _round(x: Float[Array, "*shape"], key: UInt32[Array, ""]) -> Float[Array, "*shape"]:
     # `_carry` would turn NaNs with the largest bit patterns into zeros. Arithmetic on CPU and TPU never gives such a
