@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
+        "trainer.keys",
         "trainer.step",
         "trainer.optim",
         "trainer.experiment",

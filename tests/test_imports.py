@@ -27,7 +27,7 @@ LAYERS = [
     {"resume"},
     {"checkpoint", "program"},
     {"params", "step"},
-    {"guard", "hooks", "optim"},
+    {"guard", "hooks", "keys", "optim"},
     {"observe"},
     {"data", "sharding", "workdir"},
     {"config", "optional", "protocol", "state"},

@@ -16,11 +16,10 @@ from trainer.checkpoint.checksum import check_state
 from trainer.data.stream import Order
 from trainer.errors import DivergedError, HostError, UserError
 from trainer.files import DamagedError, Folder, read_json, write_text
+from trainer.keys import run_keys, step_keys
 from trainer.metrics import Metrics
-from trainer.program import run_keys
 from trainer.session import Session
 from trainer.state import TrainState
-from trainer.step import step_keys
 
 _FILE, _STATE = "step.json", "state"
 

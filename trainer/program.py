@@ -17,6 +17,7 @@ from trainer.data import First, batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.guard import new_guard
+from trainer.keys import run_keys
 from trainer.metrics import numbers
 from trainer.optim import Groups, build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optional import Evaluates, augmentation
@@ -165,12 +166,6 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
     )
     _check_steps(program)
     return program
-
-
-def run_keys(run: config.Run) -> tuple[Any, Any]:
-    """The key of the initial parameters, and the key that those of all steps come from."""
-    init_key, step_key = jax.random.split(jax.random.key(run.seed))
-    return init_key, step_key
 
 
 def _spike(numerics: config.Numerics) -> tuple[float, float] | None:

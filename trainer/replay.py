@@ -16,11 +16,11 @@ from trainer.divergence import keys_of, read, read_state
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment
 from trainer.files import Folder
+from trainer.keys import per_example_keys
 from trainer.observe import table
 from trainer.optional import augmentation
 from trainer.program import compile_program
 from trainer.rules import path_of
-from trainer.step import per_example_keys
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
 from trainer.guard import drop_bad_update
+from trainer.keys import per_example_keys, step_keys
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, evaluation_params, global_norm
 from trainer.protocol import carried_collections, check_loss
@@ -99,12 +100,6 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     return after, metrics
 
 
-def step_keys(key: Key[Array, ""], step: Int32[Array, ""] | int) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """The key of an update and that of its examples, where `step` counts the steps before it."""
-    key, example_key = jax.random.split(jax.random.fold_in(key, step))
-    return key, example_key
-
-
 def eval_step(experiment: Experiment, replica_axis: str | None, ema: bool, state: TrainState, batch: Batch) -> Metrics:
     """The metrics of one batch as sums, with "examples", the number of examples that are not masked."""
     with set_replica_axis(replica_axis):
@@ -185,9 +180,3 @@ def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, *arguments))
     return jax.lax.cond(condition, measure, lambda *_: nothing, *arguments)
-
-
-def per_example_keys(key: Key[Array, ""], count: int, axis: str | None) -> Key[Array, " examples"]:
-    """A key for each example, by its position in the global batch."""
-    first = 0 if axis is None else jax.lax.axis_index(axis) * count
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
