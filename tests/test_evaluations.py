@@ -240,3 +240,17 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path):
     writer = ReportWriter(tmp_path, 1, list, lambda step, summary: None, print)
     with pytest.raises(UserError, match=r"a report has the name '../up.txt'"):
         writer.text("../up", "text")
+
+
+@pytest.mark.parametrize("linked", ["reports", "reports/1", "reports/1/note.txt"])
+def test_no_link_is_followed(tmp_path, linked):
+    outside, lines = tmp_path / "outside", list[str]()
+    outside.mkdir()
+    place = tmp_path / "run" / linked
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside / "file" if linked.endswith(".txt") else outside)
+    writer = ReportWriter(tmp_path / "run" / "reports", 1, list, lambda step, summary: None, lines.append)
+    writer.text("note", "text")
+    assert not list(outside.iterdir())
+    assert len(lines) == 1
+    assert "the report lacks it" in lines[0]

@@ -1,6 +1,8 @@
 """What an experiment shows of its model: files in a workdir, and the same in TensorBoard."""
 
+import errno
 import io
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,7 +99,11 @@ class ReportWriter:
         place = self._folder / str(self.step)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes(data)
+            if place.is_symlink() or place.parent.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link, which is not followed")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(place / name, flags, 0o666), "wb") as file:
+                file.write(data)
             self._names.append(name)
         except OSError as error:
             self._show(f"warning: {place / name}: {error.strerror or error}; the report lacks it")
