@@ -98,9 +98,9 @@ class ReportWriter:
         assert self._folder is not None
         place = self._folder / str(self.step)
         try:
-            place.mkdir(parents=True, exist_ok=True)
             if place.is_symlink() or place.parent.is_symlink():
                 raise OSError(errno.ELOOP, "it is a link, which is not followed")
+            place.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(place / name, flags, 0o666), "wb") as file:
                 file.write(data)
