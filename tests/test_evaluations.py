@@ -68,6 +68,7 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
         assert last[f"{name}/loss"] == pytest.approx(metrics["loss"].compute(), rel=1e-5)
     assert last["examples/loss"] != last["test/loss"]
     assert evaluate(tmp_path / "run", split="often")["often/loss"] == pytest.approx(last["often/loss"], rel=1e-6)
+    assert evaluate(tmp_path / "run", split="train")["train/examples"] == 50
 
 
 def test_a_killed_run_makes_every_evaluation_that_it_owes(tmp_path):
@@ -92,12 +93,21 @@ def test_the_best_metric_of_a_named_evaluation_is_kept(tmp_path):
     assert best < 12
 
 
+@dataclasses.dataclass
+class Named(Task):
+    """Has a setting with the name of a method that an experiment may have."""
+
+    augment: bool = True
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"evaluations": {"train": config.Evaluation()}}, "evaluations has the name 'train'; letters"),
         ({"evaluations": {"test": config.Evaluation()}}, "evaluations has the name 'test'; .* the split of the main"),
         ({"evaluations": {"a/b": config.Evaluation()}}, "evaluations has the name 'a/b'"),
+        ({"evaluations": {"a": config.Evaluation(every=1, every_steps=2)}}, "evaluations.a has every and every_steps"),
+        ({"experiment": Named()}, "Named.augment is a bool; a method is expected: rename the setting"),
         ({"evaluations": {"a": config.Evaluation("tset")}}, r"Task.source\('tset'\): KeyError"),
         (
             {"checkpoint": config.Checkpoint(every_steps=3, best_metric="often/loss")},
@@ -116,7 +126,7 @@ def test_the_best_metric_of_a_named_evaluation_is_kept(tmp_path):
             "evaluations.a.batch_size 3 does not divide over 2 batch shards",
         ),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_settings_that_contradict_each_other_are_named(tmp_path, settings, text):
     with pytest.raises(UserError, match=text):
@@ -236,10 +246,20 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeyp
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_name_that_is_no_file_name_is_refused(tmp_path):
-    writer = ReportWriter(tmp_path, 1, list, lambda step, summary: None, print)
-    with pytest.raises(UserError, match=r"a report has the name '../up.txt'"):
-        writer.text("../up", "text")
+def test_a_name_that_is_no_file_name_becomes_one(tmp_path):
+    writer = ReportWriter(tmp_path / "reports", 1, list, lambda step, summary: None, print)
+    writer.text("../up/there", "text")
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert file == tmp_path / "reports" / "1" / "__up_there.txt"
+
+
+def test_a_histogram_leaves_out_what_is_not_finite(tmp_path):
+    lines: list[str] = []
+    writer = ReportWriter(tmp_path / "reports", 1, list, lambda step, summary: None, lines.append)
+    writer.histogram("some", np.array([0.0, np.nan, 1.0, np.inf]), bins=2)
+    writer.histogram("none", np.array([]))
+    assert np.load(tmp_path / "reports" / "1" / "some.npz")["counts"].tolist() == [1, 1]
+    assert lines[0] == "warning: histogram 'some' has 2 NaN or Inf, which are left out"
 
 
 @pytest.mark.parametrize("linked", ["reports", "reports/1", "reports/1/note.txt"])

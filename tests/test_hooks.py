@@ -1,14 +1,16 @@
 """Hooks: when each is called and with what, how one stops a run, how one fails, and that none changes a number."""
 
+import dataclasses
 import re
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from tests.tasks import make_run
+from tests.tasks import Task, make_run
 from trainer import config, train
 from trainer.errors import UserError
 from trainer.hooks import MOMENTS, EarlyStopping, Hook, Plot
@@ -16,11 +18,11 @@ from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
 
 
-def run_of(total_steps: int = 12, **settings):
+def run_of(total_steps: int = 12, **settings: Any) -> config.Run:
+    settings.setdefault("evaluation", config.Evaluation(batch_size=8, every_steps=2))
     return make_run(
         total_steps,
         parallel=config.Parallel(devices=1),
-        evaluation=config.Evaluation(batch_size=8, every_steps=2),
         checkpoint=config.Checkpoint(every_steps=5),
         logging=config.Logging(every_steps=3),
         **settings,
@@ -188,6 +190,50 @@ def test_early_stopping_looks_at_its_own_evaluation_among_several(tmp_path):
         train(run, tmp_path / "other", verbose=False, hooks=[EarlyStopping("quik/loss", patience=2)])
 
 
+def test_a_run_that_another_evaluation_stops_is_evaluated_in_full(tmp_path):
+    evaluations = {"quick": config.Evaluation(every_steps=3, max_examples=4)}
+    hooks = [EarlyStopping("quick/loss", patience=1, min_delta=9.0)]
+    for _ in range(2):
+        state = train(
+            run_of(100, evaluation=config.Evaluation(batch_size=8), evaluations=evaluations),
+            tmp_path / "run",
+            verbose=False,
+            hooks=hooks,
+        )
+        assert int(state.step) == 6
+        rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+        assert {"test/loss", "quick/loss"} <= rows[-1].keys()
+        assert rows[-1]["step"] == 6
+
+
+@dataclasses.dataclass
+class Given(Task):
+    """Evaluates to given numbers."""
+
+    values: tuple[float | None, ...] = ()
+
+    def evaluate(self, name, variables, batches):
+        made = len(list((CALLS[0] / "metrics.jsonl").read_text().split('"test/loss"'))) - 1
+        value = self.values[made]
+        return {"loss": float("nan") if value is None else value}
+
+
+CALLS: list[Path] = []
+
+
+@pytest.mark.parametrize("broken", [None, 3, 5])
+def test_a_nan_counts_in_a_resumed_run_as_it_does_in_an_undisturbed_one(tmp_path, broken):
+    CALLS[:] = [tmp_path / "run"]
+    values = (1.0, None, 1.1, 0.5, 0.4, 0.3)
+    run = run_of(12, experiment=Given(values=values))
+    run.checkpoint.every_steps = 2
+    hooks = [EarlyStopping("test/loss", patience=2)]
+    if broken is not None:
+        with pytest.raises(FailedError):
+            train(run, tmp_path / "run", verbose=False, hooks=[*hooks, BreaksAt(broken)])
+    assert int(train(run, tmp_path / "run", verbose=False, hooks=hooks).step) == 6
+
+
 class Misspelt:
     def on_evalute(self, event):
         pass
@@ -199,12 +245,14 @@ class Misspelt:
         (Hook, "hook Hook is a class; an instance is expected"),
         (Misspelt(), r"has a method on_evalute, which nothing calls; did you mean 'on_evaluate'\?"),
         (print, "has none of the methods on_start, on_step"),
+        (None, "hooks is a Recorded; a list of hooks is expected"),
     ],
-    ids=["class", "misspelt", "no method"],
+    ids=["class", "misspelt", "no method", "no list"],
 )
 def test_an_object_that_nothing_would_call_is_no_hook(tmp_path, hook, text):
+    hooks: Any = Recorded() if hook is None else [hook]
     with pytest.raises(UserError, match=text):
-        train(run_of(), tmp_path / "run", verbose=False, hooks=[hook])
+        train(run_of(), tmp_path / "run", verbose=False, hooks=hooks)
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.tasks import Task, make_run
 from tests.test_hooks import BreaksAt, FailedError, bits
 from trainer import config, load, train
 from trainer.commands import run as command
-from trainer.errors import UserError
+from trainer.errors import DivergedError, UserError
 from trainer.export import write_safetensors
 from trainer.init_from import plan
 from trainer.observe.log import read_rows
@@ -279,3 +280,99 @@ def test_the_flag_begins_from_a_workdir_and_the_same_command_goes_on(old, tmp_pa
     assert "resumed from step 6 (finished" in capsys.readouterr().out
     assert command([*flags[:-1], f"--init-from={old}@6"]) == 2
     assert "init_from.source was" in capsys.readouterr().err
+
+
+def test_a_carried_state_has_the_trained_and_the_ema_params_as_they_were(tmp_path):
+    optimizer = config.Optimizer(schedule=config.Schedule(peak=1e-2), ema_decay=0.9)
+    train(run_of(6, optimizer=optimizer), tmp_path / "first", verbose=False)
+    longer = train(run_of(12, optimizer=optimizer), tmp_path / "longer", verbose=False)
+    carried = config.InitFrom(str(tmp_path / "first"), optimizer_state="carried")
+    assert bits(train(run_of(12, optimizer=optimizer, init_from=carried), tmp_path / "new", verbose=False)) == bits(
+        longer
+    )
+
+
+def test_moments_of_a_variable_that_is_fresh_are_fresh(old):
+    rules = ((r"head/.*", "fresh"), (".*", "take"))
+    state = begun(run_of(12, init_from=config.InitFrom(str(old), rules=rules, optimizer_state="carried")))
+    mu = state.opt_state.mu
+    assert not np.any(mu["head"]["kernel"])
+    assert np.any(mu["dense"]["kernel"])
+    assert int(state.opt_state.count) == 6
+
+
+@pytest.mark.parametrize(("before", "after"), [("adabelief", "optax.lion"), ("optax.lion", "adabelief")])
+def test_counts_and_the_moments_of_other_labels_survive_a_change_of_the_optimizer(tmp_path, before, after):
+    def optimizer(name: str) -> config.Optimizer:
+        groups = {"decayed": config.Group(optimizer=name, every_steps=2), "plain": config.Group()}
+        labels = ((r".*/kernel", "decayed"), (".*", "plain"))
+        return config.Optimizer(schedule=config.Schedule("linear", peak=1e-2, warmup=4), labels=labels, groups=groups)
+
+    folder = tmp_path / "run"
+    trained: Any = train(run_of(6, optimizer=optimizer(before)), folder, verbose=False)
+    carried = config.InitFrom(str(folder), optimizer_state="carried")
+    changed = run_of(12, optimizer=optimizer(after), init_from=carried)
+    changed.optimizer.schedule.run_steps = 6
+    changed.optimizer.schedule.final = 1e-3
+    states: list[Any] = [begun(changed)]
+    beside = dataclasses.replace(changed, init_from=None)
+    with pytest.raises(FailedError):
+        train(beside, folder, verbose=False, accept_changes=True, hooks=[Keeps(states)])
+    for state in states:
+        fused: Any = state.opt_state.fused if after == "optax.lion" else state.opt_state
+        mine = trained.opt_state.fused if before == "optax.lion" else trained.opt_state
+        np.testing.assert_array_equal(fused.mu["head"]["bias"], mine.mu["head"]["bias"])
+        assert int(fused.count) == 6
+        if after == "optax.lion":
+            counts = [x for k, x in leaves(state.opt_state.others).items() if k.endswith("count")]
+            assert counts
+            assert {int(x) for x in counts} == {3}
+
+
+class Keeps:
+    """Keeps the state with which a launch begins, and ends it."""
+
+    def __init__(self, states: list[Any]) -> None:
+        self.states = states
+
+    def on_start(self, event: Any) -> None:
+        self.states.append(jax.tree.map(np.asarray, event.state))
+        raise FailedError
+
+
+def test_a_source_at_the_end_of_the_run_leaves_nothing_to_carry_on(old, tmp_path):
+    run = run_of(6, init_from=config.InitFrom(str(old), optimizer_state="carried"))
+    with pytest.raises(UserError, match="step 6: nothing is left of total_steps 6"):
+        train(run, tmp_path / "run", verbose=False)
+
+
+def test_a_source_whose_experiment_is_gone_is_a_source(old, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(old, copied)
+    text = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(text.replace("tests.tasks:Task", "gone:Task"))
+    expected, found = (begun(run_of(init_from=config.InitFrom(str(place)))) for place in (old, copied))
+    assert as_bytes(found) == as_bytes(expected)
+
+
+def test_a_schedule_free_run_is_taken_at_its_average(tmp_path):
+    optimizer = config.Optimizer("optax.contrib.schedule_free_adamw", config.Schedule(peak=1e-2))
+    train(run_of(6, optimizer=optimizer), tmp_path / "run", verbose=False)
+    state = begun(run_of(init_from=config.InitFrom(str(tmp_path / "run"))))
+    for path, x in leaves(load(tmp_path / "run").variables["params"]).items():
+        np.testing.assert_allclose(leaves(state.params)[path], x, rtol=1e-6, atol=1e-7, err_msg=path)
+
+
+def test_a_step_that_diverges_before_the_first_checkpoint_is_made_again_from_the_source(old, tmp_path):
+    exploding = Task(explode_at=3)
+    run = run_of(12, experiment=exploding, init_from=config.InitFrom(str(old)))
+    with pytest.raises(DivergedError, match="the loss is inf again") as raised:
+        train(dataclasses.replace(run, checkpoint=config.Checkpoint(every_steps=100)), tmp_path / "run", verbose=False)
+    kept = tmp_path / "run" / "diverged" / str(raised.value.step) / "state" / str(raised.value.step - 1)
+    if raised.value.step == 1:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.restore((kept / "state").absolute())
+        expected = leaves(load(old).variables["params"])
+        assert {k: x.tobytes() for k, x in leaves(saved["params"]).items()} == {
+            k: x.tobytes() for k, x in expected.items()
+        }

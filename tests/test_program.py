@@ -129,13 +129,13 @@ def test_due_after_a_step_follows_from_the_intervals(step, expected):
         evaluations={"small": config.Evaluation(every_steps=5), "end": config.Evaluation()},
         checkpoint=config.Checkpoint(every_steps=4),
     )
-    assert due(run, step) == expected
+    assert due(run, config.evaluations(run), step) == expected
     assert bool(is_logged(run, jnp.asarray(step))) == expected[0]
 
 
 def test_without_an_interval_only_the_last_step_is_evaluated():
     run = make_run(3)
-    assert [due(run, step).evaluate for step in (1, 2, 3)] == [(), (), ("test",)]
+    assert [due(run, config.evaluations(run), step).evaluate for step in (1, 2, 3)] == [(), (), ("test",)]
 
 
 @dataclasses.dataclass

@@ -64,10 +64,14 @@ def _keep(session: Session, error: DivergedError, start: int, folder: Folder) ->
     """Writes a new folder about a step that diverged, and returns what a second computation of the step gave.
 
     The state before the step was donated to it, so it is made again: the state of the checkpoint at `start` is restored
-    (0: a fresh one), and the steps between are repeated. Raises `HostError` if the folder cannot be written.
+    (0: the first one), and the steps between are repeated. Raises `HostError` if the folder cannot be written.
     """
     program, run, step = session.program, session.program.run, error.step
-    state = session.store.restore(program.state, start) if start else program.init()
+    begin = session.beginning
+    if start:
+        state = session.store.restore(program.state, start)
+    else:
+        state, start = (program.init(), 0) if begin is None else (begin.state(), begin.start)
     batches = map(program.strategy.shard_batch, session.host_batches(start))
     for batch in itertools.islice(batches, step - 1 - start):
         state, _ = program.train_step(state, batch)

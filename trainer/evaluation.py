@@ -11,11 +11,11 @@ from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, check_leaves, scores
 from trainer.data import load
 from trainer.data.stream import eval_batches, prefetch
-from trainer.errors import UserError
+from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Mean, Metric, Metrics, add, numbers
 from trainer.observe.log import read_rows
-from trainer.optional import Evaluates, Reports
+from trainer.optional import Evaluates, Reports, offered
 from trainer.program import Program, compile_program
 from trainer.report import ReportWriter
 from trainer.restore import read_step, run_of
@@ -28,7 +28,9 @@ from trainer.workdir import Workdir
 def evaluate(
     workdir: str | PathLike[str], run: config.Run | None = None, *, step: int | str = "latest", split: str | None = None
 ) -> dict[str, float]:
-    """Evaluates a checkpoint of a run on every example of a split. Writes nothing. All processes of a run call it.
+    """Evaluates a checkpoint of a run as one of its evaluations, or on every example of another split. Writes nothing.
+
+    All processes of a run call it.
 
     Args:
       workdir: the folder of the run.
@@ -46,7 +48,8 @@ def evaluate(
         folder.check_run(run)
         name = run.evaluation.split if split is None else split
         named = {name: run.evaluations[name]} if name in run.evaluations else {}
-        main = run.evaluation if named else dataclasses.replace(run.evaluation, split=name)
+        is_main = bool(named) or name == run.evaluation.split
+        main = run.evaluation if is_main else dataclasses.replace(run.evaluation, split=name, max_examples=None)
         # `compile_program` would raise if this split lacked the best metric. The store below keeps the run's settings.
         checkpoint = dataclasses.replace(run.checkpoint, best_metric=None)
         alone = dataclasses.replace(run, evaluation=main, evaluations=named, checkpoint=checkpoint)
@@ -86,13 +89,16 @@ def evaluate_split(
     local, threads = strategy.local_examples(size), program.run.loading.threads
     batches = partial(eval_batches, source, size, local_examples=local, threads=threads)
     own: Mapping[str, Any] | None = None
-    if isinstance(experiment, Evaluates):
+    if (evaluates := offered(experiment, Evaluates)) is not None:
         variables = evaluation_variables(state, ema=one.settings.ema)
         taken = prefetch(batches(), strategy.global_batch)
-        own = experiment.evaluate(name, variables, _beating(taken, on_batch))
+        own = evaluates.evaluate(name, variables, _beating(taken, on_batch))
     if own is not None:
         metrics = {key: value if isinstance(value, Metric) else Mean.single(value) for key, value in own.items()}
-        return {**numbers(metrics, name), f"{name}/examples": len(source)}
+        values, best = numbers(metrics, name), program.run.checkpoint.best_metric
+        if best is not None and best.startswith(f"{name}/") and best not in values:
+            raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, values)}")
+        return {**values, f"{name}/examples": len(source)}
     sums: Metrics | None = None
     on_devices = prefetch(batches(), strategy.shard_batch)
     # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
@@ -116,7 +122,7 @@ def _beating(batches: Iterator[Batch], on_batch: Callable[[], None]) -> Iterator
 
 def report(program: Program, state: TrainState, name: str, writer: ReportWriter) -> None:
     """Lets the experiment report after the main evaluation, if it does. All processes call it."""
-    experiment, settings = program.run.experiment, program.evaluations[name].settings
-    if isinstance(experiment, Reports) and settings is program.main.settings:
-        experiment.report(writer.step, evaluation_variables(state, ema=settings.ema), writer)
+    reports, settings = offered(program.run.experiment, Reports), program.evaluations[name].settings
+    if reports is not None and name == next(iter(program.evaluations)):
+        reports.report(writer.step, evaluation_variables(state, ema=settings.ema), writer)
         writer.close()

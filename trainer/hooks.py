@@ -42,10 +42,11 @@ class Event(NamedTuple):
         return self.newest()
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of each finite value of a metric in `metrics.jsonl`. All processes call it together."""
+        """(step, value) of a metric in each row of `metrics.jsonl` that has it. All processes call it together."""
         rows = self.log.rows() if isinstance(self.log, MetricsLog) else []
-        own = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        return [(step, value) for step, value in json.loads(distributed.gather("history", json.dumps(own))[0])]
+        own = [(row["step"], row[metric]) for row in rows if metric in row]
+        gathered = json.loads(distributed.gather("history", json.dumps(own))[0])
+        return [(step, math.nan if value is None else value) for step, value in gathered]
 
     def stop(self, reason: str) -> None:
         """Makes the newest step the last one: it is evaluated and saved. Every process must call it at the same step.
@@ -86,6 +87,8 @@ class Hooks:
 
     def __init__(self, hooks: Iterable[object] = (), evaluations: Iterable[str] = ()) -> None:
         """Hooks of a run with these evaluations; raises `UserError` for an object that no moment would call."""
+        if not isinstance(hooks, Iterable):
+            raise UserError(f"hooks is a {type(hooks).__name__}; a list of hooks is expected")
         hooks = list(hooks)
         self.evaluations = tuple(evaluations)
         self._calls = {name: [call for hook in hooks if (call := getattr(hook, name, None))] for name in MOMENTS}

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from os import PathLike
 from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
 from trainer.checkpoint import Store, scores
 from trainer.compilation import compile_ahead
-from trainer.data import load
+from trainer.data import load_all
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, UserError
 from trainer.hooks import Hooks
@@ -63,11 +64,11 @@ def open_session(
                 folder.check()
                 stack.enter_context(folder.locked())
             compile_ahead(program.train_step, *(one.step for one in program.evaluations.values()))
-            limit = run.loading.in_memory_bytes
-            source = load(program.train_source, limit)
-            eval_sources = {name: load(one.source, limit) for name, one in program.evaluations.items()}
+            sources = [program.train_source, *(one.source for one in program.evaluations.values())]
+            source, *others = load_all(sources, run.loading.in_memory_bytes)
+            eval_sources = dict(zip(program.evaluations, others, strict=True))
             data = describe_data(source)
-            beginning = None if folder.has_checkpoint() else init_from.plan(program)
+            beginning = None if store.numbered() else init_from.plan(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
@@ -108,6 +109,7 @@ def open_session(
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         parts = (store, log, recorder, progress, profiler, preemption, watch, trace, calls)
         session = Session(program, folder, resumed, source, eval_sources, *parts)
+        session.beginning, recorder.on_row = beginning, partial(session.call_hooks, "on_log")
         watch.rescues_with(session.rescue)
         try:
             yield session

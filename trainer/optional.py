@@ -1,14 +1,16 @@
 """What an experiment may offer besides the protocol: data, augmentation, predictions, evaluations, reports."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
 
+from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment, Variables
 from trainer.report import ReportWriter
 
+_Offer = TypeVar("_Offer")
 Augment = Callable[[dict[str, Any], np.random.Generator], Mapping[str, Any]]
 
 
@@ -39,9 +41,24 @@ class Augments(Protocol):
         ...
 
 
+def offered(experiment: Experiment, protocol: type[_Offer]) -> _Offer | None:
+    """The experiment if it offers what a protocol below asks for, else None.
+
+    Raises `UserError` if it has something of that name that is no method, such as a setting.
+    """
+    if not isinstance(experiment, protocol):
+        return None
+    for name in vars(protocol):
+        if not name.startswith("_") and not callable(getattr(experiment, name)):
+            kind = f"a {type(getattr(experiment, name)).__name__}"
+            raise UserError(f"{type(experiment).__name__}.{name} is {kind}; a method is expected: rename the setting")
+    return experiment
+
+
 def augmentation(experiment: Experiment) -> Augment | None:
     """The method `augment` of an experiment; None if it has none."""
-    return experiment.augment if isinstance(experiment, Augments) else None
+    found = offered(experiment, Augments)
+    return None if found is None else found.augment
 
 
 @runtime_checkable

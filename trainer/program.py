@@ -20,7 +20,7 @@ from trainer.guard import new_guard
 from trainer.keys import run_keys
 from trainer.metrics import numbers
 from trainer.optim import Groups, build_groups, build_optimizer, build_schedules, build_statistics
-from trainer.optional import Evaluates, augmentation
+from trainer.optional import Evaluates, augmentation, offered
 from trainer.params import ParamTable, label_tree, param_table
 from trainer.protocol import abstract_params, check_unchanged
 from trainer.sharding import Strategy, build_strategy, check_divides
@@ -43,7 +43,7 @@ class Due(NamedTuple):
 class EvalProgram:
     """One evaluation of a run."""
 
-    settings: config.Evaluation
+    settings: config.Evaluation  # with `every_steps` computed from `every`
     source: RandomAccessSource  # not loaded into memory yet
     spec: BatchSpec  # shapes and dtypes of a global batch
     step: Step  # jitted: (state, batch) → metrics
@@ -72,15 +72,13 @@ class Program:
 
     def due(self, step: int) -> Due:
         """The work that is due after a step, counted from 1."""
-        return due(self.run, step)
+        return due(self.run, {name: one.settings for name, one in self.evaluations.items()}, step)
 
 
-def due(run: config.Run, step: int) -> Due:
+def due(run: config.Run, evaluations: Mapping[str, config.Evaluation], step: int) -> Due:
     """As `Program.due`. Only here do the settings decide what is due; `Session.due` adds the effect of a signal."""
     last = step == run.total_steps
-    names = [
-        name for name, e in config.evaluations(run).items() if last or (e.every_steps and step % e.every_steps == 0)
-    ]
+    names = [name for name, e in evaluations.items() if last or (e.every_steps and step % e.every_steps == 0)]
     return Due(is_logged(run, step), tuple(names), last or step % run.checkpoint.every_steps == 0, last)
 
 
@@ -104,8 +102,10 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
     experiment = run.experiment
     train_source = open_source(experiment, run.loading.split)
     train_spec = batch_spec(train_source, run.batch_size, augmentation(experiment))
-    run = config.evaluations_in_steps(run, len(train_source))
-    sources = {name: open_source(experiment, e.split) for name, e in config.evaluations(run).items()}
+    evaluations = config.evaluations_in_steps(run, len(train_source))
+    sources = {run.loading.split: train_source}
+    for split in {e.split: None for e in evaluations.values()}:
+        sources[split] = sources.get(split) or open_source(experiment, split)
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
     # Jitted, so that JAX traces it once: for the shapes here, for those of the state, and for the state itself.
@@ -144,8 +144,9 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
     state = strategy.abstract_state(init)
     train, shapes = partial(train_step, settings), state
 
-    def evaluation(name: str, settings: config.Evaluation) -> EvalProgram:
-        source = sources[name] if settings.max_examples is None else First(sources[name], settings.max_examples)
+    def evaluation(settings: config.Evaluation) -> EvalProgram:
+        source = sources[settings.split]
+        source = source if settings.max_examples is None else First(source, settings.max_examples)
         spec = batch_spec(source, settings.batch_size or run.batch_size)
         step = partial(eval_step, experiment, strategy.axis_name, settings.ema)
         arguments = (shapes, strategy.abstract_batch(spec))
@@ -155,7 +156,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         run,
         train_source,
         train_spec,
-        {name: evaluation(name, settings) for name, settings in config.evaluations(run).items()},
+        {name: evaluation(settings) for name, settings in evaluations.items()},
         param_table(params, labels, run.optimizer, strategy.specs),
         groups,
         optimizer,
@@ -185,7 +186,7 @@ def _check_steps(program: Program) -> None:
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics)  # for the names of what is computed from them
         known |= numbers(ones, name)
     # An experiment's own evaluation says its metrics only when it is made.
-    if best is not None and best not in known and not isinstance(run.experiment, Evaluates):
+    if best is not None and best not in known and offered(run.experiment, Evaluates) is None:
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.errors import UserError
 
-_NAME = re.compile(r"[\w.-]+")
+_OTHERS = re.compile(r"[^\w.-]|^\.+")  # what the name of a file may not have
 
 
 class ReportWriter:
@@ -75,11 +75,17 @@ class ReportWriter:
         from tensorboardX.summary import histogram as summary
 
         numbers = np.asarray(values, np.float64).reshape(-1)
+        if not np.isfinite(numbers).all() or not numbers.size:
+            self._show(
+                f"warning: histogram {name!r} has {np.sum(~np.isfinite(numbers)):,} NaN or Inf, which are left out"
+            )
+            numbers = numbers[np.isfinite(numbers)]
         counts, edges = np.histogram(numbers, bins)
         file = io.BytesIO()
         np.savez(file, counts=counts, edges=edges)
         self._write(f"{name}.npz", file.getvalue())
-        self._add(self.step, summary(name, numbers, bins))
+        if numbers.size:
+            self._add(self.step, summary(name, numbers, bins))
 
     def close(self) -> None:
         """Shows what was written."""
@@ -93,10 +99,8 @@ class ReportWriter:
         self._add(self.step, Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def _write(self, name: str, data: bytes) -> None:
-        if not _NAME.fullmatch(name):
-            raise UserError(f"a report has the name {name!r}; letters, digits, '_', '.' and '-' are expected")
         assert self._folder is not None
-        place = self._folder / str(self.step)
+        place, name = self._folder / str(self.step), _OTHERS.sub("_", name)
         try:
             if place.is_symlink() or place.parent.is_symlink():
                 raise OSError(errno.ELOOP, "it is a link, which is not followed")
@@ -111,13 +115,13 @@ class ReportWriter:
 
 def _grid(images: np.ndarray, name: str) -> np.ndarray:
     """Images as one, uint8 [height, width] or [height, width, 3]."""
-    if images.ndim in (3, 4) and images.shape[-1] not in (1, 3) and images.ndim == 4:
+    if images.ndim == 4 and images.shape[-1] not in (1, 3):
         raise UserError(f"image {name!r} has shape {list(images.shape)}; its last axis must be 1 or 3 channels")
     if images.ndim == 2 or (images.ndim == 3 and images.shape[-1] not in (1, 3)):
         images = images[..., None]
     if images.ndim == 3:
         images = images[None]
-    if images.ndim != 4:
+    if images.ndim != 4 or not images.size:
         raise UserError(f"image {name!r} has shape {list(images.shape)}; [H, W], [H, W, C] or [N, H, W, C] is expected")
     if images.dtype != np.uint8:
         images = np.round(np.clip(np.nan_to_num(images.astype(np.float64)), 0, 1) * 255).astype(np.uint8)

@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment, Variables
 from trainer.files import DamagedError
 from trainer.observe.log import read_rows
-from trainer.optional import Predicts
+from trainer.optional import Predicts, offered
 from trainer.resume import kept_run
 from trainer.workdir import Workdir
 
@@ -51,8 +51,8 @@ class Trained:
 
 def predictor(experiment: Experiment) -> Predicts:
     """The experiment, if it makes predictions; raises `UserError` if not."""
-    if isinstance(experiment, Predicts):
-        return experiment
+    if (found := offered(experiment, Predicts)) is not None:
+        return found
     raise UserError(f"{type(experiment).__name__} has no method predict(variables, batch)")
 
 
@@ -81,7 +81,7 @@ def load(
     def read(metadata: Metadata) -> Variables:
         kept = ("params/" if run.optimizer.ema_decay is None else "ema/", "collections/")
         paths = [path for path in metadata.leaves if path.startswith(kept)]
-        averages = {} if run.optimizer.ema_decay is not None else _averages(metadata)
+        averages = {} if run.optimizer.ema_decay is not None else schedule_free_averages(metadata)
         wanted = {}
         for path in {*paths, *(path for pair in averages.values() for path in pair)}:
             leaf = metadata.leaves[path]
@@ -121,7 +121,7 @@ def _variables(arrays: Mapping[str, jax.Array], metadata: Metadata) -> Variables
     return {"params": unflatten_dict(params, sep="/"), **unflatten_dict(collections, sep="/")}
 
 
-def _averages(metadata: Metadata) -> dict[str, tuple[str, str]]:
+def schedule_free_averages(metadata: Metadata) -> dict[str, tuple[str, str]]:
     """The paths of z and b1 for each parameter of a schedule-free optimizer, see `optim.evaluation_params`."""
     found = {}
     for path in metadata.leaves:

@@ -17,6 +17,7 @@ from trainer.data import fingerprint
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.files import DamagedError
+from trainer.optim.transforms import other_paths, set_count
 from trainer.program import Program
 from trainer.rules import path_of
 from trainer.state import TrainState
@@ -145,8 +146,13 @@ class Resume:
         fixed = [text for text in others if text.startswith(("params/", "collections/"))]
         if fixed or (others and not changed):
             raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or others, 8)}")
-        saved = restore_fitting(self.store.path(step), like, metadata)
+        # An optimizer that Optax updates for some labels has the fused moments at another path.
+        places = {path: next((p for p in other_paths(path) if p in metadata.leaves), path) for path in here}
+        saved = restore_fitting(self.store.path(step), like, metadata, places)
         fresh = self.program.init()
+        count = jnp.asarray(step, jnp.int32)
+        opt_state = set_count(fresh.opt_state, self.program.groups, count)
+        fresh = dataclasses.replace(fresh, opt_state=opt_state)
         state = jax.tree_util.tree_map_with_path(lambda keys, x: saved.get(path_of(keys), x), fresh)
         if like.ema is not None and not any(path.startswith("ema/") for path in saved):
             ema = jax.tree.map(lambda e, p: jnp.asarray(p, e.dtype), fresh.ema, state.params)

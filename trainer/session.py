@@ -2,19 +2,19 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from trainer import distributed
 from trainer.checkpoint import Metadata, Store, make_metadata
 from trainer.data.stream import prefetch, split_ids, train_batches
 from trainer.distributed import Break, Interrupted, Preemption
-from trainer.errors import DivergedError, HostError, UserError, did_you_mean
+from trainer.errors import DivergedError, HostError
 from trainer.evaluation import evaluate_split, report
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.hooks import Hooks
+from trainer.init_from import Beginning
 from trainer.metrics import Metrics
 from trainer.moved import check_place
 from trainer.observe.log import MetricsLog, NoLog
@@ -32,14 +32,11 @@ from trainer.workdir import Workdir
 
 @dataclasses.dataclass
 class Session:
-    """An opened workdir, with the methods of the training loop in the order in which it calls them.
-
-    `resumed` tells from which checkpoint the run continues; `open_session` makes all parts.
-    """
+    """An opened workdir, with the methods of the training loop in the order in which it calls them."""
 
     program: Program
     workdir: Workdir
-    resumed: Resumed
+    resumed: Resumed  # from which checkpoint the run continues
     train_source: RandomAccessSource
     eval_sources: Mapping[str, RandomAccessSource]  # by evaluation
     store: Store
@@ -51,37 +48,37 @@ class Session:
     watch: Watch
     trace: Trace | NoTrace
     hooks: Hooks
+    beginning: Beginning | None = None  # how the first state is made, if not with fresh variables
     _signum: int | None = None
     _newest: tuple[int, Any] = (0, None)  # the step that was dispatched last, and the state after it
     _saved_step: int = 0
     _saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
-    def __post_init__(self) -> None:
-        self.recorder.on_row = partial(self._call_hooks, "on_log")
-
     def initial_state(self) -> TrainState:
         """The state of the checkpoint, or a fresh one. An evaluation that a kill prevented is made first."""
-        state, start = self.resumed.state, self.resumed.start
-        self.resumed, self._saved_step = self.resumed._replace(state=None), start  # its buffers are donated
+        state, start, is_saved = self.resumed.state, self.resumed.start, self.resumed.rows is not None
+        self.resumed, self._saved_step = self.resumed._replace(state=None), start if is_saved else 0  # it is donated
         if state is None:
             self._enter("compile", 0)
             state = self.program.init()
         else:
             self.trace.restored(start, state)
         self._newest = start, state
-        self._call_hooks("on_start", start)
-        for name in self.program.due(start).evaluate if start else ():
-            if "no" in self._evaluated(start, name):
-                self.progress.message(f"the evaluation {name!r} of step {start} is still owed")
-                self.evaluate(state, name)
+        self.call_hooks("on_start", start)
+        self._evaluate_owed(state, start, self.program.due(start).evaluate if start else ())
         return state
 
-    def _call_hooks(self, name: str, step: int, sums: Mapping[str, Any] | None = None) -> None:
+    def call_hooks(self, name: str, step: int, sums: Mapping[str, Any] | None = None) -> None:
+        """Calls the hooks of a moment; `sums` are metrics."""
         self.hooks.call(name, step, sums or {}, lambda: self._newest[1], self.log)
 
-    def _evaluated(self, step: int, name: str) -> list[str]:
-        is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, f"{name}/")
-        return distributed.gather("evaluated", "yes" if is_there else "no")
+    def _evaluate_owed(self, state: TrainState, step: int, names: Iterable[str]) -> None:
+        """Makes the evaluations of a step that have no row yet."""
+        for name in names:
+            is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, f"{name}/")
+            if "no" in distributed.gather("evaluated", "yes" if is_there else "no"):
+                self.progress.message(f"the evaluation {name!r} of step {step} is still owed")
+                self.evaluate(state, name)
 
     def _is_ending(self) -> bool:
         return self._signum is not None or bool(self.hooks.reason)
@@ -140,7 +137,7 @@ class Session:
         self._newest = step, state
         self.profile.dispatched(step, metrics)
         self.recorder.add(step, metrics)
-        self._call_hooks("on_step", step, metrics)
+        self.call_hooks("on_step", step, metrics)
 
     def due(self, step: int) -> Due:
         """The work that is due after a step. A signal makes the step the last.
@@ -190,7 +187,7 @@ class Session:
                 raise DivergedError(f"the state after step {step} holds NaN or Inf", step)
             self._saved_step, self._saved_at = step, time.monotonic()
             self.trace.saving(step)
-        self._call_hooks("on_save", step)
+        self.call_hooks("on_save", step)
 
     def _metadata(self, step: int) -> Metadata:
         run, table = self.program.run, self.program.param_table
@@ -202,6 +199,8 @@ class Session:
         step, best = self.recorder.flush(), self.program.run.checkpoint.best_metric
         self._enter("evaluate", step)
         try:
+            if self._signum is not None:  # it broke off another evaluation of this step
+                raise Break
             with self.recorder.paused(), self.preemption.breakable():
                 metrics = evaluate_split(self.program, state, self.eval_sources[name], self._after_batch, name)
                 report(self.program, state, name, self.log.report_writer(step))
@@ -215,9 +214,7 @@ class Session:
             self.log.write(step, metrics, {})
         if best in metrics:
             self.store.scores[step] = metrics[best]
-        elif best is not None and best.startswith(f"{name}/"):
-            raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, metrics)}")
-        self._call_hooks("on_evaluate", step, metrics)
+        self.call_hooks("on_evaluate", step, metrics)
 
     def _after_batch(self) -> None:
         self.watch.beat()
@@ -229,6 +226,7 @@ class Session:
     def finish(self, state: TrainState) -> None:
         """Waits until the newest state is saved; raises `Interrupted` if a signal ended the run."""
         step = self.recorder.flush()
+        self._evaluate_owed(state, step, self.program.evaluations if self.hooks.reason else ())
         if self._saved_step != step:
             self.save(state)
         self.watch.enter("save", step)
@@ -237,7 +235,7 @@ class Session:
             self.store.remove_old()  # the last evaluation may have found a better one
         if self.hooks.reason:
             self.progress.message(f"stopped at step {step}: {self.hooks.reason}")
-        self._call_hooks("on_end", step)
+        self.call_hooks("on_end", step)
         if self._signum is not None:
             raise Interrupted(step, self._signum)
 

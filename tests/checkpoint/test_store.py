@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trainer import config
-from trainer.checkpoint import Data, Metadata, Store
+from trainer.checkpoint import Data, Metadata, Store, leaves_of
 from trainer.checkpoint.reading import restore_fitting, verify
 from trainer.checkpoint.store import scores
 from trainer.errors import HostError, UserError
@@ -232,7 +232,7 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(store, step, mess
 def test_arrays_that_fit_are_restored_and_others_left_out(store):
     save(store, 3)
     like = state(3, w=jnp.zeros(3, jnp.bfloat16), b=jnp.zeros((2, 5)), new=jnp.zeros(1))
-    found = restore_fitting(store.path(3), like, store.metadata(3))
+    found = restore_fitting(store.path(3), like, store.metadata(3), {path: path for path in leaves_of(like)})
     assert sorted(found) == ["opt_state/scaling/mu/w", "params/w", "step"]
     assert found["params/w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(found["opt_state/scaling/mu/w"], np.float32), np.full(3, 1.5))

@@ -226,3 +226,14 @@ def test_3000_steps_in_bfloat16_alone_end_within_one_percent_of_the_float32_loss
     print(f"float32 {wide:.5f}, bfloat16 stochastic {stochastic:.5f}, nearest {nearest:.5f}")
     assert abs(stochastic / wide - 1) < 0.01
     assert nearest / wide > 1.02
+
+
+def test_corrected_decay_of_a_group_that_never_moves_is_none():
+    groups = {"decayed": config.Group(weight_decay=0.3, lr_multiplier=0.0), "plain": config.Group()}
+    for name in ("adabelief", "optax.sgd"):
+        transform, _ = build(settings(name=name, groups=groups, decay="corrected"), LABELS)
+        p: Any = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params())
+        grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradients()[0])
+        updates, _ = transform.update(grads, transform.init(p), p)
+        moved: Any = optax.apply_updates(p, updates)
+        np.testing.assert_array_equal(moved["kernel"], p["kernel"])

@@ -82,21 +82,25 @@ def restore_leaves(
     return arrays
 
 
-def restore_fitting(place: Folder, like: TrainState, metadata: Metadata) -> dict[str, jax.Array]:
+def restore_fitting(
+    place: Folder, like: TrainState, metadata: Metadata, places: Mapping[str, str]
+) -> dict[str, jax.Array]:
     """The saved arrays that fit `like`, by path: those of the same shape, cast to its dtype if both are floating.
 
-    Their checksums were compared. Errors are those of `read_metadata`.
+    `places` has the path in the checkpoint of each array of `like`. Their checksums were compared. Errors are those of
+    `read_metadata`.
     """
-    fitting, like_leaves = {}, _by_path(like)
-    for path, saved in metadata.leaves.items():
-        target = like_leaves.get(path)
-        if target is None or saved.shape != tuple(target.shape):
+    wanted, found = {}, {}
+    for path, target in _by_path(like).items():
+        saved = metadata.leaves.get(places[path])
+        if saved is None or saved.shape != tuple(target.shape):
             continue
         floating = jnp.issubdtype(saved.dtype, jnp.floating) and jnp.issubdtype(target.dtype, jnp.floating)
         if floating or saved.dtype == str(target.dtype):
-            fitting[path] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
-    arrays = restore_leaves(place, metadata, fitting)
-    return {path: jnp.asarray(x, like_leaves[path].dtype) for path, x in arrays.items()}
+            wanted[places[path]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
+            found[path] = places[path], target.dtype
+    arrays = restore_leaves(place, metadata, wanted)
+    return {path: jnp.asarray(arrays[there], dtype) for path, (there, dtype) in found.items()}
 
 
 def verify(place: Folder) -> tuple[int, int]:

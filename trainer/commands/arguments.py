@@ -104,6 +104,7 @@ def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments
         if not workdir.path.exists():
             raise UserError(f"there is no workdir {workdir.path}; a new one needs --config=FILE")
         raise UserError(f"workdir {workdir.path} holds no run; give --config=FILE")
+    config.check_types(run)
     if source := getattr(options, "init_from", None):
         run.init_from = dataclasses.replace(run.init_from or config.InitFrom(source), source=source)
     return Arguments(config.resolve(_override(run, overrides)), workdir, options)
@@ -119,7 +120,6 @@ def _override(run: "Run", overrides: Sequence[str]) -> "Run":
     """The run with the settings given on the command line, in their order."""
     from trainer import config
 
-    config.check_types(run)
     given: dict[str, list[str | None]] = {}
     for match in filter(None, map(_OVERRIDE.match, overrides)):
         given.setdefault(match[2], []).append("false" if match[1] else match[3])

@@ -13,12 +13,12 @@ def add_options(_: argparse.ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """Calls the experiment's `prepare`."""
-    from trainer.optional import Prepares
+    from trainer.optional import Prepares, offered
 
     experiment = arguments.run.experiment
-    if not isinstance(experiment, Prepares):
+    if (prepares := offered(experiment, Prepares)) is None:
         print(f"{type(experiment).__name__} has no data to prepare")
         return 0
-    experiment.prepare()
+    prepares.prepare()
     print("the data is prepared")
     return 0

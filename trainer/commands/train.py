@@ -200,6 +200,8 @@ def _first_steps(run: "Run") -> "Run":
     short.checkpoint.every_steps = short.total_steps
     for evaluation in (short.evaluation, *short.evaluations.values()):
         evaluation.every_steps, evaluation.every = short.total_steps, None
+    if short.init_from is not None:
+        short.init_from.optimizer_state = "fresh"
     short.logging.every_steps, short.loading.in_memory_bytes = 1, 0  # so that only these steps' examples are read
     for schedule in schedules(short.optimizer).values():
         schedule.run_steps = schedule.run_steps or run.total_steps

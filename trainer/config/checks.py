@@ -50,6 +50,9 @@ def resolve(run: Run) -> Run:
     for name, evaluation in evaluations(run).items():
         if evaluation.batch_size is None:
             evaluation.batch_size = run.batch_size
+        if evaluation.every is not None and evaluation.every_steps is not None:
+            path = f"evaluations.{name}" if name in run.evaluations else "evaluation"
+            raise UserError(f"{path} has every and every_steps; give one of them")
         if name in run.evaluations and (not re.fullmatch(r"[\w.-]+", name) or name in ("train", run.evaluation.split)):
             other = f"other than 'train' and {run.evaluation.split!r}, the split of the main one"
             raise UserError(

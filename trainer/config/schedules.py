@@ -94,8 +94,8 @@ def evaluations(run: Run) -> dict[str, Evaluation]:
     return {run.evaluation.split: run.evaluation, **run.evaluations}
 
 
-def evaluations_in_steps(run: Run, examples: int) -> Run:
-    """A copy of the run with `every_steps` of each evaluation computed from `every`; `examples` are those of an epoch.
+def evaluations_in_steps(run: Run, examples: int) -> dict[str, Evaluation]:
+    """As `evaluations`, with `every_steps` of each computed from `every`; `examples` are those of an epoch.
 
     Raises `UserError` if checkpoints fall between the evaluations of `checkpoint.best_metric`.
     """
@@ -107,18 +107,17 @@ def evaluations_in_steps(run: Run, examples: int) -> Run:
             return evaluation
         return dataclasses.replace(evaluation, every_steps=max(round(evaluation.every * scales[evaluation.unit]), 1))
 
-    named = {name: in_steps(evaluation) for name, evaluation in run.evaluations.items()}
-    run = dataclasses.replace(run, evaluation=in_steps(run.evaluation), evaluations=named)
+    found = {name: in_steps(evaluation) for name, evaluation in evaluations(run).items()}
     if (best := run.checkpoint.best_metric) is not None:
-        owners = [name for name in evaluations(run) if best.startswith(f"{name}/")] or [run.evaluation.split]
+        owners = [name for name in found if best.startswith(f"{name}/")] or [run.evaluation.split]
         name = max(owners, key=len)
-        evaluated = evaluations(run)[name].every_steps
+        evaluated = found[name].every_steps
         if evaluated is None or run.checkpoint.every_steps % evaluated:
             path = "evaluation" if name == run.evaluation.split else f"evaluations.{name}"
             rule = f"({run.checkpoint.every_steps}) must be a multiple of {path}.every_steps ({evaluated})"
             need = f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint"
             raise UserError(f"{need}: checkpoint.every_steps {rule}")
-    return run
+    return found
 
 
 def number_text(number: float | Schedule) -> str:

@@ -41,17 +41,17 @@ class First:
     """The first examples of a source."""
 
     def __init__(self, source: RandomAccessSource, count: int) -> None:
-        self._source, self._count = source, min(count, len(source))
+        self.source, self._count = source, min(count, len(source))
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._source[index]
+        return self.source[index]
 
     def __getitems__(self, indices: list[int]) -> Sequence[Mapping[str, Any]]:
         """Many examples at once."""
-        return _read(self._source, indices)
+        return _read(self.source, indices)
 
 
 def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
@@ -91,6 +91,23 @@ def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
             _check_same(name, "dtypes", (arrays[name].dtype, part.dtype))
             arrays[name][start:stop] = part
     return ArraySource(arrays)
+
+
+def load_all(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[RandomAccessSource]:
+    """As `load` for each, where two that are the same, or the first examples of it, are decoded once."""
+    loaded: dict[int, RandomAccessSource] = {}
+
+    def one(source: RandomAccessSource) -> RandomAccessSource:
+        if isinstance(source, First):
+            base = one(source.source)
+            if isinstance(base, ArraySource):
+                return ArraySource({name: array[: len(source)] for name, array in base.arrays.items()})
+            return First(base, len(source))
+        if id(source) not in loaded:
+            loaded[id(source)] = load(source, limit_bytes)
+        return loaded[id(source)]
+
+    return [one(source) for source in sources]
 
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:

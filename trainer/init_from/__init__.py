@@ -15,6 +15,7 @@ from trainer.checkpoint.reading import restore_leaves
 from trainer.errors import UserError, did_you_mean
 from trainer.init_from.sources import Source, open_source
 from trainer.observe import table
+from trainer.optim.transforms import other_paths, set_count
 from trainer.program import Program
 from trainer.rules import assign, path_of
 from trainer.state import TrainState
@@ -80,16 +81,17 @@ class Beginning:
         """The state with the step and with every array of the optimizer that fits."""
         assert self.source.metadata is not None
         assert self.source.place is not None
-        same = {row.name: row.source for row in self.rows if row.rule == "take" and row.source is not None}
-        wanted, places = {}, {}
+        saved, wanted, places = self.source.metadata.leaves, {}, {}
+        same = {row.name: row.source if row.rule == "take" else None for row in self.rows}
         for path, leaf in _paths(self.program.state).items():
-            there = _source_path(path, same)
-            saved = self.source.metadata.leaves.get(there or "")
-            if there is not None and saved is not None and saved == Leaf(tuple(leaf.shape), str(leaf.dtype)):
-                wanted[there] = jax.ShapeDtypeStruct(*saved, sharding=leaf.sharding)
+            there = next((there for there in _source_paths(path, same) if there in saved), None)
+            if there is not None and saved[there] == Leaf(tuple(leaf.shape), str(leaf.dtype)):
+                wanted[there] = jax.ShapeDtypeStruct(*saved[there], sharding=leaf.sharding)
                 places[path] = there
         arrays = restore_leaves(self.source.place, self.source.metadata, wanted)
-        return _replaced(state, {path: arrays[there] for path, there in places.items()})
+        groups, step = self.program.groups, jnp.asarray(self.start, jnp.int32)
+        counted = dataclasses.replace(state, opt_state=set_count(state.opt_state, groups, step))
+        return _replaced(counted, {path: arrays[there] for path, there in places.items()})
 
 
 def plan(program: Program) -> Beginning | None:
@@ -99,11 +101,13 @@ def plan(program: Program) -> Beginning | None:
     """
     if (settings := program.run.init_from) is None:
         return None
-    source = open_source(settings.source)
-    if settings.optimizer_state == "carried" and source.step is None:
-        raise UserError(
-            f"init_from.optimizer_state is 'carried', but {source.text} has no state that this run can carry"
-        )
+    is_carried = settings.optimizer_state == "carried"
+    source = open_source(settings.source, raw=is_carried)
+    if is_carried and source.step is None:
+        raise UserError(f"init_from.optimizer_state is 'carried', but {source.text} has no state of a run")
+    if is_carried and (source.step or 0) >= program.run.total_steps:
+        left = f"nothing is left of total_steps {program.run.total_steps}"
+        raise UserError(f"init_from.optimizer_state is 'carried', and the {source.text}: {left}")
     names, here = _renamed(source, settings), _variables(program)
     for _, rule in settings.rules:
         if rule not in RULES:
@@ -194,18 +198,24 @@ def _replaced(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:
     return jax.tree_util.tree_map_with_path(replace, state)
 
 
-def _source_path(path: str, same: Mapping[str, str]) -> str | None:
-    """The path in the source's state of an array of this run's; None for one of a variable that was not taken."""
+def _source_paths(path: str, same: Mapping[str, str | None]) -> list[str]:
+    """Where the source's state may have an array of this run's; none for one of a variable that was not taken.
+
+    Args:
+      path: in this run's state.
+      same: the name in the source of each variable; None where it was not taken as it is.
+    """
     if path == "step" or path.startswith("guard/"):
-        return path
-    if not path.startswith("opt_state/"):
-        return None
+        return [path]
+    if not path.startswith(("opt_state/", "ema/")):
+        return []
     name = path
     while name:
         name = name.partition("/")[2]
         if name in same:
-            return path.removesuffix(name) + same[name]
-    return path  # a count
+            there = same[name]
+            return [] if there is None else other_paths(path.removesuffix(name) + there)
+    return other_paths(path)  # a count
 
 
 def _pad(x: jax.Array, fresh: jax.Array) -> jax.Array:

@@ -9,13 +9,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, leaves_of, scores
 from trainer.checkpoint.metadata import Leaf
-from trainer.checkpoint.reading import arrays_handler, cause, restore_leaves
+from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, restore_leaves
 from trainer.errors import UserError, did_you_mean
 from trainer.files import Folder
 from trainer.observe.log import read_rows
-from trainer.restore import run_of
+from trainer.restore import schedule_free_averages
 from trainer.rules import path_of
 from trainer.workdir import Workdir
 
@@ -34,8 +35,12 @@ class Source:
     place: Folder | None = None  # of a workdir's checkpoint
 
 
-def open_source(text: str) -> Source:
-    """The source that PATH or PATH@STEP names; raises `UserError` if there is none. Reads no array."""
+def open_source(text: str, *, raw: bool = False) -> Source:
+    """The source that PATH or PATH@STEP names; raises `UserError` if there is none. Reads no array.
+
+    All processes call it together. Of a workdir the parameters are those that its run evaluates, or with `raw` those
+    that it trains.
+    """
     name, at, step = text.rpartition("@")
     if not at or "/" in step:
         name, step = text, ""
@@ -45,7 +50,7 @@ def open_source(text: str) -> Source:
         raise UserError(f"init_from: there is no {name}{did_you_mean(name, siblings)}")
     if place.is_dir():
         is_ours = (place / "checkpoints").is_dir()
-        return _workdir(name, step or "latest") if is_ours else _orbax(place, step)
+        return _workdir(Workdir(name), step or "latest", raw) if is_ours else _orbax(place, step)
     if step:
         raise UserError(f"init_from: {name} is a file, which has no step {step}")
     if place.suffix == ".safetensors":
@@ -53,15 +58,20 @@ def open_source(text: str) -> Source:
     raise UserError(f"init_from: {name} is neither a workdir, nor a folder that Orbax wrote, nor a .safetensors file")
 
 
-def _workdir(name: str, step: str) -> Source:
-    folder = Workdir(name)
-    run = run_of(folder, None)
-    store = Store(folder.checkpoints, run.checkpoint)
+def _workdir(folder: Workdir, step: str, raw: bool) -> Source:
+    # Of its run only settings matter: its classes may be gone, or those of this very run in another version.
+    steps = Store(folder.checkpoints, config.Checkpoint()).steps()
+    if not steps:
+        raise UserError(f"init_from: workdir {folder.path} holds no checkpoint")
+    kept = read_metadata(folder.checkpoints / str(steps[-1])).config["checkpoint"]
+    settings = config.Checkpoint(best_metric=kept.get("best_metric"), best_mode=kept.get("best_mode", "max"))
+    store = Store(folder.checkpoints, settings)
     if step == "best":
-        store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
-    chosen = store.choose(step)
+        store.scores = scores(read_rows(folder.path / "metrics.jsonl"), settings.best_metric)
+    chosen = int(distributed.gather("the step of a source", str(store.choose(step)))[0])
     metadata, place = store.metadata(chosen), store.path(chosen)
-    params = "params/" if run.optimizer.ema_decay is None else "ema/"
+    has_ema = metadata.config["optimizer"].get("ema_decay") is not None and not raw
+    params, averages = "ema/" if has_ema else "params/", {} if has_ema or raw else schedule_free_averages(metadata)
     names = {
         path.removeprefix(prefix): path
         for path in metadata.leaves
@@ -70,16 +80,29 @@ def _workdir(name: str, step: str) -> Source:
     }
 
     def read(wanted: Wanted) -> dict[str, jax.Array]:
-        like = {
-            names[name]: jax.ShapeDtypeStruct(*metadata.leaves[names[name]], sharding=sharding)
-            for name, sharding in wanted.items()
-        }
-        arrays = restore_leaves(place, metadata, like)
-        return {name: arrays[names[name]] for name in wanted}
+        shardings = {names[name]: sharding for name, sharding in wanted.items()}
+        for name in wanted.keys() & averages.keys():
+            z, b1 = averages[name]
+            shardings |= {z: wanted[name], b1: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])}
+        like = {path: jax.ShapeDtypeStruct(*metadata.leaves[path], sharding=s) for path, s in shardings.items()}
+        try:
+            arrays = restore_leaves(place, metadata, like)
+        except FileNotFoundError as error:
+            raise UserError(f"init_from: {place} was removed while it was read; name another step") from error
+        return {name: _average(arrays, names[name], averages.get(name)) for name in wanted}
 
-    kind = "EMA params" if params == "ema/" else "parameters"
+    kind = "EMA params" if has_ema else "averages" if averages else "parameters"
     leaves = {name: metadata.leaves[path] for name, path in names.items()}
-    return Source(f"{kind} of {name}, step {chosen}", leaves, read, chosen, metadata, place)
+    return Source(f"{kind} of {folder.path}, step {chosen}", leaves, read, chosen, metadata, place)
+
+
+def _average(arrays: Mapping[str, jax.Array], path: str, average: tuple[str, str] | None) -> jax.Array:
+    """The array of a path, or for a schedule-free optimizer x from y, z and b1 (see `optim.evaluation_params`)."""
+    y = arrays[path]
+    if average is None:
+        return y
+    z, b1 = arrays[average[0]], float(arrays[average[1]])
+    return ((y - (1 - b1) * z) / b1).astype(y.dtype)
 
 
 def _orbax(place: Folder, step: str) -> Source:

@@ -9,9 +9,10 @@ from trainer import config
 from trainer.optim import fused
 from trainer.optim.adabelief import Belief
 from trainer.optim.precision import global_norm
+from trainer.optim.schedule_free import evaluation_params
 from trainer.optim.schedules import build_schedule
 from trainer.optim.statistics import Statistics, build_statistics
-from trainer.optim.transforms import Groups, TransformGroup, evaluation_params, find_transform, mixed, split
+from trainer.optim.transforms import Groups, TransformGroup, find_transform, mixed, split
 from trainer.optim.update_rules import Adam, Momentum
 
 __all__ = ["Groups", "Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics"]
@@ -40,6 +41,8 @@ def _group(
     peak = group.lr_multiplier * (group.schedule or o.schedule).peak
     # None for 0: 0 times a parameter that is infinite would be NaN, and −0 would become 0.
     weight_decay = schedules.get(f"{path}.decay_schedule", group.weight_decay) or None
+    if o.decay == "corrected" and peak == 0:  # nothing moves, and learning rate / peak would be 0/0
+        weight_decay = None
     name = group.optimizer or o.name
     if name not in config.NAMES:
         options = o.options if group.optimizer is None else group.options

@@ -71,7 +71,7 @@ def check_decay(
 
     @jax.jit
     def after(count: jax.Array) -> Any:
-        updates, _ = optimizer.update(zeros, set_count(fresh, count), params)
+        updates, _ = optimizer.update(zeros, set_count(fresh, groups, count), params)
         return optax.apply_updates(params, updates)
 
     results = []
@@ -82,7 +82,7 @@ def check_decay(
         own = [(path, np.asarray(old), np.asarray(new)) for path, other, old, new in rows if other == label]
         moves: list[Any] = [0.0] * len(own)
         if isinstance(group, TransformGroup):
-            updates = move_without_gradient(label, group, list(labels), params, jnp.asarray(count // group.every))
+            updates = move_without_gradient(label, group, list(labels), params, jnp.asarray(count, jnp.int32))
             moves = [np.asarray(u, np.float64) for u in updates if u is not None]
         if shrink and group is not None and group.decay == "coupled":
             results.append(DecayResult(label, count + 1, None, len(own), ()))

@@ -1,7 +1,6 @@
 """Groups that an Optax transformation updates, beside those of the fused pass."""
 
 import dataclasses
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from trainer import config
 from trainer.errors import UserError, did_you_mean
 from trainer.optim import fused
-from trainer.optim.fused import ParamGroup
+from trainer.optim.fused import ParamGroup, ScaleByBeliefState
 from trainer.optim.precision import compute_dtype, global_norm
 from trainer.rules import path_of
 
@@ -163,7 +162,7 @@ def mixed(
             g, p = (structure.unflatten(_only(label, names, leaves)) for leaves in (grads, own))
             tree, states[label] = _update(group, g, state.others[label], p, state.count)
             for place, u in enumerate(structure.flatten_up_to(tree)):
-                if not _is_masked(u):
+                if not isinstance(u, optax.MaskedNode):
                     results[place] = u.astype(own[place].dtype)
         return structure.unflatten(results), MixedState(fused_state, states)
 
@@ -210,40 +209,39 @@ def _update(
     return u, jax.tree.map(lambda x, old: jnp.where(due, x, old), new, state)
 
 
-def set_count(state: Any, count: Int32[Array, ""]) -> Any:
-    """The state with another number of updates made, in every transformation."""
+def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
+    """The state of a run's optimizer after `count` updates of the run, in every transformation."""
+    if not isinstance(state, MixedState):
+        return state._replace(count=count)
 
-    def replace(keys: Any, leaf: Any) -> Any:
-        return jnp.asarray(count, leaf.dtype) if path_of(keys).rpartition("/")[2] == "count" else leaf
+    def counted(label: str, other: OtherState) -> OtherState:
+        every = getattr(groups[label], "every", 1)
 
-    return jax.tree_util.tree_map_with_path(replace, state)
+        def replace(keys: Any, leaf: Any) -> Any:
+            is_count = path_of(keys).rpartition("/")[2] in ("count", "step_count")
+            return jnp.asarray(-(-count // every), leaf.dtype) if is_count else leaf
+
+        return jax.tree_util.tree_map_with_path(replace, other)
+
+    others = {label: counted(label, other) for label, other in state.others.items()}
+    return MixedState(state.fused._replace(count=count), others)
+
+
+def other_paths(path: str) -> list[str]:
+    """A path in a state, and where the same array is if other labels, or none, are updated by Optax transformations."""
+    inner = "opt_state/fused/"
+    if path.startswith(inner):
+        return [path, path.replace(inner, "opt_state/", 1)]
+    if path.startswith("opt_state/") and not path.startswith("opt_state/others/"):
+        return [path, path.replace("opt_state/", inner, 1)]
+    return [path]
 
 
 def move_without_gradient(label: str, group: TransformGroup, names: list[str], params: Any, count: Any) -> list[Any]:
     """The update of each leaf of a label, None elsewhere, for gradients of zero and without decay; Yogi's is not 0."""
     leaves, structure = jax.tree.flatten(params)
     own = structure.unflatten(_only(label, names, leaves))
-    state = set_count(group.transform.init(own), count)
-    updates, _ = group.transform.update(jax.tree.map(jnp.zeros_like, own), state, own)
-    return [None if _is_masked(u) else u for u in structure.flatten_up_to(updates)]
-
-
-def evaluation_params(params: Any, state: Any) -> Any:
-    """The parameters to evaluate: those of a schedule-free optimizer are an average, x = (y − (1 − b1) · z) / b1."""
-    if not isinstance(state, MixedState):
-        return params
-    for free in filter(_is_free, jax.tree.leaves([other.inner for other in state.others.values()], is_leaf=_is_free)):
-        params = jax.tree.map(functools.partial(_average, free.b1), free.z, params, is_leaf=_is_masked)
-    return params
-
-
-def _is_free(node: Any) -> bool:
-    return isinstance(node, optax.contrib.ScheduleFreeState)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _average(b1: Array, z: Any, y: Any) -> Any:
-    return y if _is_masked(z) else ((y - (1 - b1) * z) / b1).astype(y.dtype)
+    state = MixedState(ScaleByBeliefState(count, None, None), {label: OtherState(group.transform.init(own), count)})
+    inner = set_count(state, {label: group}, count).others[label].inner
+    updates, _ = group.transform.update(jax.tree.map(jnp.zeros_like, own), inner, own)
+    return [None if isinstance(u, optax.MaskedNode) else u for u in structure.flatten_up_to(updates)]
