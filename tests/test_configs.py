@@ -95,7 +95,11 @@ def test_parameters_decay_as_the_labels_say(shrunk):
 
 
 @pytest.mark.slow
-@each_config
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.exhaustive if path.stem == "lm_1b" else ()) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     run = shrunk
     run.total_steps = 1

@@ -34,8 +34,9 @@ def test_a_damaged_file_costs_one_line_and_no_bit(case, tmp_path, name, place, k
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_costs_no_bit(case, tmp_path):
-    kinds = [try_it(case, flip(bit), place, tmp_path).kind for place, bit in damage.flips(case, 12, seed=1)]
+@pytest.mark.parametrize("flips", [4, pytest.param(12, marks=pytest.mark.exhaustive)])
+def test_a_flipped_bit_costs_no_bit(case, tmp_path, flips):
+    kinds = [try_it(case, flip(bit), place, tmp_path).kind for place, bit in damage.flips(case, flips, seed=1)]
     assert set(kinds) <= {UNNOTICED, EARLIER}
     assert EARLIER in kinds
 

@@ -198,6 +198,7 @@ def test_losses_of_other_topologies_may_differ_by_the_tolerance_and_no_more(copi
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_relaunch_may_come_up_on_another_topology():
     lists = ("--processes=1,2", "--devices=1,2", "--strategies=data,fsdp,pmap")
     result = prove(CONFIG, "--kills=3", "--seed=0", *lists)

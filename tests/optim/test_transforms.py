@@ -280,7 +280,15 @@ def run_of(name: Any, options: dict[str, Any], parallel: config.Parallel, total_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if ".contrib." in name else pytest.mark.exhaustive
+        )  # the two with the oddest states
+        for name in OPTIMIZERS
+    ],
+)
 def test_a_run_resumes_bit_for_bit_and_is_the_same_on_four_devices(tmp_path, name):
     one, four = config.Parallel(devices=1), config.Parallel("fsdp", devices=4, min_shard_size=0)
     options = OPTIMIZERS[name]

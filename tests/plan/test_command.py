@@ -50,6 +50,7 @@ def test_the_table_has_every_strategy_asked_for_and_both_steps(config, capsys):
 
 @pytest.mark.slow
 @pytest.mark.tpu
+@pytest.mark.exhaustive
 def test_search_prints_flags_that_the_command_line_takes(tmp_path, capsys):
     file = tmp_path / "config.py"
     file.write_text(TEXT.replace("Decoder", "Rematerialised").replace(SIZES, ""))
