@@ -34,7 +34,7 @@ def predict_split(
 ) -> Predictions:
     """Predicts every example of a split once, whatever the batch size and the devices. All processes call it.
 
-    Arguments are those of `evaluate`. Raises `UserError` if the experiment makes no predictions, and for what
+    Arguments are those of `evaluate`; `max_examples` of an evaluation does not count here. Raises `UserError` if the experiment makes no predictions, and for what
     `evaluate` does.
     """
     folder = Workdir(workdir)
@@ -42,7 +42,8 @@ def predict_split(
         run = run_of(folder, run)
         folder.check_run(run)
         predict = predictor(run.experiment).predict
-        source = open_source(run.experiment, run.evaluation.split if split is None else split)
+        named = run.evaluation if split is None else run.evaluations.get(split)
+        source = open_source(run.experiment, named.split if named else str(split))
         size = run.evaluation.batch_size or run.batch_size
         spec = batch_spec(source, size)
         boxed = abstract_params(run.experiment, lambda: run.experiment.init(jax.random.key(0), zeros(spec)), spec)
