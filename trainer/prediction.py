@@ -34,8 +34,8 @@ def predict_split(
 ) -> Predictions:
     """Predicts every example of a split once, whatever the batch size and the devices. All processes call it.
 
-    Arguments are those of `evaluate`; `max_examples` of an evaluation does not count here. Raises `UserError` if the experiment makes no predictions, and for what
-    `evaluate` does.
+    Arguments are those of `evaluate`; `max_examples` of an evaluation does not count here. Raises `UserError` if the
+    experiment makes no predictions, and for what `evaluate` does.
     """
     folder = Workdir(workdir)
     with distributed.collective_errors("the run"):
