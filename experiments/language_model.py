@@ -1,6 +1,7 @@
 """Language modelling: a decoder-only transformer that predicts each byte of a text from the bytes before it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,26 @@ def windows(texts: Sequence[bytes], length: int) -> dict[str, np.ndarray]:
         tokens.append(padded[starts[:, None] + np.arange(length + 1)])
         targets.append(np.minimum(len(text) - 1 - starts, length))
     return {"tokens": np.concatenate(tokens), "targets": np.concatenate(targets).astype(np.int32)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # compiled once for each model
+def _continued(model: Transformer, temperature: float, variables: Variables, prompt: Array, keys: Array) -> Array:
+    """The tokens after each prompt, one for each key; `model` has a cache for all of them."""
+
+    def draw(logits: Array, key: Array) -> Array:
+        last = logits[:, -1]
+        return jnp.argmax(last, -1) if temperature == 0 else jax.random.categorical(key, last / temperature)
+
+    def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
+        cache, token = carry
+        logits, cache = model.apply({**variables, **cache}, token[:, None], mutable=["cache"])
+        token = draw(logits, key)
+        return (cache, token), token
+
+    logits, cache = model.apply(variables, prompt, mutable=["cache"])
+    first = draw(logits, keys[0])
+    _, rest = jax.lax.scan(step, (cache, first), keys[1:])
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 
 @dataclasses.dataclass
@@ -142,26 +163,7 @@ class LanguageModel:
         Keys and values of earlier positions are kept in a cache, so each byte costs one position.
         """
         model = self._model(train=False, cache=prompt.shape[1] + count)
-
-        def draw(logits: Array, key: Array) -> Array:
-            last = logits[:, -1]
-            return jnp.argmax(last, -1) if temperature == 0 else jax.random.categorical(key, last / temperature)
-
-        @jax.jit
-        def run(variables: Variables, prompt: Array, keys: Array) -> Array:
-            logits, cache = model.apply(variables, prompt, mutable=["cache"])
-
-            def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
-                cache, token = carry
-                logits, cache = model.apply({**variables, **cache}, token[:, None], mutable=["cache"])
-                token = draw(logits, key)
-                return (cache, token), token
-
-            first = draw(logits, keys[0])
-            _, rest = jax.lax.scan(step, (cache, first), keys[1:])
-            return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-        return run(variables, prompt, jax.random.split(key, count))
+        return _continued(model, temperature, variables, prompt, jax.random.split(key, count))
 
     def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
         """A text that the model continues, if `sample` is not 0."""

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from experiments.datasets import shakespeare
-from experiments.language_model import LanguageModel, score, windows
+from experiments.language_model import LanguageModel, _continued, score, windows
 from experiments.transformer import lookup, rotary
 from trainer.data.tfds import TfdsSource, prepare
 from trainer.errors import NotPreparedError, UserError
@@ -426,8 +426,10 @@ def test_bytes_that_are_generated_with_a_cache_are_the_likeliest_of_whole_forwar
 
 
 def test_generated_bytes_follow_the_key():
-    prompt = jnp.zeros((2, 1), jnp.int32)
+    compiled: Any = _continued
+    prompt, before = jnp.zeros((2, 1), jnp.int32), compiled._cache_size()
     draws = [task().generate(variables(), prompt, 12, jax.random.key(seed), temperature=2.0) for seed in (0, 0, 1)]
+    assert compiled._cache_size() == before + 1  # compiled once
     np.testing.assert_array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
     assert not np.array_equal(draws[0][0], draws[0][1])
