@@ -116,7 +116,7 @@ def not_finite(state: TrainState, metrics: Metrics) -> str:
 
 
 def read(folder: Folder) -> Diverged:
-    """What `explain` wrote; raises `UserError` for any other folder."""
+    """The description that `explain` wrote; raises `UserError` for any other folder."""
     file = folder / _FILE
     try:
         value = read_json(file)

@@ -16,7 +16,7 @@ RECENT = 128  # losses that the limit of a loss spike is made of
 
 @flax.struct.dataclass
 class Guard:
-    """What decides whether an update is dropped, and how many were; all of it is replicated.
+    """The numbers that decide whether an update is dropped, and how many were; all of it is replicated.
 
     Attributes:
       losses: the newest losses of updates that were kept, a ring; zeros until it is full.

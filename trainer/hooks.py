@@ -22,7 +22,7 @@ MOMENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_end")
 
 
 class Event(NamedTuple):
-    """What a hook gets. Every process calls its hooks at the same steps, with the same numbers."""
+    """The argument of a hook. Every process calls its hooks at the same steps, with the same numbers."""
 
     step: int  # updates made; for `on_log` those before a row, which is written after later steps were dispatched
     sums: Mapping[str, Any]  # the metrics of a step, which may still be computed, or numbers by name

@@ -19,7 +19,7 @@ from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder
 from trainer.observe.trace import NoTrace, Trace
 from trainer.program import Program
-from trainer.resume import Resume, describe_data
+from trainer.resume import Resume, Resumed, describe_data
 from trainer.session import Session
 from trainer.watch import Watch
 from trainer.workdir import Workdir
@@ -89,15 +89,7 @@ def open_session(
         stack.callback(progress.end_line)
         for text in (table, *program.strategy.notes, *resumed.notes, *_diverged_later(folder, start)):
             progress.message(text)
-        log: MetricsLog | NoLog = NoLog()
-        if distributed.is_primary():
-            # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
-            folder.write(run, table, resumed.accepted)
-            on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
-            log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
-            if resumed.changed and not log.has_evaluation(start, "accepted"):
-                log.write(start, {"accepted": resumed.changed}, {})
-            store.scores = scores(log.rows(), run.checkpoint.best_metric)
+        log = _open_log(program, folder, store, resumed, progress)
         stack.callback(log.close)
         profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
         stack.callback(profiler.close)
@@ -111,16 +103,40 @@ def open_session(
         session = Session(program, folder, resumed, source, eval_sources, *parts)
         session.beginning, recorder.on_row = beginning, partial(session.call_hooks, "on_log")
         watch.rescues_with(session.rescue)
-        try:
+        with _ending(session):
             yield session
-        except DivergedError as error:
-            trace.phase("save", error.step)
-            watch.enter("save", error.step)
-            raise divergence.explain(session, error) from None
-        except Exception as error:
-            if calls.failed and distributed.count() == 1:  # nothing else is wrong with the run
-                error.add_note(f"a hook ended the run; {session.rescue()}")
-            raise
+
+
+def _open_log(
+    program: Program, folder: Workdir, store: Store, resumed: Resumed, progress: Progress
+) -> MetricsLog | NoLog:
+    """The metrics log, once the settings are written; only the first process writes."""
+    if not distributed.is_primary():
+        return NoLog()
+    run, start = program.run, resumed.start
+    # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
+    folder.write(run, str(program.param_table), resumed.accepted)
+    on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
+    log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
+    if resumed.changed and not log.has_evaluation(start, "accepted"):
+        log.write(start, {"accepted": resumed.changed}, {})
+    store.scores = scores(log.rows(), run.checkpoint.best_metric)
+    return log
+
+
+@contextmanager
+def _ending(session: Session) -> Iterator[None]:
+    """Explains a divergence, and saves the newest state if a hook raises an exception."""
+    try:
+        yield
+    except DivergedError as error:
+        session.trace.phase("save", error.step)
+        session.watch.enter("save", error.step)
+        raise divergence.explain(session, error) from None
+    except Exception as error:
+        if session.hooks.failed and distributed.count() == 1:  # nothing else is wrong with the run
+            error.add_note(f"a hook ended the run; {session.rescue()}")
+        raise
 
 
 def _diverged_later(folder: Workdir, start: int) -> list[str]:

@@ -93,7 +93,7 @@ class ReportWriter:
             self._show(f"step {self.step}: reports/{self.step} has {', '.join(self._names)}")
 
     def _add_image(self, name: str, png: bytes, shape: Sequence[int]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute] - made at import
 
         image = Summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=png)
         self._add(self.step, Summary(value=[Summary.Value(tag=name, image=image)]))

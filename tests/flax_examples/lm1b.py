@@ -5,7 +5,7 @@ from pathlib import Path
 
 import flax
 import jax.numpy as jnp
-import lm1b_models  # pyrefly: ignore[missing-import]
+import lm1b_models  # pyrefly: ignore[missing-import] - from Flax
 import numpy as np
 import optax
 

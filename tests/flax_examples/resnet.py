@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import optax
-import resnet_models  # pyrefly: ignore[missing-import]
+import resnet_models  # pyrefly: ignore[missing-import] - from Flax
 from sklearn.datasets import load_digits
 
 from trainer import ArraySource, Evaluation, Group, Mean, Optimizer, Run, Schedule

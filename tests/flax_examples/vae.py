@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import vae_models  # pyrefly: ignore[missing-import]
+import vae_models  # pyrefly: ignore[missing-import] - from Flax
 
 from trainer import ArraySource, Evaluation, Mean, Optimizer, Run, Schedule
 

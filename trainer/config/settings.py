@@ -139,7 +139,7 @@ class Parallel:
 
 @dataclasses.dataclass
 class InitFrom:
-    """What a run begins from, in place of fresh variables.
+    """The source of a run's first variables, in place of fresh ones.
 
     The names of arrays are the paths in the table of parameters; those of other variables begin with their collection,
     such as "batch_stats/norm/mean".

@@ -25,7 +25,7 @@ RULES = ("take", "fresh", "linear", "cubic", "nearest", "pad")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What becomes of one variable of the run."""
+    """The fate of one variable of the run."""
 
     name: str
     rule: str  # of `RULES`

@@ -1,4 +1,4 @@
-"""What a run may begin from: a workdir, a tree that Orbax saved, a file of safetensors."""
+"""Sources of a run's first variables: a workdir, a tree that Orbax saved, a file of safetensors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -129,7 +129,7 @@ def _orbax(place: Folder, step: str) -> Source:
         shardings = {names[name]: sharding for name, sharding in wanted.items()}
 
         def like(keys: object, _: object) -> object:
-            saved = path_of(keys)  # pyrefly: ignore[bad-argument-type]
+            saved = path_of(keys)  # pyrefly: ignore[bad-argument-type] - a key path of JAX
             if saved not in shardings:
                 return ocp.PLACEHOLDER
             return jax.ShapeDtypeStruct(*paths[saved], sharding=shardings[saved])

@@ -14,7 +14,7 @@ class Accuracy(Mean):
     """The share of examples whose label is among the `top_k` classes with the largest logits."""
 
     @classmethod
-    def of(  # pyrefly: ignore[bad-override]
+    def of(  # pyrefly: ignore[bad-override] - made of other arrays than a mean
         cls, logits: Float[Array, "*shape classes"], labels: Int[Array, "*shape"], weights: _Numbers, top_k: int = 1
     ) -> "Accuracy":
         """Of logits […, classes] and labels from 0 to classes − 1.

@@ -115,8 +115,8 @@ class Strategy(abc.ABC):
         return self._compile(step, state, train=False)
 
     def compile_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
-        """The jitted predictions, (variables, batch) → arrays, which are replicated."""
-        raise NotImplementedError(f"{type(self).__name__} makes no predictions")  # as it shards no global arrays
+        """The jitted predictions for global arrays, (variables, batch) → arrays, which are replicated."""
+        return jax.jit(predict, out_shardings=self._replicated)
 
     @abc.abstractmethod
     def _shard(self, x: np.ndarray) -> Any: ...
