@@ -37,8 +37,6 @@ def fetch(folder: Path) -> None:
             assert member is not None
             (folder / f"{name}_models.py").write_bytes(member.read())
             shutil.copy(ROOT / "tests" / "flax_examples" / f"{name}.py", folder)
-    resnet = folder / "resnet.py"
-    resnet.write_text(resnet.read_text().replace("filters: int = 64", "filters: int = 16"))
 
 
 def measure(command: list[str], folder: Path, steps: int) -> tuple[float, float]:
@@ -66,6 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         fetch(folder)
+        resnet = folder / "resnet.py"
+        resnet.write_text(resnet.read_text().replace("filters: int = 64", "filters: int = 16"))
         for name in EXAMPLES:
             launches, rates = [], []
             for number in range(options.rounds):

@@ -1,20 +1,17 @@
 """Three models of Flax's examples, unchanged, as experiments of a user in a folder outside the repository."""
 
-import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
+from benchmarks.flax_models import fetch
 from tests import xla_flags
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = {"vae": "vae", "resnet": "imagenet", "lm1b": "lm1b"}
 # Small, but with every layer of each model.
 SMALL = {
     "vae": ("--config.total_steps=60", "--config.experiment.latents=4"),
@@ -30,15 +27,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the three experiments, and each model's file from the source distribution of Flax."""
     place = tmp_path_factory.mktemp("user")
-    version = importlib.metadata.version("flax")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "flax", f"flax=={version}"]
-    subprocess.run([*pip, "--dest", str(place)], check=True, capture_output=True, text=True)
-    with tarfile.open(place / f"flax-{version}.tar.gz") as archive:
-        for name, example in EXAMPLES.items():
-            member = archive.extractfile(f"flax-{version}/examples/{example}/models.py")
-            assert member is not None
-            (place / f"{name}_models.py").write_bytes(member.read())
-            shutil.copy(ROOT / "tests" / "flax_examples" / f"{name}.py", place)
+    fetch(place)
     return place
 
 

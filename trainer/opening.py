@@ -12,6 +12,7 @@ from trainer.compilation import compile_ahead
 from trainer.data import load_all
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, UserError
+from trainer.experiment import RandomAccessSource
 from trainer.hooks import Hooks
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
@@ -57,16 +58,13 @@ def open_session(
         stack.enter_context(distributed.fail_fast())
         with distributed.collective_errors("the workdir and the data"):
             calls = Hooks(hooks, program.evaluations)
-            if profile is not None and profile[1] > run.total_steps:
-                raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {run.total_steps}")
+            _check_profile(profile, 0, run.total_steps)
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
             compile_ahead(program.train_step, *(one.step for one in program.evaluations.values()))
-            sources = [program.train_source, *(one.source for one in program.evaluations.values())]
-            source, *others = load_all(sources, run.loading.in_memory_bytes)
-            eval_sources = dict(zip(program.evaluations, others, strict=True))
+            source, eval_sources = _load(program)
             data = describe_data(source)
             beginning = None if store.numbered() else init_from.plan(program)
             if distributed.is_primary():
@@ -82,8 +80,7 @@ def open_session(
             if resumed.state is None and beginning is not None:
                 resumed = resumed._replace(state=beginning.state(), start=beginning.start, notes=[str(beginning)])
             start = resumed.start
-            if profile is not None and profile[0] <= start:
-                raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
+            _check_profile(profile, start, run.total_steps)
         peers.set_limits(run.watch.end_seconds)
         distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
         stack.callback(progress.end_line)
@@ -105,6 +102,21 @@ def open_session(
         watch.rescues_with(session.rescue)
         with _ending(session):
             yield session
+
+
+def _check_profile(profile: tuple[int, int] | None, start: int, last: int) -> None:
+    """Raises `UserError` unless the steps to profile are made between `start` and the `last` step of the run."""
+    if profile is not None and profile[1] > last:
+        raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {last}")
+    if profile is not None and profile[0] <= start:
+        raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
+
+
+def _load(program: Program) -> tuple[RandomAccessSource, dict[str, RandomAccessSource]]:
+    """The training examples and those of each evaluation, in memory where the settings allow it."""
+    sources = [program.train_source, *(one.source for one in program.evaluations.values())]
+    source, *others = load_all(sources, program.run.loading.in_memory_bytes)
+    return source, dict(zip(program.evaluations, others, strict=True))
 
 
 def _open_log(
