@@ -92,8 +92,7 @@ def open_session(
         stack.callback(profiler.close)
         # Until here there is nothing to save, and Ctrl-C may act at once.
         preemption = stack.enter_context(Preemption(handle_signals, watch.wake_at))
-        # Entered last, so left first. If one process of several raises an exception, it must end here: the callbacks
-        # above would wait for the others.
+        # Entered last, so left first: if one process alone fails, the callbacks above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         parts = (store, log, recorder, progress, profiler, preemption, watch, trace, calls)
