@@ -33,7 +33,7 @@ LAYERS = [
     {"config", "optional", "protocol", "state"},
     {"distributed", "experiment", "report", "rules"},
     {"compilation", "files", "lock"},
-    {"errors", "metrics"},
+    {"errors", "metrics", "versions"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from trainer import config, distributed
-from trainer.checkpoint import Store, check_leaves, make_metadata, versions
+from trainer.checkpoint import Store, check_leaves, make_metadata
 from trainer.checkpoint.checksum import check_state
 from trainer.data.stream import Order
 from trainer.errors import DivergedError, HostError, UserError
@@ -20,6 +20,7 @@ from trainer.keys import run_keys, step_keys
 from trainer.metrics import Metrics
 from trainer.session import Session
 from trainer.state import TrainState
+from trainer.versions import versions
 
 _FILE, _STATE = "step.json", "state"
 

@@ -3,14 +3,17 @@
 import os
 from os import PathLike
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from trainer import config, distributed
-from trainer.checkpoint import versions
+from trainer.compilation import compile_ahead
 from trainer.observe.progress import Progress
-from trainer.opening import SessionOptions, open_session
 from trainer.program import Program, compile_program
 from trainer.state import TrainState
+from trainer.versions import versions
+
+if TYPE_CHECKING:
+    from trainer.opening import SessionOptions
 
 
 def train(
@@ -19,7 +22,7 @@ def train(
     *,
     progress: Progress | None = None,
     verbose: bool = True,
-    **options: Unpack[SessionOptions],
+    **options: Unpack["SessionOptions"],
 ) -> TrainState:
     """Trains to `run.total_steps` in `workdir`, from the last checkpoint there. All processes of a run call it.
 
@@ -50,9 +53,12 @@ def train(
 
 
 def train_program(
-    program: Program, workdir: str | PathLike[str], progress: Progress, **options: Unpack[SessionOptions]
+    program: Program, workdir: str | PathLike[str], progress: Progress, **options: Unpack["SessionOptions"]
 ) -> TrainState:
     """The loop; arguments, result and errors are those of `train`, for a program in place of its run."""
+    compile_ahead(program.train_step, *(one.step for one in program.evaluations.values()))
+    from trainer.opening import open_session  # imports Orbax and Grain, for half a second, while XLA compiles
+
     with open_session(program, workdir, progress, **options) as session:
         state = session.initial_state()
         for step, batch in session.batches():

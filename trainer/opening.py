@@ -8,7 +8,6 @@ from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
 from trainer.checkpoint import Store, scores
-from trainer.compilation import compile_ahead
 from trainer.data import load_all
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, UserError
@@ -63,7 +62,6 @@ def open_session(
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
-            compile_ahead(program.train_step, *(one.step for one in program.evaluations.values()))
             source, eval_sources = _load(program)
             data = describe_data(source)
             beginning = None if store.numbered() else init_from.plan(program)

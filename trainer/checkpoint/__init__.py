@@ -7,6 +7,5 @@ from trainer.checkpoint.metadata import leaf_differences as leaf_differences
 from trainer.checkpoint.metadata import leaves_of as leaves_of
 from trainer.checkpoint.metadata import make_metadata as make_metadata
 from trainer.checkpoint.metadata import version_changes as version_changes
-from trainer.checkpoint.metadata import versions as versions
 from trainer.checkpoint.store import Store as Store
 from trainer.checkpoint.store import scores as scores

@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +15,8 @@ from trainer.files import DamagedError
 from trainer.params import ParamTable
 from trainer.rules import path_of
 from trainer.state import TrainState
+from trainer.versions import versions
 
-_PACKAGES = ("belief-trainer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _FORMAT = 2
 
 
@@ -109,15 +106,6 @@ def version_changes(metadata: Metadata) -> list[str]:
     """One text for each package whose version has changed since the checkpoint."""
     now, old = versions(), metadata.versions
     return [f"{name} was {was}, is {now.get(name, 'missing')}" for name, was in old.items() if now.get(name) != was]
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide the bits of a run. A package that is imported without being installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):  # trainer/ in a checkout that is not installed
-            found[package] = version(package)
-    return found
 
 
 def _sha256(content: dict[str, Any]) -> str:
