@@ -39,7 +39,7 @@ from trainer.errors import HostError, UserError
 from trainer.loop import train_program
 from trainer.observe.progress import Progress
 from trainer.observe.rows import row_or_none
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "guarantees.md"
@@ -78,7 +78,7 @@ def make_case(folder: Path) -> Case:
     run = get_config()
     run.total_steps, run.logging.every_steps, run.evaluation.every_steps = STEPS, 1, 4
     run.checkpoint.every_steps, run.checkpoint.keep_last = 4, 4
-    program = compile_program(config.resolve(run))
+    program = build_program(config.resolve(run))
     _, leaves = launch(program, folder / "whole")
     killed = Path(shutil.copytree(folder / "whole", folder / "killed"))
     shutil.rmtree(killed / "checkpoints" / str(STEPS))

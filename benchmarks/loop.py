@@ -28,7 +28,7 @@ from trainer.experiment import RandomAccessSource
 from trainer.hooks import Event
 from trainer.loop import train
 from trainer.observe.progress import Progress
-from trainer.program import compile_program
+from trainer.program import build_program
 
 EVERY = 50
 
@@ -73,7 +73,7 @@ def trainer_loop(run: config.Run, hooks: Sequence[object]) -> float:
 
 def bare_loop(run: config.Run) -> float:
     """Seconds a step of a loop that does nothing else."""
-    program = compile_program(config.resolve(run))
+    program = build_program(config.resolve(run))
     batches = list(
         train_batches(program.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps)
     )

@@ -73,5 +73,5 @@ def test_a_run_is_kept_in_a_bucket_as_in_a_folder(tmp_path, monkeypatch):
     run = config.resolve(make_run())
     with workdir.locked():
         workdir.write(run, "labels")
-        assert workdir.run() == run
+        assert workdir.stored_run() == run
         assert sorted(file.name for file in workdir.path.iterdir()) == ["config.json", "params.txt"]  # no lock

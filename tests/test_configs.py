@@ -15,7 +15,7 @@ from trainer.commands.arguments import load_config
 from trainer.data import tfds
 from trainer.observe.log import read_rows
 from trainer.optim.decay_check import check_decay
-from trainer.program import compile_program
+from trainer.program import build_program
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -76,7 +76,7 @@ def test_config_states_command_cost_and_expected_result(path):
 
 @each_config
 def test_table_of_parameters_is_the_reviewed_one(path, run, request):
-    golden, found = GOLDEN / f"{path.stem}.txt", str(compile_program(run).param_table)
+    golden, found = GOLDEN / f"{path.stem}.txt", str(build_program(run).param_table)
     if request.config.getoption("--update-goldens"):
         golden.write_text(found)
     assert found == golden.read_text(), "if this is meant: pytest tests/test_configs.py --update-goldens"
@@ -88,7 +88,7 @@ def test_every_golden_belongs_to_a_config():
 
 @each_config
 def test_parameters_decay_as_the_labels_say(shrunk):
-    program = compile_program(shrunk)
+    program = build_program(shrunk)
     labels = [param.label for param in program.param_table.rows]
     results = check_decay(program.init().params, labels, program.groups, program.optimizer, shrunk.total_steps)
     assert [str(result) for result in results if not result.holds] == []
@@ -109,7 +109,7 @@ def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     if run.init_from is not None:  # from a tree of the same parameters
         run.init_from.source = str(tmp_path / "params")
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "params", compile_program(run).init().params)
+            checkpointer.save(tmp_path / "params", build_program(run).init().params)
     state = train(run, tmp_path / "run")
     assert int(state.step) == 1
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()

@@ -23,7 +23,7 @@ from trainer.commands.arguments import find_run, make_parser, parse_flags
 from trainer.config import resolve
 from trainer.observe.log import read_rows
 from trainer.optim.fused import ScaleByBeliefState
-from trainer.program import compile_program
+from trainer.program import build_program
 
 ROOT = Path(__file__).parents[1]
 ADABELIEF = (ROOT / "docs" / "adabelief.md").read_text()
@@ -127,7 +127,7 @@ def test_the_config_has_the_old_programs_schedule(migration, rows):
 
 
 def test_the_labels_decay_the_parameters_of_the_old_programs_mask(migration):
-    params = compile_program(resolve(migration.modules["config"].get_config())).param_table
+    params = build_program(resolve(migration.modules["config"].get_config())).param_table
     mask = flatten_dict(migration.old["decay_mask"](migration.old["trained"]["params"]), sep="/")
     assert {p.path: p.weight_decay for p in params.rows} == {
         path: "0.01" if decays else "0" for path, decays in mask.items()
@@ -137,7 +137,7 @@ def test_the_labels_decay_the_parameters_of_the_old_programs_mask(migration):
 def test_an_axis_that_the_model_names_itself_gives_the_advice_of_the_page(migration):
     run = Run(migration.modules["named"].Clusters(), total_steps=1, batch_size=8)
     with pytest.raises(UserError, match=r"named\.py:\d+.*axis_name=replica_axis\(\)"):
-        compile_program(resolve(run))
+        build_program(resolve(run))
     assert "the advice to write `axis_name=replica_axis()`" in MIGRATE.replace("\n", " ")
 
 

@@ -18,7 +18,7 @@ from trainer.loop import train
 from trainer.metrics import Mean
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 from trainer.state import TrainState
 
 EXAMPLES = 21  # of Task's test split
@@ -34,7 +34,7 @@ class Poisoned(Task):
 
 
 def program_on(strategy: str, devices: int, batch_size: int, task: Task | None = None) -> Program:
-    return compile_program(
+    return build_program(
         config.resolve(
             make_run(
                 experiment=task or Task(),

@@ -17,7 +17,7 @@ from trainer import config
 from trainer.errors import HostError, UserError
 from trainer.loop import train_program
 from trainer.observe.progress import Progress
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 
 RUN = make_run(
     12, checkpoint=config.Checkpoint(every_steps=4, keep_last=3), evaluation=config.Evaluation(every_steps=4)
@@ -27,7 +27,7 @@ RUN.optimizer.schedule.final = 1e-3  # so that a longer run is possible
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return compile_program(config.resolve(RUN))
+    return build_program(config.resolve(RUN))
 
 
 def launch(program: Program, folder: Path, **options) -> tuple[str, dict[str, bytes], list[dict]]:
@@ -126,7 +126,7 @@ def test_without_a_good_checkpoint_nothing_is_touched(folder, program):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"experiment": Task(noise=0.5)}], ids=["seed", "experiment"])
 def test_a_step_of_another_run_is_not_taken(change, folder, program, finished, tmp_path):
     other = dataclasses.replace(RUN, **change)
-    launch(compile_program(config.resolve(other)), tmp_path / "other")
+    launch(build_program(config.resolve(other)), tmp_path / "other")
     shutil.rmtree(folder / "checkpoints" / "12")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "12", folder / "checkpoints" / "12")
     shown, state, metrics = launch(program, folder)
@@ -167,7 +167,7 @@ class TestAcceptedChanges:
     def changed(self, **settings) -> Program:
         run = dataclasses.replace(RUN, total_steps=16, **settings)
         run = dataclasses.replace(run, optimizer=settings.get("optimizer", kept_schedule(RUN.optimizer)))
-        return compile_program(config.resolve(run))
+        return build_program(config.resolve(run))
 
     def test_it_is_refused_in_one_line_that_names_the_flag(self, folder):
         with pytest.raises(UserError, match="batch_size was 16, is 8; choose another --workdir, or go on with"):
@@ -192,9 +192,7 @@ class TestAcceptedChanges:
         groups = RUN.optimizer.groups | {"plain": config.Group(frozen=True)}
         optimizer = kept_schedule(dataclasses.replace(RUN.optimizer, groups=groups))
         run = dataclasses.replace(RUN, total_steps=12, optimizer=optimizer)
-        state = train_program(
-            compile_program(config.resolve(run)), folder, Progress(12, StringIO()), accept_changes=True
-        )
+        state = train_program(build_program(config.resolve(run)), folder, Progress(12, StringIO()), accept_changes=True)
         moved = {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
         kernels = [path for path in moved if "mu" in path and "kernel" in path]
         assert kernels

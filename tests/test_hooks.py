@@ -13,7 +13,7 @@ import pytest
 from tests.tasks import Task, make_run
 from trainer import config, train
 from trainer.errors import UserError
-from trainer.hooks import MOMENTS, EarlyStopping, Hook, Plot
+from trainer.hooks import HOOK_METHODS, EarlyStopping, Hook, Plot
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
 
@@ -49,7 +49,7 @@ class Recorded:
         self.states: dict[int, int] = {}
 
     def __getattr__(self, name):
-        if name not in MOMENTS:
+        if name not in HOOK_METHODS:
             raise AttributeError(name)
 
         def note(event):
@@ -60,14 +60,14 @@ class Recorded:
         return note
 
     def __dir__(self):
-        return MOMENTS
+        return HOOK_METHODS
 
 
 def test_each_moment_is_called_with_its_step_and_its_metrics_and_no_number_changes(tmp_path, plain):
     hook = Recorded()
     state = train(run_of(), tmp_path / "run", verbose=False, hooks=[hook])
     assert (bits(state), list(read_rows(tmp_path / "run" / "metrics.jsonl"))) == plain
-    steps = {name: [step for moment, step, _ in hook.calls if moment == name] for name in MOMENTS}
+    steps = {name: [step for moment, step, _ in hook.calls if moment == name] for name in HOOK_METHODS}
     assert steps == {
         "on_start": [0],
         "on_step": list(range(1, 13)),
@@ -105,7 +105,7 @@ class FailedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", HOOK_METHODS)
 def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_path, plain, moment):
     def fail(self, event):
         if event.step >= 4 or moment == "on_start":

@@ -22,10 +22,10 @@ from trainer import config, load, train
 from trainer.commands import run as command
 from trainer.errors import DivergedError, UserError
 from trainer.export import write_safetensors
-from trainer.init_from import plan
+from trainer.init_from import plan_init
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.rules import path_of
 
 ONE = config.Parallel(devices=1)
@@ -53,7 +53,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(run: config.Run) -> Any:
     """The first state of a run."""
-    beginning = plan(compile_program(config.resolve(run)))
+    beginning = plan_init(build_program(config.resolve(run)))
     assert beginning is not None
     return beginning.state()
 
@@ -105,7 +105,7 @@ RENAME = ((r"dense/(.*)", r"first/\1"), (r"head/(.*)", r"out/\1"))
 def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
     rules = ((r"out/.*", rule), (".*", "take"))
     run = run_of(experiment=Wide(), init_from=config.InitFrom(str(old), RENAME, rules))
-    beginning = plan(compile_program(config.resolve(run)))
+    beginning = plan_init(build_program(config.resolve(run)))
     assert beginning is not None
     state, there = beginning.state(), leaves(load(old).variables)
     fresh = leaves(beginning.program.init().params)
@@ -224,8 +224,8 @@ def test_a_safetensors_file_is_a_source_also_in_bfloat16(old, tmp_path):
     assert as_bytes(state.params) == as_bytes(trained.variables["params"])
     narrow = dataclasses.replace(trained, variables=jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained.variables))
     write_safetensors(narrow, tmp_path / "narrow.safetensors")
-    beginning = plan(
-        compile_program(config.resolve(run_of(init_from=config.InitFrom(str(tmp_path / "narrow.safetensors")))))
+    beginning = plan_init(
+        build_program(config.resolve(run_of(init_from=config.InitFrom(str(tmp_path / "narrow.safetensors")))))
     )
     assert beginning is not None
     assert "taken, float32[16, 3], cast from bfloat16" in str(beginning)
@@ -265,7 +265,7 @@ def test_a_file_or_folder_that_is_no_source_is_named(old, tmp_path, kind):
     place = tmp_path / {"text": "notes.txt", "empty": "folder", "torn": "torn.safetensors"}[kind]
     place.mkdir() if kind == "empty" else place.write_bytes(b"not a header")
     with pytest.raises(UserError, match=rf"init_from: {place} (is neither|cannot be read)"):
-        plan(compile_program(config.resolve(run_of(init_from=config.InitFrom(str(place))))))
+        plan_init(build_program(config.resolve(run_of(init_from=config.InitFrom(str(place))))))
 
 
 @pytest.mark.slow

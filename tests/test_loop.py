@@ -222,7 +222,7 @@ def test_a_launch_that_died_before_its_first_checkpoint_can_be_launched_again_wi
     (folder.checkpoints / "2.orbax-checkpoint-tmp").mkdir()
     state, _ = quietly(make_run(2, **settings(batch_size=32)), tmp_path / "run")
     assert int(state.step) == 2
-    kept = folder.run()
+    kept = folder.stored_run()
     assert kept is not None
     assert kept.batch_size == 32
 

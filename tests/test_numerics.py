@@ -22,7 +22,7 @@ from trainer.metrics import Mean, Moments
 from trainer.observe.log import NoLog
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 from trainer.state import TrainState
 
 STEPS = 6
@@ -46,7 +46,7 @@ def program_of(strategy: str, policy: str = "skip", bad: int = BAD, microbatches
         microbatches=microbatches,
         optimizer=dataclasses.replace(make_run().optimizer, ema_decay=0.9),
     )
-    return compile_program(config.resolve(run))
+    return build_program(config.resolve(run))
 
 
 def batches(program: Program, start: int, stop: int = STEPS):

@@ -14,7 +14,7 @@ from tests.tasks import Task, make_run
 from trainer import config
 from trainer.errors import UserError
 from trainer.metrics import Mean
-from trainer.program import Program, compile_program, due, is_logged
+from trainer.program import Program, build_program, due, is_logged
 
 
 class Sowing(nn.Module):
@@ -53,7 +53,7 @@ class Sown(Task):
 
 
 def compiled(experiment: Any, **settings: Any) -> Program:
-    return compile_program(config.resolve(make_run(experiment=experiment, optimizer=config.Optimizer(), **settings)))
+    return build_program(config.resolve(make_run(experiment=experiment, optimizer=config.Optimizer(), **settings)))
 
 
 @pytest.mark.parametrize("keep_all", [False, True])
@@ -163,9 +163,9 @@ def test_garbage_is_collected_after_a_program_was_traced_as_before(fails, before
     try:
         if fails:
             with pytest.raises(UserError, match="no"):
-                compile_program(config.resolve(make_run(experiment=Watched(fails=True))))
+                build_program(config.resolve(make_run(experiment=Watched(fails=True))))
         else:
-            compile_program(config.resolve(make_run(experiment=Watched())))
+            build_program(config.resolve(make_run(experiment=Watched())))
         assert gc.isenabled() is before
     finally:
         gc.enable()
@@ -175,7 +175,7 @@ def test_garbage_is_collected_after_a_program_was_traced_as_before(fails, before
 
 def test_the_initial_variables_are_traced_once():
     seen.clear()
-    program = compile_program(config.resolve(make_run(experiment=Watched())))
+    program = build_program(config.resolve(make_run(experiment=Watched())))
     init = program.init()
     assert len(seen) == 1
     expected = Task().init(jax.random.split(jax.random.key(program.run.seed))[0], {"x": jnp.zeros((8, 8))})

@@ -13,7 +13,7 @@ from tests.tasks import Task, make_run
 from trainer import config
 from trainer.data import take
 from trainer.data.stream import train_batches
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 from trainer.state import update_ema
 
 UPDATES = 30
@@ -61,7 +61,7 @@ def trained(task: type[Task]) -> tuple[Program, Any, list[Any]]:
     """The program of a run, its last state, and the parameters after each update."""
     optimizer = dataclasses.replace(make_run().optimizer, ema_decay=0.9)
     settings: dict[str, Any] = {"experiment": task(), "optimizer": optimizer}
-    program = compile_program(config.resolve(make_run(UPDATES, parallel=config.Parallel(devices=1), **settings)))
+    program = build_program(config.resolve(make_run(UPDATES, parallel=config.Parallel(devices=1), **settings)))
     state, history = program.init(), []
     for batch in train_batches(program.train_source, seed=0, batch_size=16, start=0, stop=UPDATES):
         state, _ = program.train_step(state, program.strategy.shard_batch(batch))
@@ -95,5 +95,5 @@ def test_the_mean_is_evaluated_in_place_of_the_parameters(task):
 
 
 def test_without_a_decay_there_is_no_mean():
-    program = compile_program(config.resolve(make_run()))
+    program = build_program(config.resolve(make_run()))
     assert program.state.ema is None

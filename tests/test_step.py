@@ -10,13 +10,13 @@ import pytest
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.data import take
-from trainer.program import compile_program
+from trainer.program import build_program
 
 
 def compiled(**settings):
     """The program of a run on one device, its first state and its first batch."""
     run = config.resolve(make_run(parallel=config.Parallel(devices=1), **settings))
-    program = compile_program(run)
+    program = build_program(run)
     batch = take(program.train_source, np.arange(run.batch_size)) | {"mask": np.ones(run.batch_size, np.float32)}
     return program, program.init(), batch
 

@@ -66,18 +66,18 @@ def test_way_out_that_would_train_at_a_rate_of_0_is_not_given(tmp_path):
 
 def test_setting_that_is_gone_locks_no_run(tmp_path):
     folder = holding(tmp_path / "run", make_run())
-    folder.config.write_text(folder.config.read_text().replace('"noise": 0.0', '"noise": 0.0, "nosie": 0'))
+    folder.config_file.write_text(folder.config_file.read_text().replace('"noise": 0.0', '"noise": 0.0, "nosie": 0'))
     folder.check_run(config.resolve(make_run()))
-    assert folder.run() == config.resolve(make_run())
+    assert folder.stored_run() == config.resolve(make_run())
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "gpt2"}', "", "[" * 100_000])
 def test_config_json_of_another_program_is_left_alone(text, tmp_path):
     folder = Workdir(tmp_path)
-    folder.config.write_text(text)
-    with pytest.raises(UserError, match=f"^{folder.config} is not .*; choose another --workdir"):
+    folder.config_file.write_text(text)
+    with pytest.raises(UserError, match=f"^{folder.config_file} is not .*; choose another --workdir"):
         folder.check()
-    assert folder.config.read_text() == text
+    assert folder.config_file.read_text() == text
 
 
 @pytest.mark.parametrize(

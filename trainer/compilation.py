@@ -119,7 +119,7 @@ def no_cache() -> Iterator[None]:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """While entered, Python looks for no garbage in cycles.
 
     While it traces, JAX makes objects by the hundred thousand that stay. To look at them again and again took a sixth

@@ -10,7 +10,7 @@ import numpy as np
 from trainer import config
 from trainer.data.stream import train_batches
 from trainer.optional import augmentation
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.rules import path_of
 
 
@@ -36,7 +36,7 @@ def check_determinism(run: config.Run, steps: int) -> tuple[bool, str]:
 
 def _one_pass(run: config.Run, steps: int) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """The sums of each metric of each step, as one array, and the arrays of the state by path, parameters first."""
-    program = compile_program(run)
+    program = build_program(run)
     strategy, state, metrics = program.strategy, program.init(), []
     batches = train_batches(
         program.train_source,

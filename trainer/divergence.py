@@ -12,10 +12,10 @@ import numpy as np
 
 from trainer import config, distributed
 from trainer.checkpoint import Store, check_leaves, make_metadata
-from trainer.checkpoint.checksum import check_state
+from trainer.checkpoint.checksum import finite_and_checksums
 from trainer.data.stream import Order
 from trainer.errors import DivergedError, HostError, UserError
-from trainer.files import DamagedError, Folder, read_json, write_text
+from trainer.files import AnyPath, DamagedError, read_json, write_text
 from trainer.keys import run_keys, step_keys
 from trainer.metrics import Metrics
 from trainer.session import Session
@@ -61,7 +61,7 @@ def explain(session: Session, error: DivergedError) -> DivergedError:
     return error.explained(f"the run is stopped, {last}; {about}; {drop}")
 
 
-def _keep(session: Session, error: DivergedError, start: int, folder: Folder) -> str:
+def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -> str:
     """Writes a new folder about a step that diverged, and returns what a second computation of the step gave.
 
     The state before the step was donated to it, so it is made again: the state of the checkpoint at `start` is restored
@@ -113,10 +113,10 @@ def not_finite(state: TrainState, metrics: Metrics) -> str:
         value = metrics[name].compute()
         if not math.isfinite(value) and float(np.asarray(metrics[name].weight)):
             return f"the {name} is {value}"
-    return "" if check_state(state)[0] else "the state after it holds NaN or Inf"
+    return "" if finite_and_checksums(state)[0] else "the state after it holds NaN or Inf"
 
 
-def read(folder: Folder) -> Diverged:
+def read(folder: AnyPath) -> Diverged:
     """The description that `explain` wrote; raises `UserError` for any other folder."""
     file = folder / _FILE
     try:
@@ -134,7 +134,7 @@ def read(folder: Folder) -> Diverged:
     return Diverged(**value)
 
 
-def read_state(folder: Folder, diverged: Diverged, like: TrainState) -> TrainState:
+def read_state(folder: AnyPath, diverged: Diverged, like: TrainState) -> TrainState:
     """The state before the step, sharded as `like`; raises `UserError` if there is none, or none that fits."""
     if not diverged.has_state:
         raise UserError(f"{folder} holds no state: that before step {diverged.step} was not finite already")

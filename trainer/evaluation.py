@@ -9,14 +9,14 @@ from typing import Any
 
 from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, check_leaves, scores
-from trainer.data import load
+from trainer.data import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.metrics import Mean, Metric, Metrics, add, numbers
 from trainer.observe.log import read_rows
 from trainer.optional import Evaluates, Reports, offered
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 from trainer.report import ReportWriter
 from trainer.restore import read_step, run_of
 from trainer.state import TrainState
@@ -48,13 +48,13 @@ def evaluate(
         folder.check_run(run)
         name = run.evaluation.split if split is None else split
         named = {name: run.evaluations[name]} if name in run.evaluations else {}
-        is_main = bool(named) or name == run.evaluation.split
-        main = run.evaluation if is_main else dataclasses.replace(run.evaluation, split=name, max_examples=None)
-        # `compile_program` would raise if this split lacked the best metric. The store below keeps the run's settings.
+        is_configured = bool(named) or name == run.evaluation.split
+        main = run.evaluation if is_configured else dataclasses.replace(run.evaluation, split=name, max_examples=None)
+        # `build_program` would raise if this split lacked the best metric. The store below keeps the run's settings.
         checkpoint = dataclasses.replace(run.checkpoint, best_metric=None)
         alone = dataclasses.replace(run, evaluation=main, evaluations=named, checkpoint=checkpoint)
-        program = compile_program(alone)
-        source = load(program.evaluations[name].source, run.loading.in_memory_bytes)
+        program = build_program(alone)
+        source = load_into_memory(program.evaluations[name].source, run.loading.in_memory_bytes)
     with closing(Store(folder.checkpoints, run.checkpoint)) as store:
         if step == "best":
             store.scores = scores(read_rows(folder.path / "metrics.jsonl"), run.checkpoint.best_metric)
@@ -125,4 +125,4 @@ def report(program: Program, state: TrainState, name: str, writer: ReportWriter)
     reports, settings = offered(program.run.experiment, Reports), program.evaluations[name].settings
     if reports is not None and name == next(iter(program.evaluations)):
         reports.report(writer.step, evaluation_variables(state, ema=settings.ema), writer)
-        writer.close()
+        writer.show_written()

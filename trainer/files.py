@@ -16,7 +16,7 @@ from etils import epath
 
 from trainer.errors import HostError, UserError
 
-Folder = Path | epath.Path
+AnyPath = Path | epath.Path
 
 # Errors of a file's content or place, which stay as they are however often the file is read again.
 _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -31,7 +31,7 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def read_text(file: Folder) -> str:
+def read_text(file: AnyPath) -> str:
     """The text of a file, UTF-8.
 
     Raises `FileNotFoundError` if nothing is there, `DamagedError` if it is no text, a folder or a link, and `HostError`
@@ -44,7 +44,7 @@ def read_text(file: Folder) -> str:
             return stream.read().decode()
 
 
-def read_json(file: Folder) -> Any:
+def read_json(file: AnyPath) -> Any:
     """The JSON value of a file; errors are those of `read_text`, and `DamagedError` for anything but JSON."""
     text = read_text(file)
     with _read_errors(file):
@@ -52,7 +52,7 @@ def read_json(file: Folder) -> Any:
 
 
 @contextmanager
-def _read_errors(file: Folder) -> Iterator[None]:
+def _read_errors(file: AnyPath) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def host_error(file: str | os.PathLike[str], error: OSError) -> HostError:
     )
 
 
-def write_text(file: Folder, text: str) -> None:
+def write_text(file: AnyPath, text: str) -> None:
     """Puts a whole file in place of the one there, if any: after a crash either is there, complete.
 
     Raises `OSError`.
@@ -105,7 +105,7 @@ def open_append(file: Path) -> IO[bytes]:
     return os.fdopen(os.open(file, flags, 0o666), "ab", buffering=0)
 
 
-def sync_folder(folder: Folder) -> None:
+def sync_folder(folder: AnyPath) -> None:
     """Puts the entries of a folder on disk: names that were made, renamed or removed. Raises `OSError`."""
     if is_bucket(folder):
         return
@@ -116,7 +116,7 @@ def sync_folder(folder: Folder) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Folder) -> None:
+def sync_tree(folder: AnyPath) -> None:
     """Puts every file and folder below `folder`, and its name in its parent, on disk. Raises `OSError`."""
     if is_bucket(folder):
         return

@@ -18,7 +18,7 @@ from trainer.metrics import numbers
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.state import TrainState
 
-MOMENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_end")
+HOOK_METHODS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_end")
 
 
 class Event(NamedTuple):
@@ -91,7 +91,7 @@ class Hooks:
             raise UserError(f"hooks is a {type(hooks).__name__}; a list of hooks is expected")
         hooks = list(hooks)
         self.evaluations = tuple(evaluations)
-        self._calls = {name: [call for hook in hooks if (call := getattr(hook, name, None))] for name in MOMENTS}
+        self._calls = {name: [call for hook in hooks if (call := getattr(hook, name, None))] for name in HOOK_METHODS}
         self.reason = ""  # why a hook stopped the run
         self.failed = False  # whether a hook raised an exception; then none is called any more
         for hook in hooks:
@@ -99,10 +99,11 @@ class Hooks:
             if isinstance(hook, type):
                 raise UserError(f"hook {kind} is a class; an instance is expected, as a call makes")
             own = [name for name in dir(hook) if name.startswith("on_")]
-            if wrong := next((name for name in own if name not in MOMENTS), None):
-                raise UserError(f"hook {kind} has a method {wrong}, which nothing calls{did_you_mean(wrong, MOMENTS)}")
+            if wrong := next((name for name in own if name not in HOOK_METHODS), None):
+                nearest = did_you_mean(wrong, HOOK_METHODS)
+                raise UserError(f"hook {kind} has a method {wrong}, which nothing calls{nearest}")
             if not own:
-                raise UserError(f"hook {kind} has none of the methods {', '.join(MOMENTS)}")
+                raise UserError(f"hook {kind} has none of the methods {', '.join(HOOK_METHODS)}")
 
     def call(
         self,

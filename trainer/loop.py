@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 from trainer import config, distributed
 from trainer.compilation import compile_ahead
 from trainer.observe.progress import Progress
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 from trainer.state import TrainState
 from trainer.versions import versions
 
@@ -80,4 +80,4 @@ def agreed_program(run: config.Run, workdir: str | PathLike[str]) -> Program:
         lines = [config.to_json(run), f"workdir {os.fspath(workdir)}", *(f"{k} {v}" for k, v in versions().items())]
     distributed.check_same("the processes were not started alike", "\n".join(lines))
     with distributed.fail_fast(), distributed.collective_errors("the run"):
-        return compile_program(run)
+        return build_program(run)

@@ -12,7 +12,7 @@ from trainer.state import TrainState
 from trainer.workdir import Workdir
 
 
-def check_place(
+def save_beside_if_moved(
     workdir: Workdir, program: Program, state: TrainState, metadata: Metadata, accepted: Sequence[dict[str, Any]]
 ) -> None:
     """Raises `HostError` if the workdir is not where it was, once the state is saved beside it. All processes call it.

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
 from trainer.checkpoint import Store, scores
-from trainer.data import load_all
+from trainer.data import load_all_into_memory
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, UserError
 from trainer.experiment import RandomAccessSource
@@ -56,7 +56,7 @@ def open_session(
     with ExitStack() as stack:
         stack.enter_context(distributed.fail_fast())
         with distributed.collective_errors("the workdir and the data"):
-            calls = Hooks(hooks, program.evaluations)
+            run_hooks = Hooks(hooks, program.evaluations)
             _check_profile(profile, 0, run.total_steps)
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
             if distributed.is_primary():
@@ -64,7 +64,7 @@ def open_session(
                 stack.enter_context(folder.locked())
             source, eval_sources = _load(program)
             data = describe_data(source)
-            beginning = None if store.numbered() else init_from.plan(program)
+            beginning = None if store.step_names() else init_from.plan_init(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
@@ -93,10 +93,10 @@ def open_session(
         # Entered last, so left first: if one process alone fails, the callbacks above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
-        parts = (store, log, recorder, progress, profiler, preemption, watch, trace, calls)
+        parts = (store, log, recorder, progress, profiler, preemption, watch, trace, run_hooks)
         session = Session(program, folder, resumed, source, eval_sources, *parts)
         session.beginning, recorder.on_row = beginning, partial(session.call_hooks, "on_log")
-        watch.rescues_with(session.rescue)
+        watch.set_rescue(session.rescue)
         with _ending(session):
             yield session
 
@@ -112,7 +112,7 @@ def _check_profile(profile: tuple[int, int] | None, start: int, last: int) -> No
 def _load(program: Program) -> tuple[RandomAccessSource, dict[str, RandomAccessSource]]:
     """The training examples and those of each evaluation, in memory where the settings allow it."""
     sources = [program.train_source, *(one.source for one in program.evaluations.values())]
-    source, *others = load_all(sources, program.run.loading.in_memory_bytes)
+    source, *others = load_all_into_memory(sources, program.run.loading.in_memory_bytes)
     return source, dict(zip(program.evaluations, others, strict=True))
 
 
@@ -126,9 +126,9 @@ def _open_log(
     # Written for a resumed run only now: if its checkpoint does not fit, everything must stay as it was.
     folder.write(run, str(program.param_table), resumed.accepted)
     on_error = "continue" if run.checkpoint.on_error == "continue" and distributed.count() == 1 else "stop"
-    log = MetricsLog(folder.path, start, rows=resumed.rows, on_error=on_error, report=progress.message)
-    if resumed.changed and not log.has_evaluation(start, "accepted"):
-        log.write(start, {"accepted": resumed.changed}, {})
+    log = MetricsLog(folder.path, start, row_count=resumed.row_count, on_error=on_error, report=progress.message)
+    if resumed.newly_accepted and not log.has_evaluation(start, "accepted"):
+        log.write(start, {"accepted": resumed.newly_accepted}, {})
     store.scores = scores(log.rows(), run.checkpoint.best_metric)
     return log
 

@@ -76,7 +76,7 @@ class ParamTable:
         if group.frozen:
             return (label, size, "frozen", *["-"] * 5)
         rate, name = config.number_text(group.schedule or optimizer.schedule), group.optimizer or optimizer.name
-        is_ours, name = name in config.NAMES, name if isinstance(name, str) else type(name).__name__
+        is_ours, name = name in config.FUSED_OPTIMIZERS, name if isinstance(name, str) else type(name).__name__
         decay = config.number_text(group.decay_schedule or group.weight_decay)
         clips = [f"{group.clip_norm:g}"] if group.clip_norm else []
         clips += [f"{optimizer.clip_norm:g} of all"] if optimizer.clip_norm else []

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer import config, distributed
-from trainer.data import batch_spec, open_source
-from trainer.data import load as load_source
+from trainer.data import batch_spec, load_into_memory, open_source
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
 from trainer.program import zeros
@@ -51,9 +50,9 @@ def predict_split(
         strategy = "data" if run.parallel.strategy == "pmap" else run.parallel.strategy
         strategy = build_strategy(dataclasses.replace(run.parallel, strategy=strategy), boxed)
         check_divides(run, strategy.batch_shards)
-        source = load_source(source, run.loading.in_memory_bytes)
+        source = load_into_memory(source, run.loading.in_memory_bytes)
     trained = load(workdir, step, run=run, sharding=strategy.sharding)
-    compiled, local = strategy.compile_predict(predict), strategy.local_examples(size)
+    compiled, local = strategy.jit_predict(predict), strategy.local_examples(size)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         left = len(source)

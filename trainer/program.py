@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from trainer import config
-from trainer.compilation import Step, no_collection
+from trainer.compilation import Step, gc_paused
 from trainer.data import First, batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, RandomAccessSource
@@ -22,7 +22,7 @@ from trainer.metrics import numbers
 from trainer.optim import Groups, build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optional import Evaluates, augmentation, offered
 from trainer.params import ParamTable, label_tree, param_table
-from trainer.protocol import abstract_params, check_unchanged
+from trainer.protocol import abstract_params, check_same_shapes
 from trainer.sharding import Strategy, build_strategy, check_divides
 from trainer.state import TrainState, init_state
 from trainer.step import StepSettings, eval_step, train_step
@@ -87,8 +87,8 @@ def is_logged(run: config.Run, step: Any) -> Any:
     return (step == run.total_steps) | (step % run.logging.every_steps == 0)
 
 
-@no_collection()
-def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
+@gc_paused()
+def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
     """The program of a resolved run: both steps are traced and checked here, and XLA compiles each at its first call.
 
     Args:
@@ -150,7 +150,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         spec = batch_spec(source, settings.batch_size or run.batch_size)
         step = partial(eval_step, experiment, strategy.axis_name, settings.ema)
         arguments = (shapes, strategy.abstract_batch(spec))
-        return EvalProgram(settings, source, spec, Step(strategy.compile_eval(step, shapes), arguments))
+        return EvalProgram(settings, source, spec, Step(strategy.jit_eval(step, shapes), arguments))
 
     program = Program(
         run,
@@ -163,7 +163,7 @@ def compile_program(run: config.Run, devices: Sequence[jax.Device] | None = None
         strategy,
         state,
         partial(strategy.init_state, init),
-        Step(strategy.compile_train(train, state), (state, strategy.abstract_batch(train_spec))),
+        Step(strategy.jit_train(train, state), (state, strategy.abstract_batch(train_spec))),
     )
     _check_steps(program)
     return program
@@ -178,7 +178,7 @@ def _check_steps(program: Program) -> None:
     run, state, strategy = program.run, program.state, program.strategy
     with model_errors(program.train_spec):
         after, _ = jax.eval_shape(program.train_step.jitted, state, strategy.abstract_batch(program.train_spec))
-    check_unchanged(state, after)
+    check_same_shapes(state, after)
     best, known = run.checkpoint.best_metric, dict[str, float]()
     for name, one in program.evaluations.items():
         with model_errors(one.spec):

@@ -72,7 +72,7 @@ def abstract_params(
     return variables["params"]
 
 
-def check_unchanged(before: Any, after: Any) -> None:
+def check_same_shapes(before: Any, after: Any) -> None:
     """Raises `UserError` unless a step returns a state with the shapes and dtypes of the one before."""
     flat = jax.tree_util.tree_leaves_with_path(before)
     for (path, old), new in zip(flat, jax.tree.leaves(after), strict=True):

@@ -15,11 +15,11 @@ from trainer.data import augmented, take
 from trainer.divergence import keys_of, read, read_state
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment
-from trainer.files import Folder
+from trainer.files import AnyPath
 from trainer.keys import per_example_keys
 from trainer.observe import table
 from trainer.optional import augmentation
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.rules import path_of
 
 
@@ -44,7 +44,7 @@ class Replayed(NamedTuple):
     is_finite: bool  # in float32
 
 
-def replay(folder: Folder, run: config.Run | None = None) -> Replayed:
+def replay(folder: AnyPath, run: config.Run | None = None) -> Replayed:
     """Executes the step of a folder that `divergence.explain` wrote, on the CPU in float32.
 
     Args:
@@ -58,7 +58,7 @@ def replay(folder: Folder, run: config.Run | None = None) -> Replayed:
     parallel = config.Parallel(devices=1, reduce_dtype=run.parallel.reduce_dtype)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
-        program = compile_program(dataclasses.replace(run, parallel=parallel), [cpu])
+        program = build_program(dataclasses.replace(run, parallel=parallel), [cpu])
         if max(diverged.ids) >= len(program.train_source):
             raise UserError(
                 f"the data has {len(program.train_source):,} examples; the step used number {max(diverged.ids):,}"
@@ -71,11 +71,11 @@ def replay(folder: Folder, run: config.Run | None = None) -> Replayed:
         inputs = _bad_inputs(batch, diverged.ids)
         batch |= {"mask": np.ones(len(diverged.ids), np.float32)}
         experiment, notes = _in_float32(run.experiment)
-        step = _Step(experiment, run, diverged.step, diverged.ids)
+        step = _EagerStep(experiment, run, diverged.step, diverged.ids)
         found = step.execute(*_wide((state.params, state.collections, batch)))
         own = Found()
         if not (found or inputs) and experiment is not run.experiment:
-            own_step = _Step(run.experiment, run, diverged.step, diverged.ids)
+            own_step = _EagerStep(run.experiment, run, diverged.step, diverged.ids)
             own = own_step.execute(state.params, state.collections, batch)
     if run.parallel.strategy == "pmap" and run.parallel.devices != 1:
         notes.append("under pmap each replica draws its own dropout masks, which are others here")
@@ -155,7 +155,7 @@ def _wide(tree: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class _EagerStep:
     """One step, microbatch after microbatch."""
 
     experiment: Experiment
@@ -183,7 +183,7 @@ class _Step:
             metrics, new = self.experiment.loss(variables, {**batch, "mask": mask}, key=key, train=True)
             return metrics["loss"].total, {name: c for name, c in new.items() if name in collections}
 
-        found, watch = Found(), _Watch()
+        found, watch = Found(), _CallRecorder()
         mask = jnp.asarray(batch["mask"])
         with jax.disable_jit(), nn.intercept_methods(watch):
             total, new = loss(params, mask)
@@ -201,7 +201,7 @@ class _Step:
         return found, new
 
 
-class _Watch:
+class _CallRecorder:
     """Interceptor of Linen calls: notes their order, and the first module whose output is not finite."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.errors import UserError
 
-_OTHERS = re.compile(r"[^\w.-]|^\.+")  # what the name of a file may not have
+_FORBIDDEN = re.compile(r"[^\w.-]|^\.+")  # what the name of a file may not have
 
 
 class ReportWriter:
@@ -87,7 +87,7 @@ class ReportWriter:
         if numbers.size:
             self._add(self.step, summary(name, numbers, bins))
 
-    def close(self) -> None:
+    def show_written(self) -> None:
         """Shows what was written."""
         if self._names:
             self._show(f"step {self.step}: reports/{self.step} has {', '.join(self._names)}")
@@ -100,7 +100,7 @@ class ReportWriter:
 
     def _write(self, name: str, data: bytes) -> None:
         assert self._folder is not None
-        place, name = self._folder / str(self.step), _OTHERS.sub("_", name)
+        place, name = self._folder / str(self.step), _FORBIDDEN.sub("_", name)
         try:
             if place.is_symlink() or place.parent.is_symlink():
                 raise OSError(errno.ELOOP, "it is a link, which is not followed")

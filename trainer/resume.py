@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer import config, distributed
-from trainer.checkpoint import Data, Metadata, Store, leaf_differences, leaves_of, version_changes
+from trainer.checkpoint import DataIdentity, Metadata, Store, leaf_differences, leaves_of, version_changes
 from trainer.checkpoint.reading import restore_fitting
 from trainer.data import fingerprint
 from trainer.errors import UserError
@@ -24,7 +24,7 @@ from trainer.state import TrainState
 from trainer.workdir import Workdir, listed
 
 
-class _Passed(NamedTuple):
+class _Skipped(NamedTuple):
     step: int
     kind: str  # for the name of its new folder
     problem: str
@@ -35,11 +35,11 @@ class Resumed(NamedTuple):
 
     state: TrainState | None  # None: it begins anew
     start: int  # updates made
-    rows: int | None  # of metrics.jsonl that the checkpoint counted; None if the run begins anew
-    data: Data  # the training examples
+    row_count: int | None  # of metrics.jsonl when the checkpoint was saved; None if the run begins anew
+    data: DataIdentity  # the training examples
     accepted: list[dict[str, Any]]  # accepted changes of the trajectory: step, texts, hash of the config before
     notes: list[str]  # lines to show
-    changed: list[str]  # the changes of the trajectory that were accepted now
+    newly_accepted: list[str]  # the changes of the trajectory that were accepted now
 
 
 @dataclasses.dataclass
@@ -52,19 +52,19 @@ class Resume:
     program: Program
     store: Store
     workdir: Workdir
-    data: Data
+    data: DataIdentity
     accept_changes: bool = False
     from_step: int | None = None
 
     def newest(self) -> Resumed:
         """The state of the newest good checkpoint; raises `UserError` if there are checkpoints, but no good one."""
-        steps = json.loads(distributed.gather("checkpoints", json.dumps(self.store.numbered()))[0])
+        steps = json.loads(distributed.gather("checkpoints", json.dumps(self.store.step_names()))[0])
         kept, notes = self._kept()
         candidates = [s for s in reversed(steps) if self.from_step is None or s <= self.from_step]
         if self.from_step is not None and self.from_step not in steps:
             known = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
             raise UserError(f"--from-step is {self.from_step}, which is no checkpoint; {known}")
-        passed: list[tuple[int, str, str]] = [
+        skipped: list[tuple[int, str, str]] = [
             (s, "later", "it is later than --from-step") for s in steps if s not in candidates
         ]
         bad: list[str] = []
@@ -74,9 +74,9 @@ class Resume:
                 changed = self._changes(metadata)
                 state, problem = self._attempt(lambda step=step, m=metadata, c=changed: self._state(step, m, bool(c)))
                 if state is not None and not problem:
-                    return self._resumed(state, metadata, changed, notes, passed)
+                    return self._resumed(state, metadata, changed, notes, skipped)
             bad.append(f"{step}: {problem}")
-            passed.append(_Passed(step, "unused", problem))
+            skipped.append(_Skipped(step, "unused", problem))
         if bad:
             none = f"no checkpoint of workdir {self.workdir.path} can be used, and all are kept as they are"
             raise UserError(f"{none}: {listed(bad)}; mend them, or choose another --workdir to begin anew")
@@ -123,10 +123,10 @@ class Resume:
             changed = self._trajectory_changes(metadata.config)
             labels = {p.path: (p.label, p.weight_decay) for p in self.program.param_table.rows}
             for path, (label, decay) in labels.items():
-                old = tuple(metadata.params.get(path, (label, decay)))
+                old = tuple(metadata.param_labels.get(path, (label, decay)))
                 if old != (label, decay):
                     changed.append(f"{path} was labelled {old[0]} (weight decay {old[1]}), is {label} ({decay})")
-            changed += [f"{path} is no parameter any more" for path in metadata.params if path not in labels]
+            changed += [f"{path} is no parameter any more" for path in metadata.param_labels if path not in labels]
             if problem := _data_difference(metadata.data, self.data):
                 changed.append(f"the training examples: {problem}")
             if changed and not self.accept_changes:
@@ -147,8 +147,8 @@ class Resume:
         if fixed or (others and not changed):
             raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or others, 8)}")
         # An optimizer that Optax updates for some labels has the fused moments at another path.
-        places = {path: next((p for p in other_paths(path) if p in metadata.leaves), path) for path in here}
-        saved = restore_fitting(self.store.path(step), like, metadata, places)
+        saved_paths = {path: next((p for p in other_paths(path) if p in metadata.leaves), path) for path in here}
+        saved = restore_fitting(self.store.path(step), like, metadata, saved_paths)
         fresh = self.program.init()
         count = jnp.asarray(step, jnp.int32)
         opt_state = set_count(fresh.opt_state, self.program.groups, count)
@@ -165,7 +165,7 @@ class Resume:
         metadata: Metadata,
         changed: Sequence[str],
         notes: list[str],
-        passed: Sequence[tuple[int, str, str]],
+        skipped: Sequence[tuple[int, str, str]],
     ) -> Resumed:
         run, start = self.program.run, metadata.step
         harmless = [change.text for change in config.changes(metadata.config, run) if change.harmless]
@@ -176,7 +176,7 @@ class Resume:
         ]
         notes += [f"note: accepted from step {start} on: {text}" for text in changed]
         if distributed.is_primary():
-            for step, reason, problem in passed:
+            for step, reason, problem in skipped:
                 place = self.store.set_aside(step, reason)
                 notes.append(f"note: checkpoint {step} is not used and was moved to {place}: {problem}")
         accepted = [entry for entry in self.workdir.accepted() if entry.get("step", 0) <= start]
@@ -184,7 +184,7 @@ class Resume:
             accepted.append({"step": start, "changes": list(changed), "config": _hash(metadata.config)})
         done = " (finished: nothing is left to do)" if start >= run.total_steps else ""
         notes.append(f"resumed from step {start}{done}")
-        return Resumed(state, start, metadata.rows, self.data, accepted, notes, list(changed))
+        return Resumed(state, start, metadata.row_count, self.data, accepted, notes, list(changed))
 
 
 def kept_run(workdir: Workdir) -> config.Run | None:
@@ -193,7 +193,7 @@ def kept_run(workdir: Workdir) -> config.Run | None:
     None if there is neither. Raises `UserError` if a class that the JSON names has changed.
     """
     try:
-        run, problem = workdir.run(), None
+        run, problem = workdir.stored_run(), None
     except DamagedError as error:
         run, problem = None, error
     if run is not None:
@@ -207,12 +207,12 @@ def kept_run(workdir: Workdir) -> config.Run | None:
     return None
 
 
-def describe_data(source: RandomAccessSource) -> Data:
+def describe_data(source: RandomAccessSource) -> DataIdentity:
     """Number and fingerprint of the training examples."""
-    return Data(len(source), fingerprint(source))
+    return DataIdentity(len(source), fingerprint(source))
 
 
-def _data_difference(there: Data, here: Data) -> str:
+def _data_difference(there: DataIdentity, here: DataIdentity) -> str:
     if there.examples != here.examples:
         return f"{there.examples:,} then, {here.examples:,} now"
     if None not in (there.fingerprint, here.fingerprint) and there.fingerprint != here.fingerprint:

@@ -16,7 +16,7 @@ from trainer.experiment import Batch, RandomAccessSource
 from trainer.hooks import Hooks
 from trainer.init_from import Beginning
 from trainer.metrics import Metrics
-from trainer.moved import check_place
+from trainer.moved import save_beside_if_moved
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
@@ -56,7 +56,7 @@ class Session:
 
     def initial_state(self) -> TrainState:
         """The state of the checkpoint, or a fresh one. An evaluation that a kill prevented is made first."""
-        state, start, is_saved = self.resumed.state, self.resumed.start, self.resumed.rows is not None
+        state, start, is_saved = self.resumed.state, self.resumed.start, self.resumed.row_count is not None
         self.resumed, self._saved_step = self.resumed._replace(state=None), start if is_saved else 0  # it is donated
         if state is None:
             self._enter("compile", 0)
@@ -149,7 +149,7 @@ class Session:
         is_lost = False
         with self._write_errors():
             try:
-                self.store.check()
+                self.store.raise_save_error()
             except HostError:  # the next save saves beside the workdir if that was taken away
                 is_lost = distributed.count() == 1 and self.workdir.is_replaced()
                 if not is_lost:
@@ -180,7 +180,7 @@ class Session:
         self._enter("save", step)
         with self.recorder.paused(), self._write_errors():
             metadata = self._metadata(step)
-            check_place(self.workdir, self.program, state, metadata, self.resumed.accepted)
+            save_beside_if_moved(self.workdir, self.program, state, metadata, self.resumed.accepted)
             self.log.sync()
             # Loss and gradient of this step may be finite, and the parameters after it not.
             if not self.store.save(state, metadata):
@@ -192,7 +192,7 @@ class Session:
     def _metadata(self, step: int) -> Metadata:
         run, table = self.program.run, self.program.param_table
         accepted = [text for entry in self.resumed.accepted for text in entry["changes"]]
-        return make_metadata(run, table, self.resumed.data, step, rows=self.log.count, accepted=accepted)
+        return make_metadata(run, table, self.resumed.data, step, row_count=self.log.count, accepted=accepted)
 
     def evaluate(self, state: TrainState, name: str) -> None:
         """Evaluates the state after the newest step, reports, and writes the result in a row of its own."""

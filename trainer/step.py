@@ -20,7 +20,7 @@ from trainer.keys import per_example_keys, step_keys
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, evaluation_params, global_norm
 from trainer.protocol import carried_collections, check_loss
-from trainer.sharding.reduction import sum_in_float32
+from trainer.sharding.reduction import with_float32_sums
 from trainer.state import TrainState, update_ema
 
 
@@ -161,7 +161,7 @@ def _summed_in(reduce_dtype: str, gradient: Callable) -> Callable:
         grads, aux = gradient(*arguments)
         return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), aux
 
-    return sum_in_float32(in_float32)
+    return with_float32_sums(in_float32)
 
 
 def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:

@@ -52,7 +52,7 @@ class Watch:
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
         self._progressed = self._stepped = time.monotonic()
         self._times: deque[float] = deque(maxlen=_STEPS)  # of steps without a save or an evaluation
-        self._is_plain, self._is_reported, self._is_taken = False, False, False
+        self._step_is_timed, self._is_reported, self._is_taken = False, False, False
         self._signal: tuple[int, float] | None = None
         self._rescue: Callable[[], str] = lambda: "there is no complete state to save"
         self._ended = threading.Event()
@@ -74,7 +74,7 @@ class Watch:
         self._wakes.setblocking(False)
         return self._wakes.fileno()
 
-    def rescues_with(self, rescue: Callable[[], str]) -> None:
+    def set_rescue(self, rescue: Callable[[], str]) -> None:
         """Sets the function that saves the newest complete state and says so; another thread calls it."""
         self._rescue = rescue
 
@@ -87,11 +87,11 @@ class Watch:
         now = time.monotonic()
         with self._lock:
             if phase == "data":
-                if self._is_plain:
+                if self._step_is_timed:
                     self._times.append(now - self._stepped)
-                self._stepped, self._is_plain = now, True
+                self._stepped, self._step_is_timed = now, True
             elif phase in ("save", "evaluate", "compile"):
-                self._is_plain = False
+                self._step_is_timed = False
             self._now, self._progressed, self._is_reported = (phase, step, now), now, False
         peers.report(step, _SAID.get(phase, phase))
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from trainer import config
 from trainer.errors import UserError
-from trainer.files import DamagedError, Folder, host_error, is_bucket, read_json, write_text
+from trainer.files import AnyPath, DamagedError, host_error, is_bucket, read_json, write_text
 from trainer.lock import locked
 
 _NAME_BYTES = 255  # the longest name of a file or folder
@@ -25,7 +25,7 @@ _NAME_BYTES = 255  # the longest name of a file or folder
 class Mirror:
     """A local folder to write in: the place itself or, for a bucket, a temporary folder that `push` copies there."""
 
-    def __init__(self, place: Folder) -> None:
+    def __init__(self, place: AnyPath) -> None:
         self._place = place
         self._scratch = None if isinstance(place, Path) else tempfile.TemporaryDirectory(prefix="trainer-")
         self.folder = Path(self._scratch.name if self._scratch is not None else place)
@@ -50,29 +50,29 @@ class Workdir:
     """The files of a workdir, a folder or a path in a bucket. Making one touches nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path: Folder = _folder(os.fspath(path))
+        self.path: AnyPath = _folder(os.fspath(path))
         names = ("config.json", "params.txt", "checkpoints")
-        self.config, self.params, self.checkpoints = (self.path / name for name in names)
+        self.config_file, self.params_file, self.checkpoints = (self.path / name for name in names)
         self._identity: tuple[int, int] | None = None  # device and inode when it was locked
 
     def kept(self) -> dict[str, Any] | None:
         """The JSON of the run kept here, None if there is none; raises `DamagedError` if the file is not one."""
         try:
-            value = read_json(self.config)
+            value = read_json(self.config_file)
         except FileNotFoundError:
             return None
         if not isinstance(value, dict) or value.get("$class") != f"{config.Run.__module__}:{config.Run.__qualname__}":
-            raise DamagedError(f"{self.config} is not the JSON of a run")
+            raise DamagedError(f"{self.config_file} is not the JSON of a run")
         return value
 
-    def run(self) -> config.Run | None:
+    def stored_run(self) -> config.Run | None:
         """The resolved run kept here, or None; raises `UserError` if its JSON or a class that it names has changed."""
         if (kept := self.kept()) is None:
             return None
         try:
             return config.from_json(json.dumps(kept))
         except UserError as error:
-            raise UserError(f"{self.config} cannot be read: {error}") from error
+            raise UserError(f"{self.config_file} cannot be read: {error}") from error
 
     def check(self) -> None:
         """Raises `UserError` if other files are kept here, or a link, or if the path is that of a file."""
@@ -92,7 +92,7 @@ class Workdir:
         shown = [file for file in files if not file.name.startswith(".")]
         if self.has_checkpoint() or not shown:
             return  # a lost or damaged config.json is written again
-        if not self.config.exists():
+        if not self.config_file.exists():
             raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
         try:
             self.kept()
@@ -126,10 +126,10 @@ class Workdir:
             return []
         return found if isinstance(found, list) else []
 
-    def write(self, run: config.Run, params: str, accepted: Sequence[Mapping[str, Any]] = ()) -> None:
+    def write(self, run: config.Run, table_text: str, accepted: Sequence[Mapping[str, Any]] = ()) -> None:
         """Keeps the resolved run, the changes that were accepted, and the table of parameters. Raises `HostError`."""
         kept = json.loads(config.to_json(run)) | ({"$accepted": list(accepted)} if accepted else {})
-        for file, text in ((self.config, json.dumps(kept, indent=2) + "\n"), (self.params, params)):
+        for file, text in ((self.config_file, json.dumps(kept, indent=2) + "\n"), (self.params_file, table_text)):
             try:
                 write_text(file, text)
             except OSError as error:
@@ -166,7 +166,7 @@ def listed(texts: Sequence[str], most: int = 4) -> str:
     return "; ".join(texts[:most]) + more
 
 
-def _folder(path: str) -> Folder:
+def _folder(path: str) -> AnyPath:
     """The path as an object. Raises `UserError` if no file system can have such a path."""
     if is_bucket(path):
         scheme = path.partition("://")[0]
@@ -187,7 +187,7 @@ def _can_open_gs() -> bool:
     return any(map(importlib.util.find_spec, ("gcsfs", "tensorflow")))
 
 
-def _identity(path: Folder) -> tuple[int, int] | None:
+def _identity(path: AnyPath) -> tuple[int, int] | None:
     try:
         status = Path(path).stat()
     except OSError:

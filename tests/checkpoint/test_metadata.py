@@ -9,10 +9,10 @@ import pytest
 
 from tests.tasks import make_run
 from trainer import config
-from trainer.checkpoint import Data, leaf_differences, leaves_of, make_metadata
+from trainer.checkpoint import DataIdentity, leaf_differences, leaves_of, make_metadata
 from trainer.checkpoint.metadata import Leaf, from_json
 from trainer.files import DamagedError
-from trainer.program import compile_program
+from trainer.program import build_program
 
 STATE = {"w": jnp.zeros((2, 3), jnp.bfloat16), "step": jnp.asarray(7)}
 
@@ -21,7 +21,7 @@ STATE = {"w": jnp.zeros((2, 3), jnp.bfloat16), "step": jnp.asarray(7)}
 def metadata():
     run = config.resolve(make_run())
     made = make_metadata(
-        run, compile_program(run).param_table, Data(50, "ab"), 7, rows=3, accepted=("seed was 0, is 1",)
+        run, build_program(run).param_table, DataIdentity(50, "ab"), 7, row_count=3, accepted=("seed was 0, is 1",)
     )
     return made.with_state(STATE, np.asarray([5, 2**32 - 1], np.uint32))
 
@@ -29,8 +29,8 @@ def metadata():
 def test_they_come_back_as_they_were(metadata):
     again = from_json(json.loads(json.dumps(metadata.to_json())))
     assert again.step == 7
-    assert again.data == Data(50, "ab")
-    assert again.rows == 3
+    assert again.data == DataIdentity(50, "ab")
+    assert again.row_count == 3
     assert again.leaves == {"step": Leaf((), "int32"), "w": Leaf((2, 3), "bfloat16")}
     assert again.checksums == {"step": 5, "w": 2**32 - 1}
     assert tuple(again.accepted) == ("seed was 0, is 1",)

@@ -157,7 +157,7 @@ def test_config_file_that_is_not_as_it_was_is_one_line(what, command, folder, ca
         reason = f"own.py, which is missing in the current folder, {folder}/sub"
     assert run([command, f"--workdir={workdir.path}"]) == 2
     shown = capsys.readouterr()
-    assert (shown.out, shown.err) == ("", f"error: {workdir.config} cannot be read: Own was defined in {reason}\n")
+    assert (shown.out, shown.err) == ("", f"error: {workdir.config_file} cannot be read: Own was defined in {reason}\n")
 
 
 def test_config_file_that_has_changed_is_used_as_it_is_when_it_is_given(folder, capsys):
@@ -228,4 +228,4 @@ def test_experiment_of_a_function_trains_twice_and_is_not_rebuilt_from_the_workd
     for _ in range(2):
         assert int(train(make_run(3, experiment=Hidden()), tmp_path / "run", verbose=False).step) == 3
     with pytest.raises(UserError, match="Hidden was defined in a script, a notebook or a function, and cannot be "):
-        Workdir(tmp_path / "run").run()
+        Workdir(tmp_path / "run").stored_run()

@@ -24,7 +24,7 @@ from trainer.errors import DivergedError, UserError
 from trainer.metrics import Mean
 from trainer.observe.progress import Progress
 from trainer.opening import open_session
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.replay import replay
 
 EXAMPLES, BATCH, STEP = 40, 8, 3
@@ -103,7 +103,7 @@ def planted(fault: str, dtype: str = "float32", steps: int = STEP) -> Run:
 
 def kept(run: Run, workdir: Path, step: int = STEP) -> tuple[str, Path]:
     """The error and the folder about a step, which a session writes."""
-    with open_session(compile_program(run), workdir, Progress(run.total_steps, StringIO())) as session:
+    with open_session(build_program(run), workdir, Progress(run.total_steps, StringIO())) as session:
         text = str(explain(session, DivergedError("the loss is inf", step)))
     return text, workdir / "diverged" / str(step)
 
@@ -120,7 +120,7 @@ def test_a_logarithm_of_zero_is_named_by_module_and_parameter(tmp_path, capsys):
     assert told.versions["jax"] == jax.__version__
     assert len(told.key) == 2
     assert json.loads((folder / "step.json").read_text())["config"]["batch_size"] == BATCH
-    state = read_state(folder, told, compile_program(planted("log")).state)
+    state = read_state(folder, told, build_program(planted("log")).state)
     assert int(state.step) == STEP - 1
     assert run_command(["replay", str(folder)]) == 1
     shown = " ".join(capsys.readouterr().out.split())

@@ -13,7 +13,7 @@ from trainer import config, train
 from trainer.data import ArraySource
 from trainer.data.stream import Order, eval_batches, train_batches
 from trainer.errors import DivergedError, UserError
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.replay import replay
 
 STEPS = 12
@@ -78,7 +78,7 @@ def test_an_example_is_another_in_each_epoch_and_under_each_seed():
 
 
 def test_evaluation_reads_examples_as_they_are():
-    program = compile_program(config.resolve(run_of(parallel=config.Parallel(devices=1))))
+    program = build_program(config.resolve(run_of(parallel=config.Parallel(devices=1))))
     assert "flip" in program.train_spec
     assert "flip" not in program.main.spec
     (batch, *_) = eval_batches(program.main.source, 8)

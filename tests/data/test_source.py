@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer.data import ArraySource, batch_spec, load, take
+from trainer.data import ArraySource, batch_spec, load_into_memory, take
 from trainer.errors import UserError
 
-EXAMPLES = 2500  # more than `load` reads at once, and no multiple of that
+EXAMPLES = 2500  # more than `load_into_memory` reads at once, and no multiple of that
 BYTES = EXAMPLES * (3 * 4 + 1 + 4)  # of the arrays below in the dtypes that JAX uses
 
 
@@ -100,7 +100,7 @@ def test_take_of_a_source_in_memory_gives_copies_that_may_be_changed():
 @pytest.mark.parametrize("kind", [CountingSource, ManySource])
 def test_load_decodes_a_source_that_fits_into_memory_once(kind):
     source = kind()
-    loaded = load(source, BYTES)
+    loaded = load_into_memory(source, BYTES)
     assert isinstance(loaded, ArraySource)
     assert_same(loaded.arrays, expected(np.arange(EXAMPLES)))
     assert (source.reads[:16] >= 3).all()  # also read to compare two readings, and the first to see how large it is
@@ -112,7 +112,7 @@ def test_load_decodes_a_source_that_fits_into_memory_once(kind):
 
 def test_load_reads_in_large_chunks_where_it_can():
     source = ManySource()
-    load(source, BYTES)
+    load_into_memory(source, BYTES)
     assert source.calls <= 4
 
 
@@ -142,13 +142,13 @@ def test_load_refuses_a_source_whose_randomness_it_would_freeze_and_says_what_to
     with pytest.raises(
         UserError, match=r"entry 'x' of the data differs each .* loading\.in_memory_bytes=0$"
     ) as refusal:
-        load(RandomSource(kind), BYTES)
+        load_into_memory(RandomSource(kind), BYTES)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("kind", ["noise", "flip", "nan"])
 def test_load_takes_a_source_that_draws_the_same_numbers_for_the_same_example_nan_included(kind):
-    loaded = load(RandomSource(kind, seeded=True), BYTES)
+    loaded = load_into_memory(RandomSource(kind, seeded=True), BYTES)
     assert isinstance(loaded, ArraySource)
     again = RandomSource(kind, seeded=True)
     assert_same(loaded.arrays, take(again, np.arange(40)))
@@ -156,20 +156,20 @@ def test_load_takes_a_source_that_draws_the_same_numbers_for_the_same_example_na
 
 def test_load_leaves_a_random_source_that_is_not_kept_in_memory_as_it_is():
     source = RandomSource("noise")
-    assert load(source, 0) is source
+    assert load_into_memory(source, 0) is source
     assert (take(source, np.arange(9))["x"] != take(source, np.arange(9))["x"]).all()
 
 
 @pytest.mark.parametrize("limit", [0, BYTES - 1])
 def test_load_leaves_a_source_as_it_is_that_takes_a_byte_more_than_the_limit(limit):
     source = CountingSource()
-    assert load(source, limit) is source
+    assert load_into_memory(source, limit) is source
     assert source.reads.sum() == 1
 
 
 def test_load_leaves_arrays_in_memory_as_they_are():
     source = ArraySource({"x": np.zeros(10)})
-    assert load(source, 0) is source
+    assert load_into_memory(source, 0) is source
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_numbers_of_64_bits_become_32_and_others_stay_in_batches_loaded_arrays_a
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"value": value}
 
-    loaded = load(Source(), 1 << 20)
+    loaded = load_into_memory(Source(), 1 << 20)
     for batch in (take(Source(), np.arange(2)), take(loaded, np.arange(2)), batch_spec(Source(), 2)):
         assert batch["value"].dtype == narrow
     np.testing.assert_array_equal(take(loaded, np.arange(2))["value"], np.full(2, value, narrow))

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from tensorboardX.record_writer import RecordWriter
 
 from experiments.datasets.fashion_mnist_local import DEFAULT_FOLDER, FOLDER_VARIABLE, read_idx
-from trainer.data import batch_spec, load, take
+from trainer.data import batch_spec, load_into_memory, take
 from trainer.data.tfds import TfdsSource, prepare
 from trainer.errors import NotPreparedError, UserError
 
@@ -213,7 +213,7 @@ def test_a_feature_that_no_device_can_hold_is_refused_unless_it_is_left_out(many
 
 def test_a_data_set_loads_into_memory_as_it_is_on_disk(many_features):
     source = TfdsSource("many_features", "train", ("number", "vector"), str(many_features))
-    loaded = load(source, 1 << 20)
+    loaded = load_into_memory(source, 1 << 20)
     assert loaded is not source
     assert [int(loaded[i]["number"]) for i in range(6)] == [int(source[i]["number"]) for i in range(6)]
     assert sorted(int(loaded[i]["number"]) for i in range(6)) == [0, 1, 4, 9, 16, 25]

@@ -17,7 +17,7 @@ from trainer import config
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_split
 from trainer.metrics import AUC, Accuracy, ConfusionMatrix, Histogram, Mean, Moments, Perplexity, Sum, add, numbers
-from trainer.program import compile_program
+from trainer.program import build_program
 
 CASES = range(20)
 CLASSES = 10
@@ -257,14 +257,14 @@ def test_a_step_gives_the_metrics_of_its_whole_batch(strategy, microbatches):
 def compiled(strategy: str, devices: int, **settings: Any) -> Any:
     parallel = config.Parallel(strategy, devices=devices)
     run = make_run(experiment=Everything(batch_norm=False), batch_size=16, parallel=parallel, **settings)
-    return compile_program(config.resolve(run))
+    return build_program(config.resolve(run))
 
 
 def test_the_best_checkpoint_may_be_chosen_by_a_number_of_a_metric():
     checkpoint = config.Checkpoint(every_steps=2, best_metric="test/matrix/f1_macro")
     evaluation = config.Evaluation(every_steps=2)
     run = make_run(4, experiment=Everything(), checkpoint=checkpoint, evaluation=evaluation)
-    compile_program(config.resolve(run))
+    build_program(config.resolve(run))
     run.checkpoint.best_metric = "test/matrix/f1"
     with pytest.raises(UserError, match="'test/matrix/f1' is not evaluated; did you mean 'test/matrix/f1_m"):
-        compile_program(config.resolve(run))
+        build_program(config.resolve(run))

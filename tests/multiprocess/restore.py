@@ -14,7 +14,7 @@ from trainer import distributed
 from trainer.checkpoint import Store
 from trainer.commands.arguments import add_group_options
 from trainer.distributed import startup
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.rules import paths
 from trainer.workdir import Workdir
 
@@ -26,9 +26,9 @@ def main() -> None:
     add_group_options(parser)
     options = parser.parse_args()
     startup.initialize(options.coordinator, options.process, options.processes)
-    run = Workdir(options.workdir).run()
+    run = Workdir(options.workdir).stored_run()
     assert run is not None
-    program = compile_program(run)
+    program = build_program(run)
     with closing(Store(Workdir(options.workdir).checkpoints, run.checkpoint)) as store:
         state = store.restore(program.state, store.steps()[-1])
     expected = np.load(options.expected)

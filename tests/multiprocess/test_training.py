@@ -21,7 +21,7 @@ from trainer.checkpoint import Store
 from trainer.data.stream import Order
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.rules import paths
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):
     for strategy, devices in (("data", 1), ("fsdp", 4), ("pmap", 4)):
         run.parallel = config.Parallel(strategy=strategy, devices=devices, min_shard_size=0)
         store = Store(in_two[0] / "checkpoints", run.checkpoint)
-        state = store.restore(compile_program(config.resolve(run)).state, 20)
+        state = store.restore(build_program(config.resolve(run)).state, 20)
         found = dict(zip(paths(state), map(np.asarray, jax.tree.leaves(state)), strict=True))
         assert found.keys() == expected.keys()
         for path in found:

@@ -11,13 +11,13 @@ from tests.tasks import make_run
 from trainer import config
 from trainer.commands import run as command
 from trainer.optim.decay_check import DecayResult, check_decay, decay_table
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 
 RULES = ((r".*/kernel", "decayed"), (".*", "plain"))
 
 
 def compiled(**fields: Any) -> Program:
-    return compile_program(config.resolve(make_run(optimizer=config.Optimizer(labels=RULES, **fields))))
+    return build_program(config.resolve(make_run(optimizer=config.Optimizer(labels=RULES, **fields))))
 
 
 def check(program: Program, optimizer: Any = None) -> list[DecayResult]:

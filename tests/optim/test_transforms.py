@@ -21,7 +21,7 @@ from trainer.observe.log import read_rows
 from trainer.optim import build_groups, build_schedules
 from trainer.optim.decay_check import check_decay
 from trainer.optim.transforms import MixedState, _names, find_transform
-from trainer.program import compile_program
+from trainer.program import build_program
 
 LABELS = {"kernel": "decayed", "bias": "plain", "scale": "plain"}
 RATE, DECAY = 0.05, 0.1
@@ -355,7 +355,7 @@ def test_flags_choose_an_optimizer_and_its_options(tmp_path):
     assert run.optimizer.name == "optax.lion"
     assert run.optimizer.options == {"b1": 0.5, "mu_dtype": "bfloat16"}
     assert run.optimizer.groups["plain"].optimizer == "adam"
-    table = str(compile_program(run).param_table)
+    table = str(build_program(run).param_table)
     assert "optax.lion" in table
     assert "adam " in table
 

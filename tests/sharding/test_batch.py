@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.tasks import Task, make_run
 from trainer import config
-from trainer.program import compile_program
+from trainer.program import build_program
 from trainer.sharding.strategies import global_array, local_examples
 
 ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # a mesh in which the devices of two hosts, 0 … 3 and 4 … 7, take turns
@@ -62,7 +62,7 @@ def test_every_device_gets_its_rows(axes, processes, monkeypatch):
 @pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap", "fsdp_tensor"])
 def test_a_batch_on_the_devices_is_what_the_step_was_made_for(strategy):
     rules = ((".*", ()),) if "tensor" in strategy else ()
-    program = compile_program(
+    program = build_program(
         config.resolve(make_run(experiment=Task(), parallel=config.Parallel(strategy, rules=rules)))
     )
     assert program.strategy.local_examples(16).tolist() == list(range(16))

@@ -17,7 +17,7 @@ from trainer.data import take
 from trainer.data.stream import train_batches
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_split
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 
 STEPS, BATCH = 20, 16
 SHARDED = ("data", "zero1", "fsdp", "tensor", "fsdp_tensor")
@@ -79,7 +79,7 @@ def program_of(strategy: str, devices: int, dropout: float, **settings: Any) -> 
     parallel = config.Parallel(strategy=strategy, devices=devices, rules=rules, min_shard_size=0)
     settings = {"experiment": Task(dropout=dropout, noise=0.3), "microbatches": 2, "parallel": parallel} | settings
     optimizer = dataclasses.replace(make_run().optimizer, ema_decay=0.9)
-    return compile_program(config.resolve(make_run(STEPS, **{"optimizer": optimizer} | settings)))
+    return build_program(config.resolve(make_run(STEPS, **{"optimizer": optimizer} | settings)))
 
 
 def batches(program: Program):
@@ -221,11 +221,11 @@ def test_a_step_of_sgd_is_the_gradient_of_one_device(strategy, devices):
 )
 def test_batches_and_devices_that_do_not_fit(settings, message):
     with pytest.raises(UserError, match=message):
-        compile_program(config.resolve(make_run(**settings)))
+        build_program(config.resolve(make_run(**settings)))
 
 
 def test_rows_split_over_fsdp_but_not_over_tensor():
     rules = ((".*", ()),)
     run = make_run(batch_size=12, evaluation=config.Evaluation(), parallel=config.Parallel("fsdp_tensor", rules=rules))
     run.parallel.tensor = 2
-    assert compile_program(config.resolve(run)).strategy.batch_shards == 4
+    assert build_program(config.resolve(run)).strategy.batch_shards == 4

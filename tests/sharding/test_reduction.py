@@ -24,8 +24,8 @@ from tests.sharding.test_strategies import Sentences
 from trainer import config
 from trainer.data import ArraySource, take
 from trainer.metrics import Mean
-from trainer.program import compile_program
-from trainer.sharding.reduction import sum_in_float32
+from trainer.program import build_program
+from trainer.sharding.reduction import with_float32_sums
 
 EXAMPLES, WIDTH = 1024, 4
 
@@ -136,7 +136,7 @@ def gradient(kind: str, dtype: Any, wrap=lambda gradient: gradient) -> list[np.n
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_over_rows_and_devices_are_exact(kind):
     exact = gradient(kind, jnp.float32)
-    for found, expected in zip(gradient(kind, jnp.bfloat16, sum_in_float32), exact, strict=True):
+    for found, expected in zip(gradient(kind, jnp.bfloat16, with_float32_sums), exact, strict=True):
         np.testing.assert_array_equal(found, expected)
     rounded = gradient(kind, jnp.bfloat16)  # what JAX does
     assert max(np.abs(a - b).max() for a, b in zip(rounded, exact, strict=True)) >= 1
@@ -144,7 +144,7 @@ def test_sums_over_rows_and_devices_are_exact(kind):
 
 def test_gradients_of_a_dense_layer_are_those_of_integers():
     kernel, bias = INPUTS.astype(np.int64).T @ COTANGENT.astype(np.int64), COTANGENT.astype(np.int64).sum(0)
-    found = gradient("dense", jnp.bfloat16, sum_in_float32)
+    found = gradient("dense", jnp.bfloat16, with_float32_sums)
     assert sorted(array.tolist() for array in found if array.ndim == 1) == [bias.tolist()]
     assert [array.tolist() for array in found if array.ndim == 2] == [kernel.tolist()]
     assert np.abs(bias).max() > 256  # more than 8 bits hold
@@ -174,7 +174,7 @@ def program(model: nn.Module, wrap=lambda gradient: gradient) -> tuple[Any, Any]
 
 def test_what_was_not_cast_keeps_its_bits_and_no_work_is_added():
     before, (value, gradients) = program(Residual())
-    after, (found_value, found) = program(Residual(), sum_in_float32)
+    after, (found_value, found) = program(Residual(), with_float32_sums)
     assert found_value == value
     for name in ("norm_0", "norm_1", "head"):
         jax.tree.map(np.testing.assert_array_equal, found["params"][name], gradients["params"][name])
@@ -192,7 +192,7 @@ def test_the_program_of_a_float32_model_does_not_change():
     def text(jaxpr: Any) -> str:
         return jaxpr.pretty_print(source_info=True, name_stack=True)
 
-    assert text(program(Residual(jnp.float32), sum_in_float32)[0]) == text(program(Residual(jnp.float32))[0])
+    assert text(program(Residual(jnp.float32), with_float32_sums)[0]) == text(program(Residual(jnp.float32))[0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -203,7 +203,7 @@ def test_a_function_is_traced_once(dtype):
         calls.append(x)
         return (x.astype(dtype) @ x.T.astype(dtype)).astype(jnp.float32)
 
-    jax.make_jaxpr(sum_in_float32(gradient))(jnp.ones((2, 3)))
+    jax.make_jaxpr(with_float32_sums(gradient))(jnp.ones((2, 3)))
     assert len(calls) == 1
 
 
@@ -214,7 +214,7 @@ def test_operations_keep_the_line_and_the_context_in_which_they_were_traced():
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     arguments = jnp.ones((4, 4)), jnp.ones((8, 4), jnp.bfloat16)
-    before, after = jax.grad(loss), sum_in_float32(jax.grad(loss))
+    before, after = jax.grad(loss), with_float32_sums(jax.grad(loss))
 
     def lines(gradient: Any) -> set[str]:
         return {
@@ -262,7 +262,7 @@ def classifier() -> config.Run:
 def test_operations_of_a_step_name_their_module_as_often_as_those_of_jax(run, strategy):
     def share(reduce_dtype: str) -> float:
         parallel = config.Parallel(strategy, devices=8 if strategy == "fsdp" else 1, reduce_dtype=reduce_dtype)
-        program = compile_program(config.resolve(dataclasses.replace(run, parallel=parallel)))
+        program = build_program(config.resolve(dataclasses.replace(run, parallel=parallel)))
         step: Any = program.train_step
         compiled = step.lower(program.state, program.strategy.abstract_batch(program.train_spec)).compile()
         names = re.findall('op_name="(.*?)"', compiled.as_text())
@@ -300,7 +300,7 @@ def norm_of_gradient(strategy: str, reduce_dtype: str = "float32", **settings: A
         optimizer=config.Optimizer(name="sgd"),
         parallel=config.Parallel(strategy, reduce_dtype=reduce_dtype, min_shard_size=0),
     )
-    program = compile_program(config.resolve(run))
+    program = build_program(config.resolve(run))
     batch = take(program.train_source, np.arange(EXAMPLES)) | {"mask": np.ones(EXAMPLES, np.float32)}
     _, metrics = program.train_step(program.init(), program.strategy.shard_batch(batch))
     return float(metrics["grad_norm"].total)

@@ -12,7 +12,7 @@ import pytest
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.metrics import Mean
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 
 DEVICES = 8
 
@@ -22,7 +22,7 @@ def program_of(strategy: str, **settings: Any) -> Program:
     parallel = config.Parallel(strategy, devices=DEVICES, min_shard_size=0)
     if "tensor" in strategy:
         parallel.rules = ((r"dense/kernel", ("fsdp", "tensor")), (".*", ()))
-    return compile_program(config.resolve(make_run(parallel=parallel, optimizer=optimizer)))
+    return build_program(config.resolve(make_run(parallel=parallel, optimizer=optimizer)))
 
 
 def shards(leaf: Any) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ class WideTask(Task):
 
 def wide(strategy: str, devices: int, **settings: Any) -> Program:
     run = make_run(experiment=WideTask(), parallel=config.Parallel(strategy, devices=devices), **settings)
-    return compile_program(config.resolve(run))
+    return build_program(config.resolve(run))
 
 
 def bytes_of(tree: Any) -> int:
@@ -173,7 +173,7 @@ def test_logical_axes_place_parameters_and_activations():
     run = make_run(experiment=NamedTask(), parallel=config.Parallel("fsdp_tensor", devices=DEVICES, tensor=2))
     run.optimizer.labels = ((".*", "decayed"),)
     del run.optimizer.groups["plain"]
-    program = compile_program(config.resolve(run))
+    program = build_program(config.resolve(run))
     assert shards(program.state.params["up"]["kernel"]) == (4, 2)
     constraint = r'sdy.sharding_constraint %\w+ <@mesh, \[\{"fsdp"\}, \{"tensor"\}\]> : tensor<16x16xf32>'
     assert re.search(constraint, lowered(program))

@@ -19,7 +19,7 @@ from trainer.data import ArraySource
 from trainer.data.stream import train_batches
 from trainer.loop import train
 from trainer.observe.progress import Progress
-from trainer.program import compile_program
+from trainer.program import build_program
 
 CHAIN = (("data", 4), ("fsdp", 8), ("pmap", 4), ("zero1", 2))
 
@@ -41,7 +41,7 @@ def test_a_run_goes_on_under_another_strategy_from_the_same_bits(tmp_path):
     for i, (strategy, devices) in enumerate(CHAIN):
         run = config.resolve(link(5 * (i + 1), strategy, devices))
         if final is not None:
-            state = compile_program(run).state
+            state = build_program(run).state
             restored = Store(tmp_path / "run" / "checkpoints", run.checkpoint).restore(state, 5 * i)
             jax.tree.map(np.testing.assert_array_equal, restored, final)
             jax.tree.map(assert_same_sharding, restored, state)
@@ -77,7 +77,7 @@ def language_model(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
     # Not AdaBelief, whose first steps divide by a difference of small gradients, mostly rounding error.
     optimizer = config.Optimizer(name="sgd", schedule=config.Schedule(peak=0.03))
     run = make_run(10, experiment=experiment, optimizer=optimizer, parallel=parallel)
-    program = compile_program(config.resolve(run))
+    program = build_program(config.resolve(run))
     state, losses = program.init(), []
     for batch in train_batches(program.train_source, seed=0, batch_size=16, start=0, stop=10):
         state, metrics = program.train_step(state, program.strategy.shard_batch(batch))

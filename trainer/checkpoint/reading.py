@@ -1,4 +1,7 @@
-"""Reading a checkpoint: what may pass is tried again, and what is damaged is told from what is away."""
+"""Reads a checkpoint.
+
+It retries a read after a transient error, and reports a damaged file differently from an unreachable one.
+"""
 
 import errno
 import functools
@@ -18,16 +21,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from trainer.checkpoint.checksum import check_state, checksum_on_host
+from trainer.checkpoint.checksum import checksum_on_host, finite_and_checksums
 from trainer.checkpoint.metadata import Metadata, from_json, leaves_of
 from trainer.errors import HostError
-from trainer.files import DamagedError, Folder, read_json
+from trainer.files import AnyPath, DamagedError, read_json
 from trainer.rules import path_of
 from trainer.state import TrainState
 
-_WAITS = (0.2, 1.0, 3.0)  # seconds before a read is tried again that failed for a reason that may pass
-# Causes that TensorStore and Orbax report as text, of which none means that a file is damaged.
-_PASSING = re.compile(
+_WAITS = (0.2, 1.0, 3.0)  # seconds between retries of a read that failed with a transient error
+# Causes that TensorStore and Orbax report as text. None of them means that a file is damaged.
+_TRANSIENT = re.compile(
     "permission.denied|unavailable|deadline.exceeded|resource.exhausted|no space left|input/output error|stale file"
     "|not connected|too many open files|cannot allocate|quota|timed? ?out|read-only file system",
     re.IGNORECASE,
@@ -36,20 +39,23 @@ _PASSING = re.compile(
 
 @functools.cache  # made at the first use: it starts JAX's backend
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's part that writes and reads arrays, without compression, which saves 8 % of noise at twice the time."""
+    """The part of Orbax that writes and reads arrays.
+
+    Compression is off: weights are almost random bits, so it saves 8 % of the size and doubles the time.
+    """
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
-def read_metadata(place: Folder) -> Metadata:
+def read_metadata(place: AnyPath) -> Metadata:
     """The metadata of the checkpoint in the folder `place`, whose name is its step.
 
-    Raises `DamagedError` if they are damaged or those of another step, `HostError` if they cannot be read now, and
-    `FileNotFoundError` if the checkpoint is gone.
+    Raises `DamagedError` if the metadata are damaged or are those of another step, `HostError` if they cannot be read
+    now, and `FileNotFoundError` if the checkpoint is gone.
     """
     file = place / "metadata" / "metadata"
 
     def read() -> Any:
-        _check_types(place)
+        _check_regular_files(place)
         return read_json(file)
 
     try:
@@ -61,21 +67,22 @@ def read_metadata(place: Folder) -> Metadata:
     return metadata
 
 
-def restore(place: Folder, like: TrainState, metadata: Metadata) -> TrainState:
-    """The state in `place`, sharded as `like` (arrays or `jax.ShapeDtypeStruct`), once its checksums were compared.
+def restore(place: AnyPath, like: TrainState, metadata: Metadata) -> TrainState:
+    """The state in `place`, sharded as `like` (arrays or `jax.ShapeDtypeStruct`).
 
-    The leaves must be those of the metadata: compare them first. Errors are those of `read_metadata`.
+    Compares the checksums before it returns. The caller must have called `check_leaves(metadata, like)`, or have
+    compared the leaves in another way. Errors are those of `read_metadata`.
     """
     arrays = restore_leaves(place, metadata, _by_path(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in leaves_of(like)])
 
 
 def restore_leaves(
-    place: Folder, metadata: Metadata, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    place: AnyPath, metadata: Metadata, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """The arrays of the paths in `wanted`, with their shardings, once their checksums were compared; no other is read.
+    """The arrays of the paths in `wanted`, with their shardings. Reads no other array.
 
-    Errors are those of `read_metadata`.
+    Compares the checksums before it returns. Errors are those of `read_metadata`.
     """
     arrays = _read(place, metadata, wanted)
     _compare(_checksums(arrays), metadata, place)
@@ -83,30 +90,30 @@ def restore_leaves(
 
 
 def restore_fitting(
-    place: Folder, like: TrainState, metadata: Metadata, places: Mapping[str, str]
+    place: AnyPath, like: TrainState, metadata: Metadata, saved_paths: Mapping[str, str]
 ) -> dict[str, jax.Array]:
     """The saved arrays that fit `like`, by path: those of the same shape, cast to its dtype if both are floating.
 
-    `places` has the path in the checkpoint of each array of `like`. Their checksums were compared. Errors are those of
-    `read_metadata`.
+    `saved_paths` maps the path of each array of `like` to its path in the checkpoint. Compares the checksums before it
+    returns. Errors are those of `read_metadata`.
     """
     wanted, found = {}, {}
     for path, target in _by_path(like).items():
-        saved = metadata.leaves.get(places[path])
+        saved = metadata.leaves.get(saved_paths[path])
         if saved is None or saved.shape != tuple(target.shape):
             continue
         floating = jnp.issubdtype(saved.dtype, jnp.floating) and jnp.issubdtype(target.dtype, jnp.floating)
         if floating or saved.dtype == str(target.dtype):
-            wanted[places[path]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
-            found[path] = places[path], target.dtype
+            wanted[saved_paths[path]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=target.sharding)
+            found[path] = saved_paths[path], target.dtype
     arrays = restore_leaves(place, metadata, wanted)
-    return {path: jnp.asarray(arrays[there], dtype) for path, (there, dtype) in found.items()}
+    return {path: jnp.asarray(arrays[saved_path], dtype) for path, (saved_path, dtype) in found.items()}
 
 
-def verify(place: Folder) -> tuple[int, int]:
-    """The number of arrays of a checkpoint and their bytes, once each was read into memory and its checksum compared.
+def verify(place: AnyPath) -> tuple[int, int]:
+    """The number of arrays of a checkpoint and their bytes.
 
-    It needs no model. Errors are those of `read_metadata`.
+    Reads each array into memory and compares its checksum. It needs no model. Errors are those of `read_metadata`.
     """
     metadata = read_metadata(place)
     on_host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -116,7 +123,7 @@ def verify(place: Folder) -> tuple[int, int]:
     return len(arrays), sum(x.nbytes for x in arrays.values())
 
 
-def _read(place: Folder, metadata: Metadata, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _read(place: AnyPath, metadata: Metadata, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays of the paths in `wanted`, in their order."""
 
     def read() -> dict[str, jax.Array]:
@@ -136,7 +143,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _check_types(place: Folder) -> None:
+def _check_regular_files(place: AnyPath) -> None:
     """Raises `DamagedError` for a link or a pipe: no link is followed, and to open a pipe would wait for ever."""
     if not isinstance(place, Path):
         return
@@ -150,22 +157,22 @@ def _check_types(place: Folder) -> None:
                 raise DamagedError(f"{path} is {kind}")
 
 
-def _compare(sums: Mapping[str, int], metadata: Metadata, place: Folder) -> None:
+def _compare(sums: Mapping[str, int], metadata: Metadata, place: AnyPath) -> None:
     if damaged := [path for path, here in sums.items() if metadata.checksums[path] != here]:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         raise DamagedError(f"{place} is damaged: the checksum of {', '.join(damaged[:3])}{more} differs")
 
 
-def _tree(place: Folder) -> Any:
-    """The arrays of a checkpoint as Orbax's own metadata describe them, a tree of nested dicts."""
+def _tree(place: AnyPath) -> Any:
+    """The shapes and dtypes of a checkpoint in Orbax's own metadata, as a tree of nested dicts."""
     return arrays_handler().metadata(epath.Path(place / "state")).tree
 
 
-def read_arrays(like: Any, place: Folder) -> Any:
+def read_arrays(like: Any, place: AnyPath) -> Any:
     """The arrays as they are on disk.
 
-    Not through Orbax's checkpointer: at its end the processes wait for each other, and would wait for ever for one
-    that cannot read.
+    Orbax's checkpointer is not used: at the end of a read it makes the processes wait for each other, and they would
+    wait for ever for one that cannot read.
     """
     arguments = ocp.checkpoint_utils.construct_restore_args(like)
     return arrays_handler().restore(
@@ -173,8 +180,8 @@ def read_arrays(like: Any, place: Folder) -> Any:
     )
 
 
-def _retry(read: Callable[[], Any], place: Folder) -> Any:
-    """The result of `read`, which is tried again after an error that may pass."""
+def _retry(read: Callable[[], Any], place: AnyPath) -> Any:
+    """The result of `read`, which is retried after a transient error."""
     _drop_late_read_errors()
     waits = iter(_WAITS)
     while True:
@@ -188,21 +195,23 @@ def _retry(read: Callable[[], Any], place: Folder) -> Any:
         except FileNotFoundError as error:
             if not place.exists():
                 raise
-            if (wait := next(waits, 0)) != _WAITS[0]:  # it is not just being removed
+            # It is missing in two reads in a row: another process is not removing the checkpoint right now.
+            if (wait := next(waits, 0)) != _WAITS[0]:
                 raise DamagedError(f"{error.filename or place} is missing") from error
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
             if not place.exists():
                 raise FileNotFoundError(errno.ENOENT, "No such checkpoint", str(place)) from error
-            if not _may_pass(error):
+            if not _is_transient(error):
                 kind = type(error).__name__
                 raise DamagedError(f"{place} cannot be read: {kind}: {cause(error)}") from error
             if (wait := next(waits, None)) is None:
-                raise HostError(f"{place} cannot be read now: {cause(error)}; it is kept") from error
+                text = f"{place} cannot be read now: {cause(error)}; the checkpoint is not moved aside"
+                raise HostError(text) from error
         time.sleep(wait)
 
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    _, sums = check_state(list(arrays.values()))
+    _, sums = finite_and_checksums(list(arrays.values()))
     return dict(zip(arrays, map(int, sums), strict=True))
 
 
@@ -210,10 +219,10 @@ def _is_leaf(x: Any) -> bool:
     return hasattr(x, "dtype")
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether an error says nothing about the content of a file: a permission, a network, a disk."""
-    passing = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOSPC, errno.EMFILE)
-    return getattr(error, "errno", None) in passing or _PASSING.search(str(error)) is not None
+    transient = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOSPC, errno.EMFILE)
+    return getattr(error, "errno", None) in transient or _TRANSIENT.search(str(error)) is not None
 
 
 def cause(error: BaseException) -> str:
@@ -223,7 +232,7 @@ def cause(error: BaseException) -> str:
 
 
 def _drop_late_read_errors() -> None:
-    """Keeps what Orbax leaves behind after a failed read from being shown: reads that end later, or never began."""
+    """Silences messages about reads that Orbax abandoned when another read failed."""
     if not isinstance(sys.unraisablehook, _DropLateReadErrors):
         sys.unraisablehook = _DropLateReadErrors(sys.unraisablehook)
     warnings.filterwarnings("ignore", r"coroutine '(_read_array|ArrayHandler\.)", RuntimeWarning)

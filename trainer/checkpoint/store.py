@@ -1,4 +1,4 @@
-"""The checkpoints of one run on disk: saved in the background, and removed when the settings keep others."""
+"""The checkpoints of one run on disk. A thread saves them, and removes those that the settings do not keep."""
 
 import math
 import re
@@ -14,53 +14,66 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from trainer import config, distributed
-from trainer.checkpoint.checksum import check_state
+from trainer.checkpoint.checksum import finite_and_checksums
 from trainer.checkpoint.metadata import Metadata
 from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, restore
 from trainer.errors import HostError, UserError
-from trainer.files import Folder, host_error, sync_folder, sync_tree
+from trainer.files import AnyPath, host_error, sync_folder, sync_tree
 from trainer.state import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class Store:
-    """The checkpoints of one run: a folder for each step, which has its name only when it is complete."""
+    """The checkpoints of one run: a folder for each step.
+
+    On a disk a folder gets the name of its step when the checkpoint is complete. In a bucket it has this name from the
+    beginning, and Orbax writes its mark of completeness last.
+    """
 
     def __init__(
-        self, directory: Folder, settings: config.Checkpoint, *, on_saved: Callable[[int], None] = lambda step: None
+        self, directory: AnyPath, settings: config.Checkpoint, *, on_saved: Callable[[int], None] = lambda step: None
     ) -> None:
-        """Makes and reads nothing. `on_saved` is called in another thread with each step that is safe on disk."""
+        """Makes and reads nothing.
+
+        A thread of the primary process calls `on_saved` with each step whose checkpoint is safe on disk.
+        """
         self._directory = directory if isinstance(directory, epath.Path) else directory.absolute()
         self._settings, self._on_saved = settings, on_saved
-        self._checkpointer: ocp.AsyncCheckpointer | None = None  # of the first save
+        self._checkpointer: ocp.AsyncCheckpointer | None = None  # made at the first save
         self._saving: threading.Thread | None = None
         self._error: BaseException | None = None
         self.scores: dict[int, float] = {}
-        """The best metric of each step that was evaluated, as far as known; it decides what is kept."""
+        """The value of `checkpoint.best_metric` by step, as far as known. The best checkpoint on disk is kept."""
 
     # Which checkpoints there are
 
     def steps(self) -> list[int]:
-        """The steps that are there, ascending; they are listed anew, since another process may save and remove."""
-        return [step for step in self.numbered() if self._is_complete(self.path(step))]
+        """The steps of the checkpoints, ascending. Each call lists the folder: another process may save and remove."""
+        return [step for step in self.step_names() if self._is_complete(self.path(step))]
 
-    def numbered(self) -> list[int]:
-        """As `steps`, with the steps whose place has something else than a folder: those can only be moved aside."""
+    def step_names(self) -> list[int]:
+        """All names that are step numbers, ascending; in a bucket only those of complete checkpoints.
+
+        On a disk this includes, unlike `steps`, a name that is a file or a link: `set_aside` can move it away.
+        """
         try:
             names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
         except OSError as error:
             raise host_error(self._directory, error) from error
         steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-        # In a bucket, a folder without its mark of completeness is a save that was killed.
+        # In a bucket, a folder without its mark of completeness is left from a save that was killed.
         return [step for step in steps if isinstance(self._directory, Path) or self._is_complete(self.path(step))]
 
-    def path(self, step: int) -> Folder:
+    def path(self, step: int) -> AnyPath:
         """The folder of a step."""
         return self._directory / str(step)
 
     def best_step(self) -> int | None:
-        """The kept step with the best metric, the earliest of equals; None if the run has none or none is known."""
+        """The step on disk with the best metric, the earliest of equals.
+
+        None if the run has no best metric, or if no checkpoint on disk has a score.
+        """
         sign = 1 if self._settings.best_mode == "max" else -1
         known = [(-sign * value, step) for step, value in self.scores.items() if not math.isnan(value)]
         kept = set(self.steps())
@@ -86,19 +99,20 @@ class Store:
     # Saving
 
     def save(self, state: TrainState, metadata: Metadata) -> bool:
-        """Starts to save, after the save before has ended; returns False, and saves nothing, if a number is not finite.
+        """Waits for the previous save, then starts this one.
 
-        The arrays are copied to the host before it returns, and written afterwards. All processes call it.
+        Returns False and saves nothing if an array holds NaN or Inf. It copies the arrays to the host before it
+        returns; a thread writes them afterwards. All processes call it.
         """
         self.wait()
-        finite, checksums = check_state(state)
-        if not finite:
+        is_finite, checksums = finite_and_checksums(state)
+        if not is_finite:
             return False
         metadata = metadata.with_state(state, checksums)
         if self._checkpointer is None:
             items = {"state": arrays_handler(), "metadata": ocp.JsonCheckpointHandler()}
             handler = ocp.CompositeCheckpointHandler(**items)
-            # Else Orbax would wait minutes for a folder that cannot be made.
+            # Otherwise Orbax would wait minutes for a folder that cannot be made.
             options = ocp.AsyncOptions(create_directories_asynchronously=False)
             self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata.to_json()))
@@ -109,7 +123,7 @@ class Store:
         return True
 
     def _finish(self, step: int) -> None:
-        """Waits until a save is complete, puts its names on disk, too, and only then removes older checkpoints."""
+        """Waits until a save is complete, fsyncs its files and folders, then removes older checkpoints."""
         assert self._checkpointer is not None
         try:
             with self._write_errors(step):
@@ -118,7 +132,7 @@ class Store:
                     sync_tree(self.path(step))
                     self._on_saved(step)
                     self.remove_old()
-        except BaseException as error:  # raised where the main thread looks next
+        except BaseException as error:  # the main thread raises it in `raise_save_error`
             self._error = error
 
     def remove_old(self) -> None:
@@ -128,7 +142,7 @@ class Store:
         for step in steps:
             forever = settings.keep_every_steps is not None and step % settings.keep_every_steps == 0
             if step not in kept and not forever:
-                # Under a name that is no step, so that a kill in the middle leaves nothing like a checkpoint.
+                # A rename first: if a kill interrupts the removal, no half of a checkpoint has the name of a step.
                 doomed = self._directory / f".removed-{step}-{secrets.token_hex(4)}"
                 self.path(step).rename(doomed)
                 doomed.rmtree() if isinstance(doomed, epath.Path) else shutil.rmtree(doomed)
@@ -137,7 +151,7 @@ class Store:
         """Whether a save is under way in the background."""
         return self._saving is not None and self._saving.is_alive()
 
-    def check(self) -> None:
+    def raise_save_error(self) -> None:
         """Raises the error of a save that failed in the background, once."""
         error, self._error = self._error, None
         if error is not None:
@@ -148,10 +162,13 @@ class Store:
         if self._saving is not None:
             self._saving.join()
             self._saving = None
-        self.check()
+        self.raise_save_error()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Waits for every save and raises their errors, unless the run ends with an `error` of its own."""
+        """Waits for the save in the background and raises its error.
+
+        If the run already ends with an `error`, a `HostError` of the save is dropped; any other is still raised.
+        """
         try:
             self.wait()
         except HostError:
@@ -182,8 +199,8 @@ class Store:
 
     # Checkpoints that are not used
 
-    def set_aside(self, step: int, reason: str) -> Folder:
-        """Moves a step into `set_aside/` beside the checkpoints, and returns its new place. Nothing is removed."""
+    def set_aside(self, step: int, reason: str) -> AnyPath:
+        """Moves a checkpoint into `set_aside/`, beside the folder of the checkpoints, and returns its new path."""
         folder = self._directory.parent / "set_aside"
         folder.mkdir(exist_ok=True)
         numbers = (f"-{i}" if i else "" for i in range(10**6))
@@ -194,13 +211,16 @@ class Store:
         return place
 
     def remove_incomplete(self) -> None:
-        """Removes what saves that were killed left behind; only the process that holds the workdir's lock may do so."""
+        """Removes what killed saves and removals left behind; only the process that holds the workdir's lock may do so.
+
+        In a bucket it does not remove an incomplete save: the name of its folder is the number of its step.
+        """
         for path in self._directory.iterdir() if self._directory.is_dir() else ():
             if re.fullmatch(rf"\d+{re.escape(_TEMPORARY)}.*|\.removed-\d+-\w+", path.name):
                 path.rmtree() if isinstance(path, epath.Path) else shutil.rmtree(path)
 
-    def _is_complete(self, path: Folder) -> bool:
-        if isinstance(path, Path):  # it gets its name by a rename, at its end
+    def _is_complete(self, path: AnyPath) -> bool:
+        if isinstance(path, Path):  # a rename gives a complete save its name
             return path.is_dir() and not path.is_symlink()
         return ocp.utils.is_checkpoint_finalized(path)
 

@@ -32,7 +32,7 @@ def main(arguments: Arguments) -> int:
     from trainer.checkpoint import Store, scores
     from trainer.observe.log import read_rows
     from trainer.optim.decay_check import check_decay, decay_table
-    from trainer.program import compile_program
+    from trainer.program import build_program
 
     run, workdir = arguments.run, arguments.workdir
     asked = [f"--{name}" for name in ("probe", "verify", "compile") if getattr(arguments.options, name)]
@@ -42,7 +42,7 @@ def main(arguments: Arguments) -> int:
         return _verify(arguments.required_workdir(), run.checkpoint)
     if workdir is not None:
         workdir.check_run(run)
-    program = compile_program(run)
+    program = build_program(run)
     if arguments.options.probe:
         labels = [param.label for param in program.param_table.rows]
         results = check_decay(program.init().params, labels, program.groups, program.optimizer, run.total_steps)

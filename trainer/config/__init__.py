@@ -16,4 +16,4 @@ from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Eval
 from trainer.config.settings import InitFrom as InitFrom, Loading as Loading, Logging as Logging
 from trainer.config.settings import Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel, Run as Run
 from trainer.config.settings import Schedule as Schedule, Watch as Watch
-from trainer.config.optimizer import NAMES as NAMES, Transform as Transform, setting as setting
+from trainer.config.optimizer import FUSED_OPTIMIZERS as FUSED_OPTIMIZERS, Transform as Transform, setting as setting

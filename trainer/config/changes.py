@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from trainer.config.encoding import CLASS, HARNESS, class_keys, class_name, encode
+from trainer.config.encoding import CLASS, SETTINGS_CLASSES, class_keys, class_name, encode
 from trainer.config.settings import Run
 from trainer.errors import UserError
 
@@ -29,14 +29,14 @@ def changes(kept: Mapping[str, Any], asked: Run) -> list[Change]:
 
 def _changes(old: Any, new: Any, path: str, *, harmless: bool) -> Iterator[Change]:
     if dataclasses.is_dataclass(new) and isinstance(old, dict) and old.get(CLASS) == class_keys(type(new))[CLASS]:
-        gone = {name: value for name, value in old.items() if not name.startswith("$")}
+        remaining = {name: value for name, value in old.items() if not name.startswith("$")}
         for field in dataclasses.fields(new):
-            was = gone.pop(field.name) if field.name in gone else _default(field)
+            was = remaining.pop(field.name) if field.name in remaining else _default(field)
             may = harmless or bool(field.metadata.get("may_change"))
             yield from _changes(was, getattr(new, field.name), f"{path}.{field.name}", harmless=may)
-        for name, was in gone.items():  # of an experiment: nothing can be asked of it any more
+        for name, was in remaining.items():  # of an experiment: nothing can be asked of it any more
             text = f"{path}.{name}".lstrip(".") + f" was {_shown(was)}, is no setting any more"
-            yield Change(text, harmless or type(new) not in HARNESS)
+            yield Change(text, harmless or type(new) not in SETTINGS_CLASSES)
     elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         for key in old:
             yield from _changes(old[key], new[key], f"{path}.{key}", harmless=harmless)

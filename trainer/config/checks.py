@@ -11,7 +11,7 @@ from typing import Any
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from trainer.config.encoding import to_json
-from trainer.config.optimizer import NAMES, Group, Transform
+from trainer.config.optimizer import FUSED_OPTIMIZERS, Group, Transform
 from trainer.config.schedules import DESCENTS, evaluations, evaluations_in_steps, schedule_in_steps
 from trainer.config.settings import Optimizer, Run, Schedule
 from trainer.errors import UserError, did_you_mean
@@ -20,7 +20,8 @@ from trainer.experiment import Experiment
 _SMALLEST = 2.0**-126  # the smallest normal float32; all arithmetic of an update is at least float32
 _LARGEST = 2.0**127 * (2 - 2.0**-23)  # the largest float32
 _IS_WRONG = {"minimum": operator.lt, "maximum": operator.gt, "above": operator.le, "below": operator.ge}
-_FUSED = ("b1", "b2", "eps", "eps_root", "nesterov", "mu_dtype", "nu_dtype")  # settings of `NAMES` alone
+# Settings that only `FUSED_OPTIMIZERS` use.
+_FUSED = ("b1", "b2", "eps", "eps_root", "nesterov", "mu_dtype", "nu_dtype")
 _BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below": "below"}
 
 
@@ -83,7 +84,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         raise UserError("optimizer.rectify and optimizer.amsgrad cannot be combined")
     if not optimizer.sgd_fallback and not optimizer.rectify:
         raise UserError("optimizer.sgd_fallback is False, which has an effect only if optimizer.rectify is True")
-    _check_other_names(optimizer, names - {*NAMES}, is_all=not names & {*NAMES})
+    _check_fused_settings(optimizer, names - {*FUSED_OPTIMIZERS}, is_all=not names & {*FUSED_OPTIMIZERS})
     for name in ("rectify", "amsgrad"):
         if getattr(optimizer, name) and names != {"adabelief"}:
             other = ", ".join(sorted(names - {"adabelief"}))
@@ -106,16 +107,16 @@ def _kind(name: str | Transform) -> str:
     return name if isinstance(name, str) else type(name).__name__
 
 
-def _check_other_names(optimizer: Optimizer, others: set[str], *, is_all: bool) -> None:
+def _check_fused_settings(optimizer: Optimizer, others: set[str], *, is_all: bool) -> None:
     """Raises `UserError` for settings of the fused pass that do nothing for `others`, the optimizers beside it."""
-    if _kind(optimizer.name) in NAMES and optimizer.options:
+    if _kind(optimizer.name) in FUSED_OPTIMIZERS and optimizer.options:
         own = f"but {optimizer.name} has settings of its own, such as b1"
         raise UserError(f"optimizer.options is {optimizer.options}, {own}")
     for field in dataclasses.fields(optimizer) if others else ():
         value = getattr(optimizer, field.name)
         if field.name in ("cautious", "param_rounding") and value != field.default:
-            used = ", ".join(sorted(others))
-            raise UserError(f"optimizer.{field.name} works with {', '.join(NAMES)} only, but the run uses {used}")
+            fused, used = ", ".join(FUSED_OPTIMIZERS), ", ".join(sorted(others))
+            raise UserError(f"optimizer.{field.name} works with {fused} only, but the run uses {used}")
         if is_all and field.name in _FUSED and value != field.default:
             used = f"which {_kind(optimizer.name)} does not use: give it in optimizer.options, if it has one"
             raise UserError(f"optimizer.{field.name} is {value}, {used}")
@@ -123,7 +124,7 @@ def _check_other_names(optimizer: Optimizer, others: set[str], *, is_all: bool) 
 
 def _check_options(path: str, name: str | Transform, group: Group) -> None:
     """Raises `UserError` for settings of a group that its optimizer does not use."""
-    if isinstance(name, str) and name in NAMES:
+    if isinstance(name, str) and name in FUSED_OPTIMIZERS:
         if group.options:
             raise UserError(f"{path}.options is {group.options}, but {name} has settings of its own, such as b1")
         return

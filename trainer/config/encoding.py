@@ -24,7 +24,8 @@ from trainer.errors import HostError, UserError, did_you_mean
 # JSON keys that name a dataclass: its class as "module:class"; or its class name, config file and the file's hash.
 CLASS, _FILE, _SHA256 = "$class", "$file", "$sha256"
 _ACCEPTED = "$accepted"  # which `Workdir.write` adds
-HARNESS = [kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+_SETTINGS = [kind for kind in vars(settings).values() if isinstance(kind, type)]
+SETTINGS_CLASSES = [kind for kind in _SETTINGS if dataclasses.is_dataclass(kind)]
 
 
 def to_json(run: Run) -> str:
@@ -63,7 +64,7 @@ def class_keys(kind: type) -> dict[str, str]:
 
 def class_name(kind: type) -> str:
     """The text that names a class in JSON."""
-    if kind in HARNESS:  # whatever the file in which it is declared
+    if kind in SETTINGS_CLASSES:  # whatever the file in which it is declared
         return f"{settings.__name__}:{kind.__qualname__}"
     in_file = kind.__module__.startswith(_ConfigFileLoader.prefix)
     return kind.__qualname__ if in_file else f"{kind.__module__}:{kind.__qualname__}"
@@ -85,7 +86,7 @@ def from_json(text: str) -> Run:
         own = [_find_class(value["experiment"], ("init", "loss", "source"))]
         own += [_find_class(names, ("transform",)) for names in _transforms(value)]
         inner = [kind for one in own for kind in _settings_of(one)]
-        return _decode(value, {class_name(kind): kind for kind in (*HARNESS, *own, *inner)})
+        return _decode(value, {class_name(kind): kind for kind in (*SETTINGS_CLASSES, *own, *inner)})
     except (AttributeError, KeyError, NameError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"it is not a run as `to_json` writes it: {error}") from error
 
@@ -97,7 +98,7 @@ def _decode(value: Any, classes: Mapping[str, Any]) -> Any:
         if (kind := classes.get(value[CLASS])) is None:
             raise UserError(f"it names the class {value[CLASS]!r}, which is neither a setting nor the experiment")
         known = {field.name for field in dataclasses.fields(kind)}
-        for key in value.keys() - known - {CLASS, _FILE, _SHA256, _ACCEPTED} if kind in HARNESS else ():
+        for key in value.keys() - known - {CLASS, _FILE, _SHA256, _ACCEPTED} if kind in SETTINGS_CLASSES else ():
             raise UserError(f"{value[CLASS]} has no field {key!r} any more{did_you_mean(key, known)}")
         return kind(**{key: _decode(item, classes) for key, item in value.items() if key in known})
     if isinstance(value, dict):
@@ -126,31 +127,31 @@ def _transforms(run: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
     yield from (value for value in given if isinstance(value, dict))
 
 
-def _find_class(names: Mapping[str, str], methods: Sequence[str]) -> Any:
+def _find_class(encoded: Mapping[str, str], methods: Sequence[str]) -> Any:
     """The class that JSON names; it must be a dataclass with these methods, those of an experiment for example."""
-    module_name, _, name = names[CLASS].rpartition(":")
+    module_name, _, name = encoded[CLASS].rpartition(":")
     if module_name == "__main__" or "<locals>" in name:
         remedy = "train and evaluate it there, or define it in a module or in the config file"
         where = "was defined in a script, a notebook or a function, and cannot be imported again"
         raise UserError(f"{name} {where}: {remedy}")
-    if _FILE in names:
-        file = Path(names[_FILE])
+    if _FILE in encoded:
+        file = Path(encoded[_FILE])
         if not file.is_file():
             where = "" if file.is_absolute() else f" in the current folder, {Path.cwd()}"
             raise UserError(f"{name} was defined in {file}, which is missing{where}")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != names[_SHA256]:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != encoded[_SHA256]:
             remedy = f"give --config={file} to use the file as it is now"
             raise UserError(f"{name} was defined in {file}, which has changed since: {remedy}")
-        kind: Any = import_file(file, names[_SHA256])
+        kind: Any = import_file(file, encoded[_SHA256])
     else:
         kind = _import(module_name, name)
     for part in name.split("."):
         kind = getattr(kind, part, None)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise UserError(f"{names[CLASS]} is not a dataclass any more")
+        raise UserError(f"{encoded[CLASS]} is not a dataclass any more")
     if missing := [name for name in methods if not callable(getattr(kind, name, None))]:
         raise UserError(
-            f"{names[CLASS]} is no {'optimizer' if len(methods) == 1 else 'experiment'}: it has no {missing[0]}"
+            f"{encoded[CLASS]} is no {'optimizer' if len(methods) == 1 else 'experiment'}: it has no {missing[0]}"
         )
     return kind
 
@@ -188,7 +189,7 @@ def user_errors(what: str) -> Iterator[None]:
 def _nearest_setting(message: str) -> str:
     """Python's error about an argument that a class of settings does not have, with the nearest one; else ""."""
     found = re.match(r"((\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)')", message)
-    kinds = [kind for kind in HARNESS if found and kind.__name__ == found[2]]
+    kinds = [kind for kind in SETTINGS_CLASSES if found and kind.__name__ == found[2]]
     return found[1] + did_you_mean(found[3], [f.name for f in dataclasses.fields(kinds[0])]) if found and kinds else ""
 
 

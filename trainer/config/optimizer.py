@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 _SHAPES = ("constant", "linear", "cosine", "polynomial", "wsd", "step", "inverse_sqrt")
-NAMES = ("adabelief", "adam", "sgd")  # the optimizers of this project, updated in one fused pass
+FUSED_OPTIMIZERS = ("adabelief", "adam", "sgd")  # the optimizers of this project, updated in one fused pass
 MOST = 2**31 - 1  # steps are counted in int32
 
 
@@ -68,7 +68,7 @@ class Group:
 
     weight_decay: float = setting(0.0, minimum=0)  # strength of the weight decay; see `Optimizer.decay`
     decay_schedule: Schedule | None = setting(None)  # weight decay as a schedule, instead of a number
-    optimizer: str | Transform | None = setting(None, choices=NAMES, prefix="optax.")
+    optimizer: str | Transform | None = setting(None, choices=FUSED_OPTIMIZERS, prefix="optax.")
     """Another optimizer for this group, as in `Optimizer.name`; None for that of the run."""
     schedule: Schedule | None = setting(None)
     """Another learning rate for this group; None for that of the run."""
@@ -91,7 +91,7 @@ class Group:
 class Optimizer:
     """The optimizer, its labels and its parameter groups."""
 
-    name: str | Transform = setting("adabelief", choices=NAMES, prefix="optax.")
+    name: str | Transform = setting("adabelief", choices=FUSED_OPTIMIZERS, prefix="optax.")
     """`adabelief`; for comparison `adam`, or `sgd` with momentum b1; a transformation of Optax by its name, such as
     `optax.lion` or `optax.contrib.muon`; or a dataclass with a method `transform(learning_rate)`."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)  # the learning rate

@@ -47,9 +47,9 @@ def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | N
     fits = schedule.warmup + (schedule.descent or 0) <= whole * (1 + 1e-9)  # the tolerance is for sums as 0.1 + 0.2
     if fits and times.get("descent", 0) > 1 and times["warmup"] + times["descent"] == end + 1:  # both were rounded up
         times["descent"] -= 1
-    exact = dataclasses.replace(schedule, **times, unit="steps" if scale else unit)
-    _check_order(schedule, exact, path, run_end, measure, fits)
-    return dataclasses.replace(exact, end=end) if scale and schedule.name in DESCENTS else exact
+    in_steps = dataclasses.replace(schedule, **times, unit="steps" if scale else unit)
+    _check_order(schedule, in_steps, path, run_end, measure, fits)
+    return dataclasses.replace(in_steps, end=end) if scale and schedule.name in DESCENTS else in_steps
 
 
 def _check_used(schedule: Schedule, path: str) -> None:
@@ -69,23 +69,23 @@ def _check_used(schedule: Schedule, path: str) -> None:
         raise UserError(f"{path}.final is {schedule.final}; {peak}")
 
 
-def _check_order(given: Schedule, exact: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
+def _check_order(given: Schedule, in_steps: Schedule, path: str, length: float, measure: str, fits: bool) -> None:
     """Checks the order of times in steps, or in epochs of unknown length; errors show them as they were given."""
     unit, warmup, hint = given.unit, f"{given.warmup:.12g} {given.unit}", measure
     if given.end is None:
         whole, end = length, f"{length} steps"
         hint += f"; for a run cut short, set {path}.run_steps to its full length"
     else:  # a descent with an end of its own, which may lie past that of the run
-        whole, end = exact.end or 0, f"{given.end:.12g} {unit}"
-    if exact.warmup >= whole:
+        whole, end = in_steps.end or 0, f"{given.end:.12g} {unit}"
+    if in_steps.warmup >= whole:
         raise UserError(f"{path}.warmup is {warmup}, but the whole schedule has only {end}{hint}")
-    if not fits or exact.warmup + (exact.descent or 0) > whole * (1 + 1e-9):
-        left = f"{whole - exact.warmup:.12g} of {whole:.12g} {exact.unit if math.isinf(length) else 'steps'}"
+    if not fits or in_steps.warmup + (in_steps.descent or 0) > whole * (1 + 1e-9):
+        left = f"{whole - in_steps.warmup:.12g} of {whole:.12g} {in_steps.unit if math.isinf(length) else 'steps'}"
         raise UserError(f"{path}.descent is {given.descent:.12g} {unit}, but the warm-up leaves only {left}{hint}")
     boundaries = f"{path}.boundaries is {given.boundaries} {unit}"
-    if any(first >= second for first, second in itertools.pairwise((exact.warmup, *exact.boundaries))):
+    if any(first >= second for first, second in itertools.pairwise((in_steps.warmup, *in_steps.boundaries))):
         raise UserError(f"{boundaries}; they must ascend, the first above the warm-up ({warmup}){measure}")
-    if exact.boundaries and exact.boundaries[-1] >= length:
+    if in_steps.boundaries and in_steps.boundaries[-1] >= length:
         raise UserError(f"{boundaries}, but the run has only {length} steps{hint}")
 
 

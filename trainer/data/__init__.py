@@ -77,7 +77,7 @@ def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarra
     return source.take(indices) if isinstance(source, ArraySource) else _stack(_read(source, [int(i) for i in indices]))
 
 
-def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
+def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
     """`source` decoded into memory if `fits_in_memory`, else `source` itself."""
     if isinstance(source, ArraySource) or not fits_in_memory(source, limit_bytes):
         return source
@@ -93,8 +93,8 @@ def load(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
     return ArraySource(arrays)
 
 
-def load_all(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[RandomAccessSource]:
-    """As `load` for each, where two that are the same, or the first examples of it, are decoded once."""
+def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[RandomAccessSource]:
+    """As `load_into_memory` for each, where two that are the same, or the first examples of it, are decoded once."""
     loaded: dict[int, RandomAccessSource] = {}
 
     def one(source: RandomAccessSource) -> RandomAccessSource:
@@ -104,7 +104,7 @@ def load_all(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[Ra
                 return ArraySource({name: array[: len(source)] for name, array in base.arrays.items()})
             return First(base, len(source))
         if id(source) not in loaded:
-            loaded[id(source)] = load(source, limit_bytes)
+            loaded[id(source)] = load_into_memory(source, limit_bytes)
         return loaded[id(source)]
 
     return [one(source) for source in sources]

@@ -13,7 +13,7 @@ from trainer import config
 from trainer.checkpoint.metadata import Leaf
 from trainer.checkpoint.reading import restore_leaves
 from trainer.errors import UserError, did_you_mean
-from trainer.init_from.sources import Source, open_source
+from trainer.init_from.sources import VariableSource, open_variables
 from trainer.observe import table
 from trainer.optim.transforms import other_paths, set_count
 from trainer.program import Program
@@ -38,7 +38,7 @@ class Beginning:
     """How the first state of a run is made; nothing is read yet but names, shapes and dtypes."""
 
     program: Program
-    source: Source
+    source: VariableSource
     rows: list[Row]
     unused: list[str]  # arrays of the source
 
@@ -82,9 +82,9 @@ class Beginning:
         assert self.source.metadata is not None
         assert self.source.place is not None
         saved, wanted, places = self.source.metadata.leaves, {}, {}
-        same = {row.name: row.source if row.rule == "take" else None for row in self.rows}
+        copied_from = {row.name: row.source if row.rule == "take" else None for row in self.rows}
         for path, leaf in _paths(self.program.state).items():
-            there = next((there for there in _source_paths(path, same) if there in saved), None)
+            there = next((there for there in _source_paths(path, copied_from) if there in saved), None)
             if there is not None and saved[there] == Leaf(tuple(leaf.shape), str(leaf.dtype)):
                 wanted[there] = jax.ShapeDtypeStruct(*saved[there], sharding=leaf.sharding)
                 places[path] = there
@@ -94,7 +94,7 @@ class Beginning:
         return _replaced(counted, {path: arrays[there] for path, there in places.items()})
 
 
-def plan(program: Program) -> Beginning | None:
+def plan_init(program: Program) -> Beginning | None:
     """How `Run.init_from` makes the first state; None if the run begins with fresh variables.
 
     Raises `UserError` if there is no such source, or if a variable is not covered or does not fit.
@@ -102,7 +102,7 @@ def plan(program: Program) -> Beginning | None:
     if (settings := program.run.init_from) is None:
         return None
     is_carried = settings.optimizer_state == "carried"
-    source = open_source(settings.source, raw=is_carried)
+    source = open_variables(settings.source, raw=is_carried)
     if is_carried and source.step is None:
         raise UserError(f"init_from.optimizer_state is 'carried', but {source.text} has no state of a run")
     if is_carried and (source.step or 0) >= program.run.total_steps:
@@ -132,7 +132,7 @@ def _settings(program: Program) -> config.InitFrom:
     return program.run.init_from
 
 
-def _row(name: str, rule: str, here: Any, there: str | None, source: Source) -> tuple[Row, str]:
+def _row(name: str, rule: str, here: Any, there: str | None, source: VariableSource) -> tuple[Row, str]:
     """The row of a variable, and what is wrong with it."""
     if rule == "fresh":
         return Row(name, rule, None, f"fresh, {_leaf(here)}"), ""
@@ -153,7 +153,7 @@ def _leaf(leaf: Any) -> str:
     return str(Leaf(tuple(leaf.shape), str(leaf.dtype)))
 
 
-def _renamed(source: Source, settings: config.InitFrom) -> dict[str, str]:
+def _renamed(source: VariableSource, settings: config.InitFrom) -> dict[str, str]:
     """The names in the source by the names that the first matching pattern of `rename` gives them."""
     used: set[str] = set()
     found: dict[str, str] = {}
@@ -198,12 +198,12 @@ def _replaced(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:
     return jax.tree_util.tree_map_with_path(replace, state)
 
 
-def _source_paths(path: str, same: Mapping[str, str | None]) -> list[str]:
+def _source_paths(path: str, copied_from: Mapping[str, str | None]) -> list[str]:
     """Where the source's state may have an array of this run's; none for one of a variable that was not taken.
 
     Args:
       path: in this run's state.
-      same: the name in the source of each variable; None where it was not taken as it is.
+      copied_from: the name in the source of each variable; None where it was not taken as it is.
     """
     if path == "step" or path.startswith("guard/"):
         return [path]
@@ -212,8 +212,8 @@ def _source_paths(path: str, same: Mapping[str, str | None]) -> list[str]:
     name = path
     while name:
         name = name.partition("/")[2]
-        if name in same:
-            there = same[name]
+        if name in copied_from:
+            there = copied_from[name]
             return [] if there is None else other_paths(path.removesuffix(name) + there)
     return other_paths(path)  # a count
 

@@ -14,7 +14,7 @@ from trainer.checkpoint import Metadata, Store, leaves_of, scores
 from trainer.checkpoint.metadata import Leaf
 from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, restore_leaves
 from trainer.errors import UserError, did_you_mean
-from trainer.files import Folder
+from trainer.files import AnyPath
 from trainer.observe.log import read_rows
 from trainer.restore import schedule_free_averages
 from trainer.rules import path_of
@@ -24,7 +24,7 @@ Wanted = Mapping[str, jax.sharding.Sharding]  # by the name of an array
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class VariableSource:
     """Arrays by name: a parameter by its path, another variable by collection and path, as "batch_stats/norm/mean"."""
 
     text: str  # what it is, for the user
@@ -32,10 +32,10 @@ class Source:
     read: Callable[[Wanted], dict[str, jax.Array]]  # with these shardings
     step: int | None = None  # updates made, of a workdir
     metadata: Metadata | None = None  # of a workdir's checkpoint
-    place: Folder | None = None  # of a workdir's checkpoint
+    place: AnyPath | None = None  # of a workdir's checkpoint
 
 
-def open_source(text: str, *, raw: bool = False) -> Source:
+def open_variables(text: str, *, raw: bool = False) -> VariableSource:
     """The source that PATH or PATH@STEP names; raises `UserError` if there is none. Reads no array.
 
     All processes call it together. Of a workdir the parameters are those that its run evaluates, or with `raw` those
@@ -58,7 +58,7 @@ def open_source(text: str, *, raw: bool = False) -> Source:
     raise UserError(f"init_from: {name} is neither a workdir, nor a folder that Orbax wrote, nor a .safetensors file")
 
 
-def _workdir(folder: Workdir, step: str, raw: bool) -> Source:
+def _workdir(folder: Workdir, step: str, raw: bool) -> VariableSource:
     # Of its run only settings matter: its classes may be gone, or those of this very run in another version.
     steps = Store(folder.checkpoints, config.Checkpoint()).steps()
     if not steps:
@@ -70,8 +70,8 @@ def _workdir(folder: Workdir, step: str, raw: bool) -> Source:
         store.scores = scores(read_rows(folder.path / "metrics.jsonl"), settings.best_metric)
     chosen = int(distributed.gather("the step of a source", str(store.choose(step)))[0])
     metadata, place = store.metadata(chosen), store.path(chosen)
-    has_ema = metadata.config["optimizer"].get("ema_decay") is not None and not raw
-    params, averages = "ema/" if has_ema else "params/", {} if has_ema or raw else schedule_free_averages(metadata)
+    use_ema = metadata.config["optimizer"].get("ema_decay") is not None and not raw
+    params, averages = "ema/" if use_ema else "params/", {} if use_ema or raw else schedule_free_averages(metadata)
     names = {
         path.removeprefix(prefix): path
         for path in metadata.leaves
@@ -91,9 +91,9 @@ def _workdir(folder: Workdir, step: str, raw: bool) -> Source:
             raise UserError(f"init_from: {place} was removed while it was read; name another step") from error
         return {name: _average(arrays, names[name], averages.get(name)) for name in wanted}
 
-    kind = "EMA params" if has_ema else "averages" if averages else "parameters"
+    kind = "EMA params" if use_ema else "averages" if averages else "parameters"
     leaves = {name: metadata.leaves[path] for name, path in names.items()}
-    return Source(f"{kind} of {folder.path}, step {chosen}", leaves, read, chosen, metadata, place)
+    return VariableSource(f"{kind} of {folder.path}, step {chosen}", leaves, read, chosen, metadata, place)
 
 
 def _average(arrays: Mapping[str, jax.Array], path: str, average: tuple[str, str] | None) -> jax.Array:
@@ -105,7 +105,7 @@ def _average(arrays: Mapping[str, jax.Array], path: str, average: tuple[str, str
     return ((y - (1 - b1) * z) / b1).astype(y.dtype)
 
 
-def _orbax(place: Folder, step: str) -> Source:
+def _orbax(place: AnyPath, step: str) -> VariableSource:
     """A tree of params or variables, or a `flax.training.TrainState`, saved by a checkpointer or a manager."""
     if step or not (place / "_METADATA").exists():
         steps = sorted((int(p.name) for p in place.iterdir() if p.name.isdecimal()), reverse=True)
@@ -140,10 +140,10 @@ def _orbax(place: Folder, step: str) -> Source:
         arrays = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(restored)}
         return {name: arrays[names[name]] for name in wanted}
 
-    return Source(f"Orbax's {place}", {name: paths[saved] for name, saved in names.items()}, read)
+    return VariableSource(f"Orbax's {place}", {name: paths[saved] for name, saved in names.items()}, read)
 
 
-def _safetensors(file: Path) -> Source:
+def _safetensors(file: Path) -> VariableSource:
     try:
         from safetensors.flax import load_file
         from safetensors.numpy import safe_open
@@ -163,7 +163,7 @@ def _safetensors(file: Path) -> Source:
         arrays = load_file(file)
         return {name: jax.device_put(np.asarray(arrays[names[name]]), sharding) for name, sharding in wanted.items()}
 
-    return Source(str(file), {name: paths[path] for name, path in names.items()}, read)
+    return VariableSource(str(file), {name: paths[path] for name, path in names.items()}, read)
 
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[mi
 from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute] - made at import
 from tensorboardX.record_writer import masked_crc32c
 
-from trainer.files import Folder
+from trainer.files import AnyPath
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\..+")
 
@@ -114,7 +114,7 @@ class Events:
         self.size = position
 
 
-def event_files(folder: Folder) -> list[str]:
+def event_files(folder: AnyPath) -> list[str]:
     """The names of the event files in a folder, in the order in which TensorBoard reads them; a link has none."""
     if not folder.is_dir() or (isinstance(folder, Path) and folder.is_symlink()):
         return []

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from trainer.errors import HostError, UserError
-from trainer.files import Folder
+from trainer.files import AnyPath
 from trainer.observe import mark as marks
 from trainer.observe.events import Events, event_files, shown_values
 from trainer.observe.mark import Mark
@@ -43,10 +43,10 @@ class MetricsLog:
 
     def __init__(
         self,
-        workdir: Folder,
+        workdir: AnyPath,
         after_step: int,
         *,
-        rows: int | None = None,
+        row_count: int | None = None,
         on_error: Literal["stop", "continue"] = "stop",
         report: Callable[[str], None] = _to_stderr,
     ) -> None:
@@ -55,7 +55,7 @@ class MetricsLog:
         Args:
           workdir: a folder that is there, or a path in a bucket.
           after_step: the step of the checkpoint; 0 for a new run.
-          rows: how many rows there were when it was saved; if there are fewer now, `report` is told.
+          row_count: how many rows there were when it was saved; if there are fewer now, `report` gets a warning.
           on_error: whether a row of `metrics.jsonl` that cannot be written raises `HostError` or waits in memory.
           report: shows one line.
         """
@@ -74,7 +74,7 @@ class MetricsLog:
         known = self._mark or Mark()
         self._metrics_outage.attempt(lambda: self._metrics.open(known.metrics))
         self._timing_outage.attempt(lambda: self._timing.open(known.timing))
-        self._report_hole(rows, after_step, known)
+        self._report_hole(row_count, after_step, known)
         self._continue_events(workdir / "tensorboard", after_step)
         self._write_mark()
 
@@ -153,20 +153,20 @@ class MetricsLog:
             mark = (self._mark or Mark())._replace(metrics=self._metrics.synced, timing=self._timing.synced)
             marks.write_mark(self._folder, mark._replace(in_events=min(mark.in_events, mark.metrics.size)))
 
-    def _fetch(self, workdir: Folder) -> None:
+    def _fetch(self, workdir: AnyPath) -> None:
         for name in (*_FILES, f"tensorboard/{marks.NAME}"):
             if (workdir / name).exists():
                 (self._mirror.folder / name).parent.mkdir(exist_ok=True)
                 (self._mirror.folder / name).write_bytes((workdir / name).read_bytes())
 
-    def _report_hole(self, rows: int | None, after_step: int, known: Mark) -> None:
-        if rows is None:
-            rows = known.metrics.rows if known.metrics.step <= after_step else 0
-        if self.count < rows and not self._metrics.was_damaged and not self._metrics_outage.is_on:
-            missing = f"{rows - self.count:,} of the {rows:,} rows up to step {after_step}"
+    def _report_hole(self, row_count: int | None, after_step: int, known: Mark) -> None:
+        if row_count is None:
+            row_count = known.metrics.rows if known.metrics.step <= after_step else 0
+        if self.count < row_count and not self._metrics.was_damaged and not self._metrics_outage.is_on:
+            missing = f"{row_count - self.count:,} of the {row_count:,} rows up to step {after_step}"
             self._report(f"warning: {missing} are missing in {self._metrics.file}; the run goes on without them")
 
-    def _continue_events(self, place: Folder, after_step: int) -> None:
+    def _continue_events(self, place: AnyPath, after_step: int) -> None:
         """Begins an event file with what the earlier ones lack; the mark tells how far they are complete."""
         mark, names, shown = self._mark, event_files(place), None
         self._events = Events(self._folder, names)
@@ -229,7 +229,7 @@ def _finite(values: Values) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _shown_since(place: Folder, names: Sequence[str], mark: Mark) -> set[tuple[str, int]] | None:
+def _shown_since(place: AnyPath, names: Sequence[str], mark: Mark) -> set[tuple[str, int]] | None:
     """The (tag, step) of values that the event files got after a mark; None if the file of the mark is not whole."""
     try:
         data = [contents(place / name) for name in names if name >= mark.newest]

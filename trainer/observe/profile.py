@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import jax
 
-from trainer.files import Folder
+from trainer.files import AnyPath
 from trainer.workdir import Mirror
 
 
 class Profile:
     """A trace of some steps, in a folder that TensorBoard and XProf read."""
 
-    def __init__(self, folder: Folder, steps: tuple[int, int] | None = None) -> None:
+    def __init__(self, folder: AnyPath, steps: tuple[int, int] | None = None) -> None:
         """Traces the first to the last of `steps`, counted from 1, into `folder`; None traces nothing."""
         self._folder, (self._first, self._last) = folder, steps or (0, 0)
         self._mirror: Mirror | None = None

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.files import Folder, host_error
+from trainer.files import AnyPath, host_error
 
 Row = dict[str, Any]
 
 _CHUNK = 1 << 16
 
 
-def read_rows(file: Folder) -> Iterator[Row]:
+def read_rows(file: AnyPath) -> Iterator[Row]:
     """One row for each step of a file, with its metrics and those of its evaluation; none if there is no file.
 
     Skips a last line that a killed run left incomplete. Raises `UserError` for any other line that is no row, with its
@@ -95,7 +95,7 @@ def is_torn(line: bytes) -> bool:
     return line.startswith(b"{") or not line.strip(b"\0")
 
 
-def contents(file: Folder) -> bytes:
+def contents(file: AnyPath) -> bytes:
     """The bytes of a file; raises `FileNotFoundError`, `UserError` for what is no file, and `HostError`."""
     if not isinstance(file, Path):
         return file.read_bytes()

@@ -44,7 +44,7 @@ def _group(
     if o.decay == "corrected" and peak == 0:  # nothing moves, and learning rate / peak would be 0/0
         weight_decay = None
     name = group.optimizer or o.name
-    if name not in config.NAMES:
+    if name not in config.FUSED_OPTIMIZERS:
         options = o.options if group.optimizer is None else group.options
         # Its own count is that of the updates of the group; schedules follow the updates of the run.
         used = group.schedule or o.schedule

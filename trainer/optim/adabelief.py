@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Inexact, Int32
 
 from trainer.optim.fused import ParamGroup, fused_groups
-from trainer.optim.precision import average, one_minus_power, rectification, squarable, square
+from trainer.optim.precision import average, clip_for_square, one_minus_power, rectification, square
 
 
 class BiasCorrections(NamedTuple):
@@ -64,7 +64,7 @@ class Belief:
         # A step towards error² is more exact than b2 · nu + (1 − b2) · error²: in float32 the two weights do not add
         # up to 1. And the last operation adds two arrays. If it added a scalar to an array (Optax's `nu + eps_root`),
         # XLA:CPU would compute the sum again in each fusion that reads it, from copies of the old moments.
-        return (1 - self.b2) * (square(squarable(g - mu)) - nu) + (nu + self.eps_root)
+        return (1 - self.b2) * (square(clip_for_square(g - mu)) - nu) + (nu + self.eps_root)
 
     def bias_corrections(self, t: Int32[Array, ""]) -> BiasCorrections:
         """The scalars of update t, counted from 1, in the widest float that is enabled."""

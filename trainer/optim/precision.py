@@ -21,16 +21,16 @@ def average(b: Any, mean: Inexact[Array, "*s"], x: Inexact[Array, "*s"]) -> Inex
         return x
     error = x - mean
     # 0 · error is NaN where x is infinite: an infinity must not pass for a large number.
-    return mean + (1 - b) * (squarable(error) + 0 * error)
+    return mean + (1 - b) * (clip_for_square(error) + 0 * error)
 
 
-def squarable(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+def clip_for_square(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
     """`x` clipped to ±√max/4, which is 4.6e18 in float32, where max is the largest number of its dtype.
 
     An average of squares would never recover from an infinity.
     """
     if jnp.iscomplexobj(x):
-        return lax.complex(squarable(x.real), squarable(x.imag))
+        return lax.complex(clip_for_square(x.real), clip_for_square(x.imag))
     limit = 0.25 * jnp.sqrt(jnp.finfo(x.dtype).max)
     return jnp.clip(x, -limit, limit)
 

@@ -7,14 +7,14 @@ import optax
 from trainer import config
 
 
-def build_schedule(exact: config.Schedule) -> optax.Schedule:
+def build_schedule(in_steps: config.Schedule) -> optax.Schedule:
     """The schedule that `config.schedule_in_steps` returned, as a traceable function of an int32 count of updates."""
-    peak, final = exact.peak, exact.final
-    warmup, end, descent = int(exact.warmup), int(exact.end or 0), int(exact.descent or 0)
+    peak, final = in_steps.peak, in_steps.final
+    warmup, end, descent = int(in_steps.warmup), int(in_steps.end or 0), int(in_steps.descent or 0)
     pieces: list[tuple[int, optax.Schedule]] = []  # (first count, function of the counts since then)
     if warmup:
         pieces.append((0, optax.linear_schedule(0.0, peak, warmup)))
-    match exact.name:
+    match in_steps.name:
         case "constant":
             pieces.append((warmup, optax.constant_schedule(peak)))
         case "linear":
@@ -23,12 +23,12 @@ def build_schedule(exact: config.Schedule) -> optax.Schedule:
             pieces.append((warmup, optax.cosine_decay_schedule(peak, end - warmup, final / peak if peak else 0.0)))
         case "polynomial":
             # As a float: a whole exponent would be computed in another way than the same exponent read from JSON.
-            pieces.append((warmup, optax.polynomial_schedule(peak, final, float(exact.power), end - warmup)))
+            pieces.append((warmup, optax.polynomial_schedule(peak, final, float(in_steps.power), end - warmup)))
         case "wsd":
             pieces.append((warmup, optax.constant_schedule(peak)))
             pieces.append((end - descent, optax.linear_schedule(peak, final, descent)))
         case "step":
-            factors = {int(boundary) - warmup: exact.factor for boundary in exact.boundaries}
+            factors = {int(boundary) - warmup: in_steps.factor for boundary in in_steps.boundaries}
             pieces.append((warmup, optax.piecewise_constant_schedule(peak, factors)))
         case "inverse_sqrt":
             pieces.append((warmup, _inverse_sqrt(peak, warmup)))

@@ -30,8 +30,8 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
 
     Nothing is stored for them: the update is computed again from the moments. Optax transformations store its norm.
     """
-    fused_groups, others = split(groups)
-    fused_groups = {**fused_groups, **dict.fromkeys(others)}
+    fused_only, others = split(groups)
+    fused_only = {**fused_only, **dict.fromkeys(others)}
 
     def statistics(grads: optax.Updates, params: optax.Params, state: Any) -> dict[str, Array]:
         moments, clip = (state, clip_norm) if not others else (state.fused, None)
@@ -39,7 +39,7 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
         frozen = [groups[name] is None for name in jax.tree.leaves(labels)]
         clipped = clip_all(raw, frozen, clip_norm) if others else raw
         leaves, _ = fused.flatten(labels, structure.unflatten(clipped), moments, params)
-        scalars_of = fused.update_scalars(fused_groups, leaves, state.count - 1, clip)
+        scalars_of = fused.update_scalars(fused_only, leaves, state.count - 1, clip)
         with_gradient = dict.fromkeys(leaf[0] for leaf in leaves if leaf[1] is not None)
         updated: dict[str, Any] = {label: groups[label] for label in with_gradient if groups[label] is not None}
         several_rates = len({group.learning_rate for group in updated.values()}) > 1

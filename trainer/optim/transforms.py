@@ -21,11 +21,11 @@ from trainer.rules import path_of
 
 # Arguments that have a setting of their own; a transformation gets no decay, which `MixedState` explains.
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
-_NUMBERS = ("optax.rprop", "optax.sm3")  # take no schedule
+_CONSTANT_RATE_ONLY = ("optax.rprop", "optax.sm3")  # take no schedule
 # These need the loss or a function of it in every update, or a key; the last is deprecated.
 _LEFT_OUT = ("optax.lbfgs", "optax.contrib.momo", "optax.contrib.momo_adam", "optax.contrib.sophia")
 _LEFT_OUT += ("optax.noisy_sgd", "optax.optimistic_adam")
-_NONE = optax.MaskedNode()  # a leaf of another label; a tree without leaves to JAX
+_MASKED = optax.MaskedNode()  # a leaf of another label; a tree without leaves to JAX
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def find_transform(
     if not isinstance(name, str):
         return name.transform(learning_rate)
     if name not in (known := _names()):
-        raise UserError(f"optimizer {name!r} is not known{did_you_mean(name, (*config.NAMES, *known))}")
+        raise UserError(f"optimizer {name!r} is not known{did_you_mean(name, (*config.FUSED_OPTIMIZERS, *known))}")
     module, _, function = name.rpartition(".")
     make = getattr(importlib.import_module(module), function)
     arguments = inspect.signature(make).parameters
@@ -101,11 +101,11 @@ def find_transform(
             raise UserError(f"option {option!r} of {name} has a setting of its own: optimizer.{instead}")
         if option not in own:
             raise UserError(f"{name} has no option {option!r}{did_you_mean(option, own)}")
-    if name in _NUMBERS and constant is None:
+    if name in _CONSTANT_RATE_ONLY and constant is None:
         raise UserError(f"{name} takes a constant learning rate only; optimizer.schedule is none")
     off = {key: None if arguments[key].default is None else 0.0 for key in _DECAYS if key in arguments}
     try:
-        return make(learning_rate=constant if name in _NUMBERS else learning_rate, **off, **options)
+        return make(learning_rate=constant if name in _CONSTANT_RATE_ONLY else learning_rate, **off, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} does not take its options {dict(options)}: {error}") from error
 
@@ -182,7 +182,7 @@ def clip_all(grads: list[Any], frozen: list[bool], clip_norm: float | None) -> l
 def _only(label: str, names: list[str], leaves: list[Any]) -> list[Any]:
     """The leaves of a label in the dtype of the computation, and a node without leaves for each of the others."""
     is_own = [name == label and x is not None for name, x in zip(names, leaves, strict=True)]
-    return [x.astype(compute_dtype(x.dtype)) if own else _NONE for own, x in zip(is_own, leaves, strict=True)]
+    return [x.astype(compute_dtype(x.dtype)) if own else _MASKED for own, x in zip(is_own, leaves, strict=True)]
 
 
 def _update(

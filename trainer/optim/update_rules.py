@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from trainer.optim.adabelief import BiasCorrections, mean_corrections
-from trainer.optim.precision import average, one_minus_power, squarable, square
+from trainer.optim.precision import average, clip_for_square, one_minus_power, square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Adam:
     def update_nu(self, g: Any, mu: Any, nu: Any) -> Any:
         """The mean squared gradient."""
         del mu
-        return nu + (1 - self.b2) * (square(squarable(g)) - nu)
+        return nu + (1 - self.b2) * (square(clip_for_square(g)) - nu)
 
     def bias_corrections(self, t: Int32[Array, ""]) -> BiasCorrections:
         """The bias corrections of update t."""

@@ -11,7 +11,7 @@ import numpy as np
 from trainer import config
 from trainer.plan.compiling import FAST, CompiledStep, OutOfMemory, compile_step
 from trainer.plan.topology import Topology
-from trainer.program import Program, compile_program
+from trainer.program import Program, build_program
 from trainer.sharding import STRATEGIES
 
 # XLA:TPU makes windowed einsums of matrix products above this many MiB: with this value, of none.
@@ -130,7 +130,7 @@ def compile_train_fast(run: config.Run, topology: Topology) -> CompiledStep | Ou
 def program_for(run: config.Run, topology: Topology, layout: Layout) -> Program:
     """The program of a run on the devices of a topology."""
     parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=None)
-    return compile_program(dataclasses.replace(run, parallel=parallel), topology.devices)
+    return build_program(dataclasses.replace(run, parallel=parallel), topology.devices)
 
 
 def best(compared: Mapping[Layout, CompiledStep | OutOfMemory]) -> Layout:

@@ -23,7 +23,7 @@ _LINEAR = ("add_any", "reduce_sum", "scatter-add", "transpose", "reshape", "sque
 _CAST = "convert_element_type"
 
 
-def sum_in_float32(gradient: Callable) -> Callable:
+def with_float32_sums(gradient: Callable) -> Callable:
     """`gradient`, a function of arrays, rewritten: a 16-bit sum that ends up as a float32 result is summed in float32.
 
     The function is traced and its jaxpr rewritten. A contraction, a convolution, a sum or a scatter-add is made to

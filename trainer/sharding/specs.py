@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.rules import assign, paths
 from trainer.sharding.mesh import AXES, STRATEGIES
 
-Axes = tuple[str | None, ...]
+DimensionAxes = tuple[str | None, ...]
 AxisRules = tuple[tuple[str, str | None], ...]
 
 _TENSOR: AxisRules = (("vocab", "tensor"), ("heads", "tensor"), ("mlp", "tensor"))
@@ -28,7 +28,7 @@ class ParamSpec:
 
     path: str
     shape: tuple[int, ...]  # of the global array
-    axes: Axes  # one of `AXES` or None for each dimension; an axis of size 1 counts as None
+    axes: DimensionAxes  # one of `AXES` or None for each dimension; an axis of size 1 counts as None
     why: str  # the rule that decided, or the reason why the parameter is replicated
 
     def __str__(self) -> str:
@@ -87,14 +87,14 @@ def param_specs(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]
     return specs
 
 
-def _logical_axes(params: Any) -> dict[str, Axes]:
+def _logical_axes(params: Any) -> dict[str, DimensionAxes]:
     """The names in the boxes, by the path of the parameter."""
     boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     leaves = zip(paths(nn.unbox(params)), boxes, strict=True)
     return {path: box.names for path, box in leaves if isinstance(box, nn.Partitioned)}
 
 
-def _by_size(shape: tuple[int, ...], parallel: config.Parallel, sizes: Mapping[str, int]) -> tuple[Axes, str]:
+def _by_size(shape: tuple[int, ...], parallel: config.Parallel, sizes: Mapping[str, int]) -> tuple[DimensionAxes, str]:
     """Shards the largest dimension that is a multiple of the size of fsdp; of equally large ones, the last."""
     fsdp, replicated = sizes["fsdp"], (None,) * len(shape)
     if fsdp == 1:
@@ -121,10 +121,10 @@ def _checked(spec: ParamSpec, parallel: config.Parallel, sizes: Mapping[str, int
     if any(axis is not None and axes.count(axis) > 1 for axis in axes):
         raise UserError(f"{why} for {path} names an axis twice: {axes}")
     axes = tuple(axis if axis is not None and sizes[axis] > 1 else None for axis in axes)
-    strategy = STRATEGIES[parallel.strategy]
+    strategy_axes = STRATEGIES[parallel.strategy]
     if not any(axes) and sizes["fsdp"] * sizes["tensor"] == 1:
-        one = "one device" if sizes["data"] == 1 else f"{' and '.join(strategy.opt_state)} of size 1"
-        why = one if strategy.opt_state else f"strategy {parallel.strategy}"
-    elif "fsdp" in axes and "fsdp" not in strategy.params:
+        one = "one device" if sizes["data"] == 1 else f"{' and '.join(strategy_axes.opt_state)} of size 1"
+        why = one if strategy_axes.opt_state else f"strategy {parallel.strategy}"
+    elif "fsdp" in axes and "fsdp" not in strategy_axes.params:
         why += " (fsdp: optimizer state only)"
     return dataclasses.replace(spec, axes=axes, why=why)

@@ -43,8 +43,8 @@ class Strategy(abc.ABC):
 
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each array of a state, of which only paths and shapes are used."""
-        strategy, replicated = STRATEGIES[self._parallel.strategy], jax.tree.map(lambda _: self._replicated, state)
-        opt_state_only_axes = set(strategy.opt_state) - set(strategy.params)
+        strategy_axes, replicated = STRATEGIES[self._parallel.strategy], jax.tree.map(lambda _: self._replicated, state)
+        opt_state_only_axes = set(strategy_axes.opt_state) - set(strategy_axes.params)
         return replicated.replace(
             params=self._like_params(state.params, replicate=opt_state_only_axes),
             opt_state=self._like_params(state.opt_state),
@@ -106,15 +106,15 @@ class Strategy(abc.ABC):
         """Inside a step: the gradients in the sharding of the optimizer state, so each is summed where it is used."""
         return gradients
 
-    def compile_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
+    def jit_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
         """The jitted update: it donates its state, and returns one with the same shardings. `state` may be abstract."""
-        return self._compile(step, state, train=True)
+        return self._jit(step, state, train=True)
 
-    def compile_eval(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
+    def jit_eval(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Metrics]:
         """The jitted evaluation, whose metrics are replicated. `state` may be abstract."""
-        return self._compile(step, state, train=False)
+        return self._jit(step, state, train=False)
 
-    def compile_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+    def jit_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
         """The jitted predictions for global arrays, (variables, batch) → arrays, which are replicated."""
         return jax.jit(predict, out_shardings=self._replicated)
 
@@ -125,7 +125,7 @@ class Strategy(abc.ABC):
     def _abstract(self, x: Any) -> jax.ShapeDtypeStruct: ...
 
     @abc.abstractmethod
-    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable: ...
+    def _jit(self, step: Callable, state: TrainState, *, train: bool) -> Callable: ...
 
 
 class Sharded(Strategy):
@@ -150,11 +150,11 @@ class Sharded(Strategy):
     def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
         return _abstract(x, self.batch_sharding)
 
-    def compile_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+    def jit_predict(self, predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
         """As that of `Strategy`."""
         return jax.jit(self._traced(predict), out_shardings=self._replicated)
 
-    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
+    def _jit(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
         shardings = self.shardings(state)
         return jax.jit(
             self._traced(step),
@@ -193,7 +193,7 @@ class Pmapped(Strategy):
         here = replicas if jax.process_count() == 1 else len(self.batch_sharding.addressable_devices)
         return jax.ShapeDtypeStruct((here, x.shape[0] // replicas, *x.shape[1:]), x.dtype)
 
-    def _compile(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
+    def _jit(self, step: Callable, state: TrainState, *, train: bool) -> Callable:
         mapped = jax.pmap(
             step,
             self.axis_name,
