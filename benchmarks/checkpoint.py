@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks import header
 from trainer import config
-from trainer.checkpoint import Data, Metadata, Store
-from trainer.checkpoint.checksum import check_state
+from trainer.checkpoint import DataIdentity, Metadata, Store
+from trainer.checkpoint.checksum import finite_and_checksums
 from trainer.checkpoint.reading import read_arrays
 from trainer.state import TrainState
 
@@ -79,14 +79,14 @@ def main() -> None:
         for step in range(1, options.rounds + 2):
             arrays = [np.asarray(x) for x in jax.tree.leaves(state)]
             measure("raw write with fsync", lambda arrays=arrays: raw_write(Path(folder) / "raw", arrays))
-            metadata = Metadata(step, {"$class": "none"}, {}, Data(1, None), 0, {})
+            metadata = Metadata(step, {"$class": "none"}, {}, DataIdentity(1, None), 0, {})
             began = time.perf_counter()
             measure("save: blocking", lambda metadata=metadata: store.save(state, metadata))
             store.wait()
             times.setdefault("save: whole", []).append(time.perf_counter() - began)
             like, place = jax.tree.map(abstract, state), store.path(step)
             measure("restore: read", lambda like=like, place=place: jax.block_until_ready(read_arrays(like, place)))
-            measure("restore: checksums", lambda: check_state(state))
+            measure("restore: checksums", lambda: finite_and_checksums(state))
         store.close()
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first compiles
     print(f"{size:,} bytes, {len(jax.tree.leaves(state))} arrays, {options.rounds} rounds")

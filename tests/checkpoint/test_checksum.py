@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from trainer.checkpoint.checksum import check_state, checksum_on_host
+from trainer.checkpoint.checksum import checksum_on_host, finite_and_checksums
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.uint8, np.int8, np.uint32, np.bool, np.complex64)
 SHAPES = ((), (1,), (5,), (3, 4), (2, 3, 4, 5), (0,), (4, 0))
@@ -31,7 +31,7 @@ def reference(x: np.ndarray) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_devices_and_numpy_compute_the_sum_of_the_docstring(dtype):
     arrays = [random(shape, dtype) for shape in SHAPES]
-    _, sums = check_state([jnp.asarray(x) for x in arrays])
+    _, sums = finite_and_checksums([jnp.asarray(x) for x in arrays])
     assert [int(s) for s in sums] == [checksum_on_host(x) for x in arrays] == [reference(x) for x in arrays]
 
 
@@ -46,7 +46,7 @@ def test_the_sum_does_not_depend_on_the_sharding(spec):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8])
     x = random((16, 8), np.float32)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    assert int(check_state([sharded])[1][0]) == checksum_on_host(x)
+    assert int(finite_and_checksums([sharded])[1][0]) == checksum_on_host(x)
 
 
 def test_every_flipped_bit_and_every_exchange_of_two_elements_changes_the_sum():
@@ -67,4 +67,4 @@ def test_every_flipped_bit_and_every_exchange_of_two_elements_changes_the_sum():
 @pytest.mark.parametrize(("value", "finite"), [(1.0, True), (np.nan, False), (np.inf, False), (-np.inf, False)])
 def test_it_finds_numbers_that_are_not_finite(value, finite):
     state = {"a": jnp.zeros(3, jnp.bfloat16).at[1].set(value), "count": jnp.asarray(3), "b": jnp.ones(2)}
-    assert bool(check_state(state)[0]) == finite
+    assert bool(finite_and_checksums(state)[0]) == finite

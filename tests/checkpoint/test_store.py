@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trainer import config
-from trainer.checkpoint import Data, Metadata, Store, leaves_of
+from trainer.checkpoint import DataIdentity, Metadata, Store, leaves_of
 from trainer.checkpoint.reading import restore_fitting, verify
 from trainer.checkpoint.store import scores
 from trainer.errors import HostError, UserError
@@ -25,7 +25,7 @@ def state(step: int, **params) -> TrainState:
 
 
 def metadata(step: int) -> Metadata:
-    return Metadata(step, {"$class": "a run"}, {}, Data(50, None), 0, {})
+    return Metadata(step, {"$class": "a run"}, {}, DataIdentity(50, None), 0, {})
 
 
 def save(store: Store, *steps: int) -> None:

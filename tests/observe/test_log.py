@@ -222,7 +222,7 @@ def test_a_launch_keeps_a_damaged_file_aside_and_goes_on_with_its_readable_rows(
     damaged = b"\n".join(lines)
     file.write_bytes(damaged)
     said: list[str] = []
-    with closing(MetricsLog(tmp_path, 4, rows=4, report=said.append)) as log:
+    with closing(MetricsLog(tmp_path, 4, row_count=4, report=said.append)) as log:
         log.write(5, values(5), {})
     assert [row["step"] for row in rows(tmp_path, name)] == [1, 2, 4, 5]
     (aside,) = tmp_path.glob(f"{name}.damaged-*")
@@ -268,7 +268,7 @@ def test_a_launch_goes_on_whatever_is_in_place_of_a_file(tmp_path, name, kind):
     }
     make[kind]()
     said: list[str] = []
-    with closing(MetricsLog(workdir, 3, rows=3, report=said.append)) as log:
+    with closing(MetricsLog(workdir, 3, row_count=3, report=said.append)) as log:
         log.write(4, values(4), {})
     assert [row["step"] for row in rows(workdir, name)] == [4]
     assert elsewhere.read_text() == "somebody's"
@@ -283,7 +283,7 @@ def test_a_hole_that_the_checkpoint_knows_of_is_said_once_and_the_run_goes_on(tm
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3] + lines[5:]))
     said: list[str] = []
-    with closing(MetricsLog(tmp_path, 8, rows=8, report=said.append)) as log:
+    with closing(MetricsLog(tmp_path, 8, row_count=8, report=said.append)) as log:
         assert log.count == 6
     expected = f"warning: 2 of the 8 rows up to step 8 are missing in {tmp_path}/metrics.jsonl; "
     assert said == [expected + "the run goes on without them"]
@@ -315,7 +315,7 @@ def test_an_evaluation_is_a_row_of_its_own_and_survives_a_launch_from_its_step(t
             assert log.has_evaluation(2, "test/")
         log.write(3, {"train/loss": 1.0}, {})
         kill(log)
-        log = MetricsLog(tmp_path, 2, rows=2, report=refuse_report)
+        log = MetricsLog(tmp_path, 2, row_count=2, report=refuse_report)
         assert log.has_evaluation(2, "test/") == kept
         assert log.has_evaluation(2, "train/")
         assert not log.has_evaluation(1, "test/")
@@ -423,7 +423,7 @@ def test_a_launch_does_not_depend_on_the_length_of_the_log(tmp_path):
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        log = MetricsLog(tmp_path, 4000, rows=4000, report=refuse_report)
+        log = MetricsLog(tmp_path, 4000, row_count=4000, report=refuse_report)
         seconds.append(time.perf_counter() - start)
         assert log.count == 4000
         log.close()

@@ -1,6 +1,6 @@
 """Checkpoints: states with their metadata, written in the background and verified when they are read."""
 
-from trainer.checkpoint.metadata import Data as Data
+from trainer.checkpoint.metadata import DataIdentity as DataIdentity
 from trainer.checkpoint.metadata import Metadata as Metadata
 from trainer.checkpoint.metadata import check_leaves as check_leaves
 from trainer.checkpoint.metadata import leaf_differences as leaf_differences

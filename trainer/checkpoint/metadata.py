@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint: what it holds, of which run and data it is, and how it is told from a damaged one."""
+"""Metadata of a checkpoint: its arrays, its run, its data, and checksums that reveal damage."""
 
 import dataclasses
 import hashlib
@@ -18,6 +18,7 @@ from trainer.state import TrainState
 from trainer.versions import versions
 
 _FORMAT = 2
+_KEYS = {"param_labels": "params", "row_count": "rows"}  # the JSON key of each field that has another name
 
 
 class Leaf(NamedTuple):
@@ -30,8 +31,8 @@ class Leaf(NamedTuple):
         return f"{self.dtype}{list(self.shape)}"
 
 
-class Data(NamedTuple):
-    """The training examples: their number, and a hash of some of them; None if each read gives other examples."""
+class DataIdentity(NamedTuple):
+    """The training examples: their number, and a hash of some of them; None if two reads of an example differ."""
 
     examples: int
     fingerprint: str | None
@@ -43,11 +44,11 @@ class Metadata:
 
     step: int  # updates made
     config: Mapping[str, Any]  # the JSON of the resolved run
-    params: Mapping[str, Sequence[str]]  # label and weight decay of each parameter, by path
-    data: Data
-    rows: int  # of metrics.jsonl when the checkpoint was saved
-    versions: Mapping[str, str]  # of the packages that decide the bits of a run
-    accepted: Sequence[str] = ()  # changes of the trajectory that `--accept-changes` allowed, oldest first
+    param_labels: Mapping[str, Sequence[str]]  # label and weight decay of each parameter, by path
+    data: DataIdentity
+    row_count: int  # of metrics.jsonl when the checkpoint was saved
+    versions: Mapping[str, str]  # of the packages on which the bits of a result depend
+    accepted: Sequence[str] = ()  # changes that alter the updates, allowed by `--accept-changes`, oldest first
     leaves: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)  # of every array, by path
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of every array, by path
 
@@ -59,7 +60,8 @@ class Metadata:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the SHA-256 of its content, so that any change of the file shows."""
-        content = json.loads(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}))
+        content = {_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        content = json.loads(json.dumps({"format": _FORMAT, **content}))
         return {"sha256": _sha256(content), "content": content}
 
 
@@ -72,15 +74,22 @@ def from_json(value: Any) -> Metadata:
     if content.pop("format", None) != _FORMAT:
         raise DamagedError("it was written by another version of this package")
     leaves = {path: Leaf(tuple(shape), dtype) for path, (shape, dtype) in content.pop("leaves").items()}
-    return Metadata(**content | {"leaves": leaves, "data": Data(*content["data"])})
+    content |= {field: content.pop(key) for field, key in _KEYS.items()}
+    return Metadata(**content | {"leaves": leaves, "data": DataIdentity(*content["data"])})
 
 
 def make_metadata(
-    run: config.Run, table: ParamTable, data: Data, step: int, *, rows: int = 0, accepted: Sequence[str] = ()
+    run: config.Run,
+    table: ParamTable,
+    data: DataIdentity,
+    step: int,
+    *,
+    row_count: int = 0,
+    accepted: Sequence[str] = (),
 ) -> Metadata:
     """The metadata of a state at `step`, without its leaves."""
-    params = {p.path: (p.label, p.weight_decay) for p in table.rows}
-    return Metadata(step, json.loads(config.to_json(run)), params, data, rows, versions(), tuple(accepted))
+    labels = {p.path: (p.label, p.weight_decay) for p in table.rows}
+    return Metadata(step, json.loads(config.to_json(run)), labels, data, row_count, versions(), tuple(accepted))
 
 
 def leaves_of(tree: Any) -> dict[str, Leaf]:
