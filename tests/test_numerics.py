@@ -56,7 +56,7 @@ def batches(program: Program, start: int, stop: int = STEPS):
         batch_size=16,
         start=start,
         stop=stop,
-        local_examples=program.strategy.local_examples(16),
+        local_positions=program.strategy.local_positions(16),
     )
     return map(program.strategy.shard_batch, shares)
 

@@ -86,8 +86,8 @@ def evaluate_split(
     name = name or next(iter(program.evaluations))
     one, strategy, experiment = program.evaluations[name], program.strategy, program.run.experiment
     size = one.spec["mask"].shape[0]
-    local, threads = strategy.local_examples(size), program.run.loading.threads
-    batches = partial(eval_batches, source, size, local_examples=local, threads=threads)
+    local, threads = strategy.local_positions(size), program.run.loading.threads
+    batches = partial(eval_batches, source, size, local_positions=local, threads=threads)
     own: Mapping[str, Any] | None = None
     if (evaluates := offered(experiment, Evaluates)) is not None:
         variables = evaluation_variables(state, ema=one.settings.ema)

@@ -52,11 +52,11 @@ def predict_split(
         check_divides(run, strategy.batch_shards)
         source = load_into_memory(source, run.loading.in_memory_bytes)
     trained = load(workdir, step, run=run, sharding=strategy.sharding)
-    compiled, local = strategy.jit_predict(predict), strategy.local_examples(size)
+    compiled, local = strategy.jit_predict(predict), strategy.local_positions(size)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         left = len(source)
-        read = eval_batches(source, size, local_examples=local, threads=run.loading.threads)
+        read = eval_batches(source, size, local_positions=local, threads=run.loading.threads)
         for batch in prefetch(read, strategy.shard_batch):
             found = jax.device_get(compiled(trained.variables, batch))
             yield {name: _whole(name, x, size)[:left] for name, x in found.items()}

@@ -13,7 +13,7 @@ import optax
 
 from trainer import config
 from trainer.compilation import Step, gc_paused
-from trainer.data import First, batch_spec, open_source
+from trainer.data import FirstExamples, batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.guard import new_guard
@@ -146,7 +146,7 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) 
 
     def evaluation(settings: config.Evaluation) -> EvalProgram:
         source = sources[settings.split]
-        source = source if settings.max_examples is None else First(source, settings.max_examples)
+        source = source if settings.max_examples is None else FirstExamples(source, settings.max_examples)
         spec = batch_spec(source, settings.batch_size or run.batch_size)
         step = partial(eval_step, experiment, strategy.axis_name, settings.ema)
         arguments = (shapes, strategy.abstract_batch(spec))

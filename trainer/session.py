@@ -88,7 +88,7 @@ class Session:
         if self._is_ending():  # a signal broke off an evaluation that was owed, or a hook stopped the run before
             return
         run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
-        places = strategy.local_examples(run.batch_size)
+        places = strategy.local_positions(run.batch_size)
 
         def launch(batch: Batch) -> tuple[Any, Batch]:
             ids, batch = split_ids(batch)
@@ -119,10 +119,10 @@ class Session:
             batch_size=run.batch_size,
             start=start,
             stop=run.total_steps,
-            local_examples=self.program.strategy.local_examples(run.batch_size),
+            local_positions=self.program.strategy.local_positions(run.batch_size),
             threads=run.loading.threads,
             workers=run.loading.workers,
-            seconds=run.watch.data_seconds,
+            timeout_seconds=run.watch.data_seconds,
             with_ids=with_ids,
             augment=augmentation(run.experiment),
         )

@@ -62,7 +62,7 @@ def test_bytes_are_the_same_from_worker_processes():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_bytes_are_the_same_on_several_processes(processes):
     places = np.arange(BATCH).reshape(processes, -1)
-    parts = [whole(ArraySource(arrays()), seed=7, augment=augment, local_examples=own) for own in places]
+    parts = [whole(ArraySource(arrays()), seed=7, augment=augment, local_positions=own) for own in places]
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)
     ]

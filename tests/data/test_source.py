@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer.data import ArraySource, batch_spec, load_into_memory, take
+from trainer.data import IDS, ArraySource, batch_spec, load_into_memory, take
 from trainer.errors import UserError
 
 EXAMPLES = 2500  # more than `load_into_memory` reads at once, and no multiple of that
@@ -220,6 +220,12 @@ def test_the_spec_reads_a_single_example():
     source = CountingSource()
     batch_spec(source, 100)
     assert source.reads.sum() == 1
+
+
+@pytest.mark.parametrize("name", ["mask", "example_key", IDS])
+def test_an_entry_with_a_name_of_the_harness_is_refused(name):
+    with pytest.raises(UserError, match=f"entry '{name}' of the data has a name that the harness uses"):
+        batch_spec(ArraySource({"x": np.zeros((4, 3)), name: np.zeros(4)}), 2)
 
 
 TEXTS = {"str": "a word", "bytes": b"a word", "0d": np.array("a word"), "1d": np.array(["two", "words"], object)}

@@ -120,14 +120,14 @@ PLACES = [[7], [0, 1, 2, 3], [0, 2, 4, 6], [1, 2, 5, 7], list(range(BATCH))]
 @pytest.mark.parametrize("places", PLACES)
 def test_a_stream_of_some_places_is_those_places_of_every_batch(source, places):
     expected = [{name: array[places] for name, array in batch.items()} for batch in whole(source)]
-    assert_same(whole(source, local_examples=np.array(places)), expected)
+    assert_same(whole(source, local_positions=np.array(places)), expected)
 
 
 @pytest.mark.parametrize("places", PLACES)
 def test_once_of_some_places_is_those_places_of_every_batch_and_of_its_mask(source, places):
     expected = [{name: array[places] for name, array in batch.items()} for batch in eval_batches(source, BATCH)]
     assert len(expected) == 3
-    assert_same(list(eval_batches(source, BATCH, local_examples=np.array(places))), expected)
+    assert_same(list(eval_batches(source, BATCH, local_positions=np.array(places))), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -76,7 +76,7 @@ def test_places_that_processes_read_with_workers_make_up_the_global_batch(proces
     # Each process reads every other place, as for the chips of a torus, and not one range.
     places = [np.arange(first, BATCH, processes) for first in range(processes)]
     span: dict = {"seed": 0, "batch_size": BATCH, "start": 0, "stop": 5}
-    read = [train_batches(Source(), **span, local_examples=p, workers=1) for p in places]
+    read = [train_batches(Source(), **span, local_positions=p, workers=1) for p in places]
     for parts, expected in zip(zip(*read, strict=True), whole()[:5], strict=True):
         for name, array in expected.items():
             joined = np.empty_like(array)
@@ -108,7 +108,7 @@ def test_an_error_of_the_source_is_raised_where_the_batches_are_used():
     ],
 )
 def test_a_killed_or_stopped_worker_is_an_error_that_names_the_batch_and_leaves_no_worker(signum, message):
-    batches = read_in_workers(dataset(Source()), 2, seconds=12, first=100)
+    batches = read_in_workers(dataset(Source()), 2, timeout_seconds=12, first=100)
     next(batches)
     os.kill(workers()[0].pid, signum)
     start, given = time.monotonic(), 1
@@ -123,7 +123,7 @@ def test_a_killed_or_stopped_worker_is_an_error_that_names_the_batch_and_leaves_
 def test_a_source_that_hangs_is_an_error_after_the_time_limit_and_no_worker_stays():
     first = int(Order(EXAMPLES, seed=0)(0, 1)[0])
     with pytest.raises(HostError, match="batch 0 did not come from the 2 worker processes in 5 s: the source hangs"):
-        next(read_in_workers(dataset(Source(at=first, hangs=True)), 2, seconds=5))
+        next(read_in_workers(dataset(Source(at=first, hangs=True)), 2, timeout_seconds=5))
     assert workers() == []
 
 
@@ -143,7 +143,7 @@ from tests.data.test_workers import dataset, Source, workers
 from trainer.data.workers import read_in_workers
 
 {guard}
-    batches = read_in_workers(dataset(Source()), 2, seconds=60)
+    batches = read_in_workers(dataset(Source()), 2, timeout_seconds=60)
     next(batches)
     print(*[worker.pid for worker in workers()], flush=True)
     {then}

@@ -17,8 +17,8 @@ from tests.data.test_stream import BATCH, EXAMPLES, STEPS, ListSource, arrays
 from tests.multiprocess.tasks import Traced
 from tests.tasks import make_run
 from trainer import config, train
-from trainer.data import ArraySource
-from trainer.data.stream import IDS, split_ids, train_batches
+from trainer.data import IDS, ArraySource
+from trainer.data.stream import split_ids, train_batches
 from trainer.errors import HostError, UserError
 from trainer.observe.rows import read_rows
 from trainer.observe.trace import Follower, NoTrace, Trace, read_trace, sums_of
@@ -97,7 +97,7 @@ def test_no_trace_has_every_method_of_a_trace():
 
 @pytest.mark.parametrize("kind", [ArraySource, ListSource])
 def test_the_ids_of_a_batch_are_those_of_its_examples_and_come_only_if_asked_for(kind):
-    settings = {"seed": 3, "batch_size": BATCH, "start": 2, "stop": STEPS, "local_examples": np.array([1, 4, 5])}
+    settings = {"seed": 3, "batch_size": BATCH, "start": 2, "stop": STEPS, "local_positions": np.array([1, 4, 5])}
     with_ids = list(train_batches(kind(arrays()), **settings, with_ids=True))
     without = list(train_batches(kind(arrays()), **settings))
     assert len(with_ids) == len(without) == STEPS - 2

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.program import build_program
-from trainer.sharding.strategies import global_array, local_examples
+from trainer.sharding.strategies import global_array, local_positions
 
 ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # a mesh in which the devices of two hosts, 0 … 3 and 4 … 7, take turns
 
@@ -43,7 +43,7 @@ class OnHost:
 )
 def test_rows_of_a_host_are_those_of_its_devices(axes, devices, examples):
     host: Any = OnHost(sharding(*axes), devices)
-    found = local_examples(host, 16)
+    found = local_positions(host, 16)
     assert found.tolist() == examples
     assert found.dtype == np.int64
 
@@ -65,7 +65,7 @@ def test_a_batch_on_the_devices_is_what_the_step_was_made_for(strategy):
     program = build_program(
         config.resolve(make_run(experiment=Task(), parallel=config.Parallel(strategy, rules=rules)))
     )
-    assert program.strategy.local_examples(16).tolist() == list(range(16))
+    assert program.strategy.local_positions(16).tolist() == list(range(16))
     batch = {"x": np.arange(128, dtype=np.float32).reshape(16, 8), "mask": np.ones(16, np.float32)}
     expected = program.strategy.abstract_batch({"x": batch["x"], "mask": batch["mask"]})
     for name, array in program.strategy.shard_batch(batch).items():

@@ -146,7 +146,7 @@ def _dry_run(run: "Run") -> str:
     import numpy as np
 
     from trainer import distributed
-    from trainer.data import fits_in_memory
+    from trainer.data import check_reads_are_equal, fits_in_memory
     from trainer.loop import agreed_program, train_program
     from trainer.observe import table
 
@@ -157,7 +157,8 @@ def _dry_run(run: "Run") -> str:
         program = agreed_program(_first_steps(run), folder)
         examples = len(program.train_source), len(program.main.source)
         for source in (program.train_source, *(one.source for one in program.evaluations.values())):
-            fits_in_memory(source, run.loading.in_memory_bytes)  # raises the error that the run would end with
+            if fits_in_memory(source, run.loading.in_memory_bytes):
+                check_reads_are_equal(source)  # raises the error that the run would end with
         program = dataclasses.replace(program, evaluations={k: _cut(one) for k, one in program.evaluations.items()})
         times.append(time.perf_counter())
         saved = train_program(program, folder, trial, handle_signals=False)

@@ -11,7 +11,8 @@ from trainer.errors import UserError
 from trainer.experiment import Experiment, RandomAccessSource
 from trainer.optional import Augment
 
-_READ_AT_ONCE = 1024  # examples; enough to hide the cost of a call, few beside a data set
+IDS = "example ids"  # the name of the array in a batch that holds the index in the source of each example
+_READ_AT_ONCE = 1024  # examples; large enough to hide the cost of a call, small compared with a data set
 _FINGERPRINTED = 64  # examples
 _READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
 
@@ -37,7 +38,7 @@ class ArraySource:
         return {name: array.take(indices, axis=0) for name, array in self.arrays.items()}
 
 
-class First:
+class FirstExamples:
     """The first examples of a source."""
 
     def __init__(self, source: RandomAccessSource, count: int) -> None:
@@ -78,9 +79,13 @@ def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarra
 
 
 def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
-    """`source` decoded into memory if `fits_in_memory`, else `source` itself."""
+    """`source` decoded into memory if `fits_in_memory`, else `source` itself.
+
+    Raises `UserError` if two reads of the same example differ.
+    """
     if isinstance(source, ArraySource) or not fits_in_memory(source, limit_bytes):
         return source
+    check_reads_are_equal(source)
     arrays = {name: np.empty((len(source), *x.shape[1:]), x.dtype) for name, x in _stack([source[0]]).items()}
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
@@ -94,15 +99,15 @@ def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAcce
 
 
 def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[RandomAccessSource]:
-    """As `load_into_memory` for each, where two that are the same, or the first examples of it, are decoded once."""
+    """Loads each source. A source that appears twice, or also as `FirstExamples(source, n)`, is decoded once."""
     loaded: dict[int, RandomAccessSource] = {}
 
     def one(source: RandomAccessSource) -> RandomAccessSource:
-        if isinstance(source, First):
+        if isinstance(source, FirstExamples):
             base = one(source.source)
             if isinstance(base, ArraySource):
                 return ArraySource({name: array[: len(source)] for name, array in base.arrays.items()})
-            return First(base, len(source))
+            return FirstExamples(base, len(source))
         if id(source) not in loaded:
             loaded[id(source)] = load_into_memory(source, limit_bytes)
         return loaded[id(source)]
@@ -111,14 +116,14 @@ def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int
 
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
-    """Whether the source is in memory already, or takes at most `limit_bytes` when it is decoded.
-
-    In the second case its first examples are read twice. Raises `UserError` if the two reads differ.
-    """
+    """Whether the source is in memory already, or takes at most `limit_bytes` when it is decoded."""
     if isinstance(source, ArraySource):
         return True
-    if len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) > limit_bytes:
-        return False
+    return len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) <= limit_bytes
+
+
+def check_reads_are_equal(source: RandomAccessSource) -> None:
+    """Reads the first examples of a source twice; raises `UserError` if the two reads differ."""
     first, second = (_stack([source[i] for i in range(min(len(source), _READ_TWICE))]) for _ in range(2))
     for name in first:
         if not np.array_equal(first[name], second[name], equal_nan=True):
@@ -127,7 +132,6 @@ def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
                 "which would freeze this randomness: give the experiment a method augment(example, rng), draw random "
                 "numbers in loss from batch['example_key'], or set loading.in_memory_bytes=0"
             )
-    return True
 
 
 def fingerprint(source: RandomAccessSource) -> str | None:
@@ -171,7 +175,7 @@ def batch_spec(
     for name, array in example.items():
         if not isinstance(name, str):
             raise UserError(f"entry {name!r} of the data is named by a {type(name).__name__}; a text is expected")
-        if name in ("mask", "example_key"):
+        if name in ("mask", "example_key", IDS):
             raise UserError(f"entry {name!r} of the data has a name that the harness uses: give it another")
         if not (array.dtype.kind in "iufcb" or jax.dtypes.issubdtype(array.dtype, np.inexact)):
             raise UserError(f"entry {name!r} of the data is {array.dtype}, which no device can hold: leave it out")

@@ -9,21 +9,20 @@ from typing import TypeVar
 import grain
 import numpy as np
 
-from trainer.data import ArraySource, augmented, take
+from trainer.data import IDS, ArraySource, augmented, take
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.optional import Augment
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-IDS = "example ids"  # the name in a batch of the indices of its examples; no experiment has an array of that name
-_READ_BYTES = 1 << 20  # of whole batches to copy at once from arrays in memory; a larger batch is copied alone
+_READ_BYTES = 1 << 20  # bytes: consecutive batches in memory are copied together up to this size
 
 
 class Order:
     """The index of the example at each position of an endless sequence.
 
-    There are `examples` of them; (seed, e) decides their order in epoch e.
+    The source has `examples` examples. Their order in epoch e depends only on (seed, e).
     """
 
     def __init__(self, examples: int, seed: int) -> None:
@@ -41,7 +40,7 @@ class Order:
         order = self._epochs.get(epoch)
         if order is None:
             order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.examples)
-            # Threads may read on both sides of an epoch's end, so two epochs are in use at most.
+            # Threads may read on both sides of an epoch's end, so the epochs beside this one are kept.
             self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: order}
         return order
 
@@ -54,14 +53,14 @@ class Batches:
     _: KW_ONLY
     seed: int | None  # None: the order of the source; masked copies of the last example fill up the last batch
     batch_size: int  # B, over all processes
-    steps: int  # how many batches there are
-    local_examples: np.ndarray | None = None  # places in each batch that this process reads, in that order; None: all
-    with_ids: bool = False  # whether each batch has an array `IDS`, int64, the index in the source of each example
-    augment: Augment | None = None  # changes each example of an order that has a seed
+    steps: int  # the number of batches
+    local_positions: np.ndarray | None = None  # in a batch, of the examples that this process reads; None: all
+    with_ids: bool = False  # whether each batch has the array `IDS`, int64
+    augment: Augment | None = None  # changes each example; ignored if `seed` is None
 
     def __post_init__(self) -> None:
         self.order = None if self.seed is None else Order(len(self.source), self.seed)
-        self.places = np.arange(self.batch_size) if self.local_examples is None else self.local_examples
+        self.batch_positions = np.arange(self.batch_size) if self.local_positions is None else self.local_positions
 
     def __len__(self) -> int:
         return self.steps
@@ -70,14 +69,16 @@ class Batches:
         return next(self.read(index, index + 1))
 
     def read(self, first: int, stop: int) -> Iterator[Batch]:
-        """Batches first … stop − 1, all of which are read before the first is given."""
+        """Batches first … stop − 1; reads all of them before it yields the first."""
         start, end = first * self.batch_size, stop * self.batch_size
         positions = np.arange(start, end)
         if self.order is None:
             indices, mask = np.minimum(positions, len(self.source) - 1), positions < len(self.source)
         else:
             indices, mask = self.order(start, end), np.ones(end - start)
-        indices, mask, positions = (x.reshape(-1, self.batch_size)[:, self.places] for x in (indices, mask, positions))
+        indices, mask, positions = (
+            x.reshape(-1, self.batch_size)[:, self.batch_positions] for x in (indices, mask, positions)
+        )
         batches = take(self.source, indices.reshape(-1))
         if self.augment is not None and self.seed is not None:
             batches = augmented(batches, self.augment, self.seed, positions.reshape(-1))
@@ -96,37 +97,37 @@ def train_batches(
     batch_size: int,
     start: int,
     stop: int,
-    local_examples: np.ndarray | None = None,
+    local_positions: np.ndarray | None = None,
     threads: int = 4,
     workers: int = 0,
-    seconds: float = 300.0,
+    timeout_seconds: float = 300.0,
     with_ids: bool = False,
     augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """Training batches start … stop − 1, in host memory.
 
     Arrays in memory that are not augmented are indexed here. Grain reads everything else ahead: with `workers` 0 in
-    `threads` threads of this process, else in `workers` processes with `threads` threads each, which end the run if no
-    batch comes in `seconds`. `with_ids` adds the array `IDS` to each batch.
+    `threads` threads of this process, else in `workers` processes with `threads` threads each. With workers,
+    `HostError` is raised if no batch comes in `timeout_seconds`. `with_ids` adds the array `IDS` to each batch.
     """
     batches = Batches(
         source,
         seed=seed,
         batch_size=batch_size,
         steps=stop,
-        local_examples=local_examples,
+        local_positions=local_positions,
         with_ids=with_ids,
         augment=augment,
     )
-    return _read(batches, start, threads, workers, seconds)
+    return _read(batches, start, threads, workers, timeout_seconds)
 
 
 def eval_batches(
-    source: RandomAccessSource, batch_size: int, *, local_examples: np.ndarray | None = None, threads: int = 4
+    source: RandomAccessSource, batch_size: int, *, local_positions: np.ndarray | None = None, threads: int = 4
 ) -> Iterator[Batch]:
     """Every example once, in order; masked copies of the last example fill up the last batch."""
     steps = -(-len(source) // batch_size)
-    batches = Batches(source, seed=None, batch_size=batch_size, steps=steps, local_examples=local_examples)
+    batches = Batches(source, seed=None, batch_size=batch_size, steps=steps, local_positions=local_positions)
     return _read(batches, 0, threads, workers=0)
 
 
@@ -137,17 +138,19 @@ def split_ids(batch: Batch) -> tuple[np.ndarray | None, Batch]:
     return batch[IDS], {name: array for name, array in batch.items() if name != IDS}
 
 
-def _read(batches: Batches, start: int, threads: int, workers: int, seconds: float = 300.0) -> Iterator[Batch]:
+def _read(batches: Batches, start: int, threads: int, workers: int, timeout_seconds: float = 300.0) -> Iterator[Batch]:
     """The batches from `start` on, read ahead unless they lie in memory."""
     if isinstance(batches.source, ArraySource) and batches.augment is None:
         # Several batches at once: on CPUs every microsecond of Python is taken from the step.
-        batch_bytes = len(batches.places) * sum(x[:1].nbytes for x in batches.source.arrays.values())
+        batch_bytes = len(batches.batch_positions) * sum(x[:1].nbytes for x in batches.source.arrays.values())
         many = min(max(_READ_BYTES // batch_bytes, 1), 64)
         firsts = range(start, len(batches), many)
         return chain.from_iterable(batches.read(first, min(first + many, len(batches))) for first in firsts)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
-    return read_in_workers(dataset, workers, seconds=seconds, first=start) if workers else iter(dataset)
+    if not workers:
+        return iter(dataset)
+    return read_in_workers(dataset, workers, timeout_seconds=timeout_seconds, first=start)
 
 
 def prefetch(items: Iterable[_Item], launch: Callable[[_Item], _Result], depth: int = 2) -> Iterator[_Result]:

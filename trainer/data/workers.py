@@ -23,11 +23,11 @@ from trainer.errors import HostError
 from trainer.experiment import Batch
 
 _CLOSING_SECONDS = 60.0  # Grain kills a worker that does not end in half of this time
-_LOOK_SECONDS = 0.5  # between two looks whether the workers live
+_POLL_SECONDS = 0.5  # between two checks that the workers live
 
 
 def read_in_workers(
-    dataset: grain.IterDataset, workers: int, *, seconds: float = 300.0, first: int = 0
+    dataset: grain.IterDataset, workers: int, *, timeout_seconds: float = 300.0, first: int = 0
 ) -> Iterator[Batch]:
     """The batches of `dataset`, in order, made in worker processes that end with this one.
 
@@ -35,9 +35,9 @@ def read_in_workers(
     must guard its code. `dataset` must be picklable. The number of `workers` is at least 1. Each makes every
     `workers`-th batch, and makes two before they are asked for.
 
-    Raises `HostError` if a worker was killed, if a worker did not start, or if no batch came in `seconds`, which is far
-    more than a batch takes; it names the batch, of which the first has the index `first`. Raises any error that the
-    source raises in a worker.
+    Raises `HostError` if a worker was killed, if a worker did not start, or if no batch came in `timeout_seconds`,
+    which is far more than a batch takes. The error names the batch's index; the first batch has index `first`. Raises
+    any error that the source raises in a worker.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags of its own, which nobody sets here
@@ -67,7 +67,7 @@ def read_in_workers(
     try:
         for index in itertools.count(first):
             requests.put(True)
-            answer = _wait(answers, started, others, seconds, index)
+            answer = _wait(answers, started, others, timeout_seconds, index)
             if isinstance(answer, StopIteration):
                 return
             if isinstance(answer, BaseException):
@@ -90,14 +90,14 @@ def _wait(
     answers: "queue.SimpleQueue[Batch | BaseException]",
     started: list[BaseProcess],
     others: set[BaseProcess],
-    seconds: float,
+    timeout_seconds: float,
     index: int,
 ) -> Batch | BaseException:
-    """The next answer; raises `HostError` if a worker has died or none answers in time, once all are killed."""
-    deadline = time.monotonic() + seconds
+    """The next answer. If a worker has died or none answers in time, kills all workers and raises `HostError`."""
+    deadline = time.monotonic() + timeout_seconds
     while True:
         try:
-            answer = answers.get(timeout=min(_LOOK_SECONDS, seconds))
+            answer = answers.get(timeout=min(_POLL_SECONDS, timeout_seconds))
             if not isinstance(answer, RuntimeError) or "terminated unexpectedly" not in str(answer):
                 return answer
         except queue.Empty:
@@ -116,13 +116,13 @@ def _wait(
             )
         cause = f"process {stopped[0]} is stopped" if stopped else "the source hangs, or the machine has no memory left"
         raise HostError(
-            f"batch {index} did not come from the {len(started)} worker processes in {seconds:g} s: {cause}; "
+            f"batch {index} did not come from the {len(started)} worker processes in {timeout_seconds:g} s: {cause}; "
             "loading.workers=0 reads in threads"
         )
 
 
 def _update(started: list[BaseProcess], others: set[BaseProcess]) -> list[BaseProcess]:
-    """Adds the workers that have started since: the children of this process but the `others`."""
+    """Adds to `started` every child process that is in neither `started` nor `others`; returns `started`."""
     started += set(multiprocessing.active_children()) - others - set(started)
     return started
 
@@ -137,9 +137,9 @@ def _is_stopped(worker: BaseProcess) -> bool:
 
 
 def _start_tracker() -> None:
-    """Starts Python's tracker of shared memory, which removes what a killed worker leaves behind, without a warning.
+    """Starts Python's tracker of shared memory, without its warning; it removes the memory of a killed worker.
 
-    The first worker would start it with a warning, and the start would unblock the signals of the thread.
+    If the first worker started it, Python would warn, and would unblock SIGINT and SIGTERM in this thread.
     """
     before = list(sys.warnoptions)
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # the tracker inherits them

@@ -86,12 +86,12 @@ class Strategy(abc.ABC):
         """The state, with each shard made on its device."""
         return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init)))()
 
-    def local_examples(self, batch_size: int) -> np.ndarray:
+    def local_positions(self, batch_size: int) -> np.ndarray:
         """The positions in a global batch of the examples that this process reads, int64, ascending."""
-        return local_examples(self.batch_sharding, batch_size)
+        return local_positions(self.batch_sharding, batch_size)
 
     def shard_batch(self, batch: Batch) -> Batch:
-        """A host batch, NumPy arrays of this process's `local_examples`, on the devices."""
+        """A host batch, NumPy arrays of the examples at this process's `local_positions`, on the devices."""
         return {name: self._shard(x) for name, x in batch.items()}
 
     def global_batch(self, batch: Batch) -> Batch:
@@ -224,7 +224,7 @@ def _with_sharding(x: Any, replicated: NamedSharding) -> Any:
     return jax.make_array_from_single_device_arrays(x.shape, replicated, [shard.data for shard in x.addressable_shards])
 
 
-def local_examples(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+def local_positions(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """The positions in a global batch of the examples that this process reads, int64, ascending.
 
     They need not be consecutive: on a slice of a torus the chips of a host form a block.
@@ -235,11 +235,11 @@ def local_examples(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def global_array(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
-    """The global array of which `x` holds this process's `local_examples`, in their order."""
+    """The global array of which `x` holds the examples at this process's `local_positions`, in their order."""
     if jax.process_count() == 1:
         return jax.make_array_from_process_local_data(sharding, x)
     shards = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
-    local_shards = local_examples(sharding, shards)
+    local_shards = local_positions(sharding, shards)
     size = len(x) // len(local_shards)
 
     def shard(index: Any) -> np.ndarray:
