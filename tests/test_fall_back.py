@@ -239,7 +239,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_by_the_next_launch(folder, 
     (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert "test/loss" in lines[-1]
     shown, _, metrics = launch(program, folder)
-    assert "the evaluation 'test' of step 12 is still owed" in shown
+    assert "step 12 was not yet evaluated on 'test': evaluating it now" in shown
     assert metrics == finished[2]
 
 

@@ -113,12 +113,12 @@ def test_a_model_that_names_an_axis_is_told_what_to_write_instead(strategy):
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (1, (False, (), False, False)),
-        (2, (True, (), False, False)),
-        (3, (False, ("test",), False, False)),
-        (4, (True, (), True, False)),
-        (5, (False, ("small",), False, False)),
-        (7, (True, ("test", "small", "end"), True, True)),  # the last step, whatever the intervals
+        (1, (False, (), False)),
+        (2, (True, (), False)),
+        (3, (False, ("test",), False)),
+        (4, (True, (), True)),
+        (5, (False, ("small",), False)),
+        (7, (True, ("test", "small", "end"), True)),  # the last step, whatever the intervals
     ],
 )
 def test_due_after_a_step_follows_from_the_intervals(step, expected):

@@ -1,4 +1,4 @@
-"""Evaluation: every example of a split once, whatever the batch size and the devices."""
+"""Evaluation: each example of a split, or of its first `max_examples`, once, on any batch size and devices."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ from trainer.workdir import Workdir
 def evaluate(
     workdir: str | PathLike[str], run: config.Run | None = None, *, step: int | str = "latest", split: str | None = None
 ) -> dict[str, float]:
-    """Evaluates a checkpoint of a run as one of its evaluations, or on every example of another split. Writes nothing.
+    """Evaluates a checkpoint on one of the run's evaluations or on every example of another split. Writes nothing.
 
     All processes of a run call it.
 
@@ -121,7 +121,7 @@ def _beating(batches: Iterator[Batch], on_batch: Callable[[], None]) -> Iterator
 
 
 def report(program: Program, state: TrainState, name: str, writer: ReportWriter) -> None:
-    """Lets the experiment report after the main evaluation, if it does. All processes call it."""
+    """Calls `Experiment.report`, if there is one, after the main evaluation. All processes call this."""
     reports, settings = offered(program.run.experiment, Reports), program.evaluations[name].settings
     if reports is not None and name == next(iter(program.evaluations)):
         reports.report(writer.step, evaluation_variables(state, ema=settings.ema), writer)

@@ -67,7 +67,7 @@ class Experiment(Protocol):
     def loss(
         self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
-        """Metrics of one batch, "loss" among them, and the mutable collections after it.
+        """Metrics of one microbatch, "loss" among them, and the mutable collections after it.
 
         The harness drops the sown collection "intermediates". This method must pop every other sown collection, such as
         "losses", and add it to the loss; `init` must leave it out.
@@ -75,7 +75,7 @@ class Experiment(Protocol):
         Args:
           variables: "params" and the collections.
           batch: as above.
-          key: a key for this step, for dropout for example.
+          key: for dropout, for example. In training it differs between steps, microbatches and, under `pmap`, replicas.
           train: whether this is a training step.
         """
         ...

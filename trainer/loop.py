@@ -31,19 +31,20 @@ def train(
       workdir: a folder that is new, empty, or holds this run.
       progress: where to show the run; None for the standard output of the first process.
       profile: the first and the last step, counted from 1, to write a profile of; None for none.
-      verbose: whether anything is shown.
-      handle_signals: whether SIGINT and SIGTERM save the state before they end the run.
+      verbose: whether anything is shown, if `progress` is None.
+      handle_signals: whether SIGINT, SIGTERM and SIGHUP save the state before they end the run.
       accept_changes: whether a run in `workdir` goes on although settings that change its updates differ.
       from_step: the checkpoint to go on from; None for the newest. Later ones are moved aside.
+      trace: a `trainer.observe.trace.Trace` that records each phase and batch; none by default.
       hooks: objects whose methods are called while the run goes on, see `trainer.hooks.Hook`.
 
     Returns:
       The final state, saved and evaluated.
 
     Raises:
-      UserError: the run cannot be started; no checkpoint was changed.
+      UserError: the run cannot be started (no checkpoint was changed), or later an evaluation or a hook raises it.
       DivergedError: a step gave NaN or Inf; the last checkpoint is from before it.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      Interrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
     """
     program = agreed_program(run, workdir)
     with Path(os.devnull).open("w") as silent:

@@ -1,8 +1,6 @@
-"""The one table of a run's parameters: label, weight decay and sharding of each, compared on resume."""
+"""The table of a run's parameters: label, weight decay (both compared on resume) and sharding of each."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,11 +44,6 @@ class ParamTable:
     rows: tuple[Param, ...]
     optimizer: config.Optimizer
 
-    def fingerprint(self) -> str:
-        """Equal when every parameter has the same path, shape, dtype, label and weight decay, whatever the sharding."""
-        rows = [(p.path, p.shape, p.dtype, p.label, p.weight_decay, p.size, p.bytes) for p in self.rows]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
     def __str__(self) -> str:
         """A row for each parameter, their sums, and a row for each label with its settings."""
         header = ("path", "shape", "dtype", "label", "weight decay", "sharding", "why", "parameters", "bytes")
@@ -84,12 +77,7 @@ class ParamTable:
         dtypes = dtypes[: 1 if name == "sgd" else 2]
         stored = {np.dtype(storage_dtype(p.dtype, dtype or None)).name: None for dtype in dtypes for p in members}
         return (
-            *(
-                label,
-                size,
-                name if isinstance(name, str) else type(name).__name__,
-                rate if group.lr_multiplier == 1 else f"{rate} × {group.lr_multiplier:g}",
-            ),
+            *(label, size, name, rate if group.lr_multiplier == 1 else f"{rate} × {group.lr_multiplier:g}"),
             decay if optimizer.decay == "decoupled" or decay == "0" else f"{decay} {optimizer.decay}",
             ", ".join(clips) or "-",
             "every step" if group.every_steps == 1 else f"every {group.every_steps} steps",

@@ -1,4 +1,4 @@
-"""From a resolved run to its program: everything that the run computes, checked before any file is touched."""
+"""Builds a `Program` (steps, optimizer, shardings) from a resolved run, and checks it before any file is written."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,6 @@ class Due(NamedTuple):
     log: bool
     evaluate: tuple[str, ...]  # names of evaluations
     save: bool
-    stop: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +75,10 @@ class Program:
 
 
 def due(run: config.Run, evaluations: Mapping[str, config.Evaluation], step: int) -> Due:
-    """As `Program.due`. Only here do the settings decide what is due; `Session.due` adds the effect of a signal."""
+    """As `Program.due`: what the step number decides. `Session.due` adds a signal, a hook and the clock."""
     last = step == run.total_steps
     names = [name for name, e in evaluations.items() if last or (e.every_steps and step % e.every_steps == 0)]
-    return Due(is_logged(run, step), tuple(names), last or step % run.checkpoint.every_steps == 0, last)
+    return Due(is_logged(run, step), tuple(names), last or step % run.checkpoint.every_steps == 0)
 
 
 def is_logged(run: config.Run, step: Any) -> Any:
@@ -89,7 +88,7 @@ def is_logged(run: config.Run, step: Any) -> Any:
 
 @gc_paused()
 def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
-    """The program of a resolved run: both steps are traced and checked here, and XLA compiles each at its first call.
+    """The program of a resolved run. The train step and each evaluation step are traced here, but not compiled.
 
     Args:
       run: as `config.resolve` returns it.
@@ -108,7 +107,7 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) 
         sources[split] = sources.get(split) or open_source(experiment, split)
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
-    # Jitted, so that JAX traces it once: for the shapes here, for those of the state, and for the state itself.
+    # `jax.jit` caches the trace, so the uses of `init_variables` below trace the model only once.
     init_variables = jax.jit(lambda: experiment.init(init_key, zeros(train_spec)), inline=True)
     boxed = abstract_params(experiment, init_variables, train_spec)
     strategy = build_strategy(run.parallel, boxed, devices)
@@ -141,17 +140,17 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) 
         guard = new_guard() if may_drop else None
         return init_state(init_variables(), optimizer, ema=ema, guard=guard)
 
-    state = strategy.abstract_state(init)
-    train, shapes = partial(train_step, settings), state
+    abstract_state = strategy.abstract_state(init)
 
     def evaluation(settings: config.Evaluation) -> EvalProgram:
         source = sources[settings.split]
         source = source if settings.max_examples is None else FirstExamples(source, settings.max_examples)
         spec = batch_spec(source, settings.batch_size or run.batch_size)
         step = partial(eval_step, experiment, strategy.axis_name, settings.ema)
-        arguments = (shapes, strategy.abstract_batch(spec))
-        return EvalProgram(settings, source, spec, Step(strategy.jit_eval(step, shapes), arguments))
+        arguments = (abstract_state, strategy.abstract_batch(spec))
+        return EvalProgram(settings, source, spec, Step(strategy.jit_eval(step, abstract_state), arguments))
 
+    jitted = strategy.jit_train(partial(train_step, settings), abstract_state)
     program = Program(
         run,
         train_source,
@@ -161,9 +160,9 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) 
         groups,
         optimizer,
         strategy,
-        state,
+        abstract_state,
         partial(strategy.init_state, init),
-        Step(strategy.jit_train(train, state), (state, strategy.abstract_batch(train_spec))),
+        Step(jitted, (abstract_state, strategy.abstract_batch(train_spec))),
     )
     _check_steps(program)
     return program
@@ -174,7 +173,7 @@ def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
 
 
 def _check_steps(program: Program) -> None:
-    """Traces both steps, which checks everything that can be checked without computing."""
+    """Traces the train step and every evaluation step, and checks what they return."""
     run, state, strategy = program.run, program.state, program.strategy
     with model_errors(program.train_spec):
         after, _ = jax.eval_shape(program.train_step.jitted, state, strategy.abstract_batch(program.train_spec))
@@ -183,9 +182,9 @@ def _check_steps(program: Program) -> None:
     for name, one in program.evaluations.items():
         with model_errors(one.spec):
             metrics = jax.eval_shape(one.step.jitted, state, strategy.abstract_batch(one.spec))
-        ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics)  # for the names of what is computed from them
-        known |= numbers(ones, name)
-    # An experiment's own evaluation says its metrics only when it is made.
+        # Only the names that `numbers` returns are needed, so the values are all 1.
+        known |= numbers(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics), name)
+    # The metric names of `Experiment.evaluate` are known only after it has run.
     if best is not None and best not in known and offered(run.experiment, Evaluates) is None:
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")
 

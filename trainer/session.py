@@ -32,7 +32,7 @@ from trainer.workdir import Workdir
 
 @dataclasses.dataclass
 class Session:
-    """An opened workdir, with the methods of the training loop in the order in which it calls them."""
+    """An opened workdir, with the methods that the training loop calls."""
 
     program: Program
     workdir: Workdir
@@ -56,8 +56,9 @@ class Session:
 
     def initial_state(self) -> TrainState:
         """The state of the checkpoint, or a fresh one. An evaluation that a kill prevented is made first."""
-        state, start, is_saved = self.resumed.state, self.resumed.start, self.resumed.row_count is not None
-        self.resumed, self._saved_step = self.resumed._replace(state=None), start if is_saved else 0  # it is donated
+        state, start = self.resumed.state, self.resumed.start
+        self._saved_step = 0 if self.resumed.row_count is None else start
+        self.resumed = self.resumed._replace(state=None)  # drop our reference: the first step donates the state
         if state is None:
             self._enter("compile", 0)
             state = self.program.init()
@@ -77,7 +78,7 @@ class Session:
         for name in names:
             is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, f"{name}/")
             if "no" in distributed.gather("evaluated", "yes" if is_there else "no"):
-                self.progress.message(f"the evaluation {name!r} of step {step} is still owed")
+                self.progress.message(f"step {step} was not yet evaluated on {name!r}: evaluating it now")
                 self.evaluate(state, name)
 
     def _is_ending(self) -> bool:
@@ -85,16 +86,16 @@ class Session:
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step that is left, counted from 1, with its batch on the devices, until a signal comes."""
-        if self._is_ending():  # a signal broke off an evaluation that was owed, or a hook stopped the run before
+        if self._is_ending():  # a signal interrupted an evaluation in `initial_state`, or a hook stopped the run
             return
         run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
         places = strategy.local_positions(run.batch_size)
 
-        def launch(batch: Batch) -> tuple[Any, Batch]:
+        def to_devices(batch: Batch) -> tuple[Any, Batch]:
             ids, batch = split_ids(batch)
             return ids, strategy.shard_batch(batch)
 
-        ready = prefetch(self.host_batches(start, with_ids=self.trace.is_on), launch)
+        ready = prefetch(self.host_batches(start, with_ids=self.trace.is_on), to_devices)
         for step in range(start + 1, run.total_steps + 1):
             self._enter("data", step)
             try:
@@ -150,7 +151,7 @@ class Session:
         with self._write_errors():
             try:
                 self.store.raise_save_error()
-            except HostError:  # the next save saves beside the workdir if that was taken away
+            except HostError:  # if the workdir was moved away, the next save goes to a new folder beside it
                 is_lost = distributed.count() == 1 and self.workdir.is_replaced()
                 if not is_lost:
                     raise
@@ -159,7 +160,7 @@ class Session:
         return due._replace(save=True) if is_lost or self._signum is not None or self._is_time(due) else due
 
     def _is_time(self, due: Due) -> bool:
-        """Whether the settings ask for a checkpoint now by the time, or because the one before is finished."""
+        """Whether a checkpoint is due by `every_seconds` or, if `continuous`, because the last save is finished."""
         settings = self.program.run.checkpoint
         if due.save or (settings.every_seconds is None and not settings.continuous):
             return False
@@ -199,7 +200,7 @@ class Session:
         step, best = self.recorder.flush(), self.program.run.checkpoint.best_metric
         self._enter("evaluate", step)
         try:
-            if self._signum is not None:  # it broke off another evaluation of this step
+            if self._signum is not None:  # a signal already interrupted another evaluation of this step
                 raise Break
             with self.recorder.paused(), self.preemption.breakable():
                 metrics = evaluate_split(self.program, state, self.eval_sources[name], self._after_batch, name)
@@ -240,7 +241,7 @@ class Session:
             raise Interrupted(step, self._signum)
 
     def rescue(self) -> str:
-        """Saves the newest state for a main thread that cannot; returns what is saved."""
+        """Saves the newest state when the main thread hangs or a hook failed; returns a text that names its step."""
         step, state = self._newest
         if state is not None and self._saved_step != step:
             self.save(state)

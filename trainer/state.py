@@ -21,7 +21,7 @@ class TrainState:
       collections: every other variable collection of the model, such as "batch_stats"; empty for many models.
       opt_state: the optimizer's state, moments and counts.
       ema: EMA params, an exponential moving average of the parameters in float32 or wider; None where none is kept.
-      guard: a `trainer.guard.Guard`; None where no update is ever dropped.
+      guard: a `trainer.guard.Guard`; None if updates are never dropped.
     """
 
     step: Int32[Array, ""]
@@ -43,7 +43,7 @@ def init_state(
       variables: the model's variables, as `Experiment.init` returns them.
       optimizer: its state is made from the parameters among the variables.
       ema: whether the state has EMA params.
-      guard: that of the state.
+      guard: the `Guard` stored in the state; None if updates are never dropped.
     """
     variables = dict(nn.unbox(variables))
     params = variables.pop("params")

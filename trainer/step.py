@@ -31,7 +31,7 @@ class StepSettings:
     experiment: Experiment
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule  # of the run; reported only
-    key: Key[Array, ""]  # all randomness of step k comes from fold_in(key, k)
+    key: Key[Array, ""]  # all randomness of a step comes from fold_in(key, k); k: steps before it
     # Microbatch j has the examples j, j + microbatches, … of the batch, so that every device keeps its own examples.
     microbatches: int = 1
     replica_axis: str | None = None  # the axis of `jax.pmap`; None under `jax.jit`
@@ -40,8 +40,7 @@ class StepSettings:
     constrain_gradients: Callable[[Any], Any] = lambda gradients: gradients
     ema_decay: float | None = None  # of the EMA params; None where none are kept
     frozen: Any = False  # a tree of bools like the parameters, or a prefix of one: True where nothing is updated
-    # A quantile and a factor: the limit of a loss, of a state that has a `Guard` (see `drop_bad_update`).
-    spike: tuple[float, float] | None = None
+    spike: tuple[float, float] | None = None  # (quantile, factor) of the spike limit, see `drop_bad_update`
     statistics: Statistics | None = None  # per-label numbers, from gradients, new parameters and new optimizer state
     # Whether a step, counted from 1, is logged. Statistics of other steps have weight 0 and cost nothing.
     is_logged: Callable[[Int32[Array, ""]], Bool[Array, ""]] = lambda step: jnp.asarray(True)

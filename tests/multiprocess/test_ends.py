@@ -64,7 +64,7 @@ def test_an_evaluation_that_is_broken_off_twice_is_still_owed_and_made(running, 
         assert rows_of(workdir) == 10
     monkeypatch.delenv("SLOW_EVALUATION")
     running.append(rehearse(*flags))
-    assert "the evaluation 'test' of step 10 is still owed" in finished(running[-1]).stdout
+    assert "step 10 was not yet evaluated on 'test': evaluating it now" in finished(running[-1]).stdout
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     assert [row["step"] for row in rows if "test/loss" in row] == [10, 20]
 

@@ -1,4 +1,4 @@
-"""`evaluate`: a checkpoint on every example of a split."""
+"""`evaluate`: the metrics of a checkpoint on a split."""
 
 import argparse
 import importlib.util

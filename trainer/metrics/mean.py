@@ -27,7 +27,7 @@ Metrics = Mapping[str, Any]  # metrics by name; "loss", if there is one, is a `M
 
 
 def check_shapes(name: str, values: Any, weights: Any) -> None:
-    """Raises `ValueError` for two shapes: to broadcast one, as in `logits[:, 0] - labels[:, None]`, is a mistake."""
+    """Raises `ValueError` if values and weights differ in shape; broadcasting would hide a mistake."""
     if values.shape != weights.shape:
         raise ValueError(f"{name}.of needs values and weights of one shape, not {values.shape} and {weights.shape}")
 

@@ -144,7 +144,7 @@ def adabelief(
       nesterov: looks one update ahead.
       decay: "decoupled", as above; "fixed", p ← p − α · u − λ · p; "coupled", λ · p is added to the gradient first.
       rectify: RAdam's rectification (see `Belief` and `trainer.optim.precision.rectification`).
-      sgd_fallback: whether rectification begins with SGD with momentum; else with weight decay only.
+      sgd_fallback: whether, until the variance is tractable, steps are SGD with momentum; else only weight decay.
       amsgrad: divides by the root of the largest nu so far.
       mu_dtype: dtype of mu in the state, float32, float64 or bfloat16; None for the parameter's, but at least float32.
       nu_dtype: dtype of nu in the state, likewise. Bfloat16 is rounded stochastically.
@@ -187,7 +187,7 @@ def scale_by_belief(
     nu_dtype: Any = None,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The update u of `adabelief`, for chains: its update for learning rate −1. Arguments and errors are the same."""
+    """`adabelief` without learning rate and decay, for `optax.chain`: it returns +u. Arguments and errors as there."""
     options = {"nesterov": nesterov, "rectify": rectify, "sgd_fallback": sgd_fallback, "amsgrad": amsgrad}
     return adabelief(-1.0, b1, b2, eps, eps_root, **options, mu_dtype=mu_dtype, nu_dtype=nu_dtype, seed=seed)
 

@@ -42,15 +42,15 @@ class ParamGroup:
     rounds_randomly: bool = False  # whether bfloat16 parameters are rounded stochastically, see `rounded_update`
 
 
-Groups = Mapping[str, ParamGroup | None]  # by label; None for a label whose leaves are frozen
+Groups = Mapping[str, ParamGroup | None]  # by label; None: the fused pass leaves this label alone
 
 
 class ScaleByBeliefState(NamedTuple):
     """Moments of the gradients, in trees like the parameters."""
 
     count: Int32[Array, ""]  # updates made; stays at the largest int32 when it gets there
-    mu: Any  # mean of the gradients; `optax.MaskedNode` for a frozen leaf
-    nu: Any  # mean of the squared prediction errors, real; `MaskedNode` also where none is kept
+    mu: Any  # mean of the gradients (sgd: their decayed sum); `optax.MaskedNode` for a frozen leaf
+    nu: Any  # mean of the squared prediction errors (Adam: gradients), real; `MaskedNode` also where none is kept
     nu_max: Any = None  # the largest `nu` so far, under `amsgrad`; else None
 
 
@@ -74,11 +74,11 @@ def fused_groups(
     update of a frozen leaf is −0: any number plus −0 is that number, bit for bit.
 
     Args:
-      groups: by label; None for a label whose leaves are frozen.
+      groups: by label; None for a label that is left alone.
       labels: a tree of labels like the parameters, a prefix of one, or a function of the parameters that returns one.
       amsgrad: whether leaves are divided by the root of their largest second moment so far.
       clip_norm: largest norm of the gradient of all leaves that are not frozen; None for no limit.
-      seed: of the stochastic rounding of bfloat16 moments.
+      seed: of the stochastic rounding of bfloat16 moments and parameters.
     """
 
     def init(params: optax.Params) -> ScaleByBeliefState:
@@ -163,7 +163,8 @@ def scaled_update(group: ParamGroup, scalars: UpdateScalars, g: Array, mu: Array
 def prepare_leaf(group: ParamGroup, scalars: UpdateScalars, g: Any, moments: tuple, p: Any) -> tuple[Any, ...]:
     """Scalars, gradient, mu, nu, nu_max and parameter in the dtype of the computation; None for a moment not kept.
 
-    The gradient is clipped. Coupled decay is added to it; else `scalars.weight_decay` becomes the share of p that goes.
+    The gradient is clipped. Coupled decay is added to it; otherwise `scalars.weight_decay` becomes the fraction of p
+    that is subtracted.
     """
     arrays = [None if isinstance(x, optax.MaskedNode) else x for x in (g, *moments, p)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays if x is not None))
