@@ -79,7 +79,7 @@ def open_session(
                 resumed = resumed._replace(state=beginning.state(), start=beginning.start, notes=[str(beginning)])
             start = resumed.start
             _check_profile(profile, start, run.total_steps)
-        peers.set_limits(run.watch.end_seconds)
+        peers.set_end_seconds(run.watch.end_seconds)
         distributed.check_same("not all processes see the same files in the workdir", f"a run at step {start}")
         stack.callback(progress.end_line)
         for text in (table, *program.strategy.notes, *resumed.notes, *_diverged_later(folder, start)):
@@ -89,7 +89,7 @@ def open_session(
         profiler = Profile(folder.path / "profile" / f"process_{distributed.index()}", profile)
         stack.callback(profiler.close)
         # Until here there is nothing to save, and Ctrl-C may act at once.
-        preemption = stack.enter_context(Preemption(handle_signals, watch.wake_at))
+        preemption = stack.enter_context(Preemption(handle_signals, watch.wakeup_fd))
         # Entered last, so left first: if one process alone fails, the callbacks above would wait for the others.
         stack.enter_context(distributed.fail_fast())
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)

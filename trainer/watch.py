@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Self
 
 from trainer import config, distributed
-from trainer.distributed import again, peers
+from trainer.distributed import how_to_continue, peers
 from trainer.errors import HostError
 
 _LOOK_SECONDS = 0.25
@@ -68,7 +68,7 @@ class Watch:
         for end in (self._woken, self._wakes):
             end.close()
 
-    def wake_at(self, signums: Collection[int]) -> int:
+    def wakeup_fd(self, signums: Collection[int]) -> int:
         """The descriptor for `signal.set_wakeup_fd`, by which the thread knows of these signals at once."""
         self._handled = signums
         self._wakes.setblocking(False)
@@ -162,7 +162,7 @@ class Watch:
         self._leave(f"{cause}; {results[0] if results else 'the newest state could not be saved in time'}", code)
 
     def _leave(self, text: str, code: int) -> None:
-        print(f"\n{text}; {again()}", file=sys.stderr, flush=True)
+        print(f"\n{text}; {how_to_continue()}", file=sys.stderr, flush=True)
         peers.fail(HostError(text.removeprefix("error: ")), code)
         os._exit(code)
 

@@ -19,7 +19,7 @@ from trainer.distributed import Break, Preemption
 from trainer.distributed.agreement import Agreement
 
 ROOT = Path(__file__).parents[2]
-# Each process runs it with the flags of its place in the group, by `launch.Group`.
+# Each process runs it with the flags of its place in the group, by `launch.ProcessGroup`.
 SCRIPT = """
 import sys
 from trainer import distributed
@@ -80,9 +80,9 @@ print(f"{calls > 10} {signum}")
 def run_group(script: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Runs a script in two connected processes; also returns the lines of each."""
     command = [sys.executable, "-c", script, *arguments]
-    group = f"with Group({command!r}, processes=2, devices=1) as group:\n    raise SystemExit(group.wait())"
+    group = f"with ProcessGroup({command!r}, processes=2, devices=1) as group:\n    raise SystemExit(group.wait())"
     result = subprocess.run(
-        [sys.executable, "-c", f"from trainer.distributed.launch import Group\n{group}"],
+        [sys.executable, "-c", f"from trainer.distributed.launch import ProcessGroup\n{group}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ from trainer.distributed import peers, startup
 
 flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])
 startup.initialize(flags["coordinator"], int(flags["process"]), int(flags["processes"]), heartbeat_seconds=3)
-peers.set_limits(3.0)
+peers.set_end_seconds(3.0)
 index = distributed.index()
 for step in range(1, 9):
     peers.report(step, "data")
@@ -49,8 +49,8 @@ print("ready", flush=True)
 
 
 def run(script: str, processes: int) -> subprocess.CompletedProcess[str]:
-    group = f"with Group({[sys.executable, '-c', script]!r}, processes={processes}, devices=1) as group:"
-    program = f"from trainer.distributed.launch import Group\n{group}\n    raise SystemExit(group.wait())"
+    group = f"with ProcessGroup({[sys.executable, '-c', script]!r}, processes={processes}, devices=1) as group:"
+    program = f"from trainer.distributed.launch import ProcessGroup\n{group}\n    raise SystemExit(group.wait())"
     command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
 

@@ -131,8 +131,9 @@ def test_a_checkpoint_of_two_processes_is_restored_on_four_bit_for_bit_and_a_lat
     expected = arrays(in_two[0])
     np.savez(tmp_path / "expected.npz", **expected)  # pyrefly: ignore[bad-argument-type] - no name is an option of it
     script = ["-m", "tests.multiprocess.restore", str(in_two[0]), str(tmp_path / "expected.npz")]
-    start = f"with Group({[sys.executable, *script]}, processes=4, devices=1) as group:\n    sys.exit(group.wait())"
-    start = f"import sys\nfrom trainer.distributed.launch import Group\n{start}"
+    command = [sys.executable, *script]
+    start = f"with ProcessGroup({command}, processes=4, devices=1) as group:\n    sys.exit(group.wait())"
+    start = f"import sys\nfrom trainer.distributed.launch import ProcessGroup\n{start}"
     lines = finished(Group("-c", start)).stdout.splitlines()
     divisible = [a for path, a in expected.items() if "batch_stats" not in path and any(n % 4 == 0 for n in a.shape)]
     sharded = len(divisible)

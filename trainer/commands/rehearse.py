@@ -24,7 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Runs the command and returns its exit code, that of the first process to fail."""
+    """Runs the command and returns the exit code of the process at fault, 0 if none failed.
+
+    That is a process that a signal killed, or else the first one that failed by itself.
+    """
     for name in ("processes", "devices"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
@@ -37,7 +40,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(f"--{name} is for --command={command}")
     if options.profile is not None:
         steps(options.profile)
-    from trainer.distributed.launch import Group
+    from trainer.distributed.launch import ProcessGroup
 
     if options.workdir is None:
         options.workdir = tempfile.mkdtemp(prefix="rehearsal-")
@@ -46,5 +49,5 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     command = [sys.executable, "-m", "trainer", options.command]
     command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
     command += ["--traceback"] if options.traceback else []
-    with Group([*command, *overrides], options.processes, options.devices) as group:
+    with ProcessGroup([*command, *overrides], options.processes, options.devices) as group:
         return group.wait()

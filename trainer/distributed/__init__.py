@@ -20,12 +20,15 @@ from jax._src.distributed import global_state  # strings and barriers with a tim
 from trainer.distributed import peers
 from trainer.errors import CollectiveError, HostError, UserError
 
-_BARRIER_SECONDS = 600  # far more than hosts differ by in loading their data
+_BARRIER_SECONDS = 600  # far more than the slowest host needs beyond the fastest one to load its data
 _calls: Counter[str] = Counter()  # of `gather`, by name
 
 
 class CollectiveUserError(UserError, CollectiveError):
-    """A mistake that one process found and every process raises; its cause is the error itself where it was found."""
+    """A mistake that one process found and every process raises.
+
+    In the process that found it, `__cause__` is the original error.
+    """
 
 
 def count() -> int:
@@ -39,7 +42,10 @@ def index() -> int:
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the only one that writes to the workdir and to the terminal."""
+    """Whether this is process 0, which alone shows progress and writes the settings and metrics of the workdir.
+
+    All processes write their shards of a checkpoint and their profiles, and may print an error to stderr.
+    """
     return index() == 0
 
 
@@ -68,10 +74,11 @@ def gather(name: str, value: str = "", *, seconds: float = _BARRIER_SECONDS) -> 
 
 
 @contextmanager
-def collective_errors(name: str) -> Iterator[None]:
+def collective_errors(barrier: str) -> Iterator[None]:
     """Raises a `UserError` of any process in all of them at the end of the block, as a `CollectiveUserError`.
 
-    Its cause, in the first process that found a mistake, is that mistake. A run of one process raises it unchanged.
+    In the first process that found an error, `__cause__` is that error. A run of one process raises it unchanged. Every
+    process passes the same `barrier`, the name at which they wait for each other.
     """
     error: UserError | None = None
     try:
@@ -80,7 +87,7 @@ def collective_errors(name: str) -> Iterator[None]:
         if count() == 1 or isinstance(raised, CollectiveError):
             raise
         error = raised
-    texts = gather(name, f"{type(error).__name__}: {error}" if error else "")
+    texts = gather(barrier, f"{type(error).__name__}: {error}" if error else "")
     first = next((i for i, text in enumerate(texts) if text), None)
     if first is not None:
         raise CollectiveUserError(f"process {first}: {texts[first]}") from (error if first == index() else None)
@@ -98,9 +105,10 @@ def check_same(message: str, text: str) -> None:
 
 @contextmanager
 def fail_fast() -> Iterator[None]:
-    """If a single process of several raises an exception, it exits at once; the others notice its missing heartbeat.
+    """An exception on one process only exits that process immediately; the others end too.
 
-    An orderly exit would hang: JAX's shutdown waits for the other processes, which wait for this one in a collective.
+    They end when they get its message, or else when its connection closes or its heartbeats are missing. An orderly
+    exit would hang: JAX's shutdown waits for the other processes, which wait for this one in a collective.
     A `CollectiveError` passes, since every process raises it.
     """
     try:
@@ -129,7 +137,7 @@ class Interrupted(KeyboardInterrupt, CollectiveError):  # noqa: N818 - named lik
         """`step` is the saved step, from which the run can continue; 0 if none was made."""
         self.signum = signal.Signals(signum)
         place = f"at step {step}, which is saved" if step else "before the first step"
-        super().__init__(f"stopped by {self.signum.name} {place}; {again()}")
+        super().__init__(f"stopped by {self.signum.name} {place}; {how_to_continue()}")
 
 
 class Break(BaseException):
@@ -137,22 +145,24 @@ class Break(BaseException):
 
 
 class Preemption:
-    """While entered, SIGINT, SIGTERM and SIGHUP do not break a step: `signal_after` reports them. A second SIGINT does.
+    """While entered, SIGINT, SIGTERM and SIGHUP do not break a step: `signal_after` reports them.
+
+    A SIGINT that follows any of these signals raises KeyboardInterrupt at once.
 
     Handlers are installed in the main thread only, as Python demands. A signal to any of several processes stops them
     all. A Jupyter kernel keeps its SIGINT, which interrupts the cell, and `nohup` its SIGHUP.
     """
 
-    def __init__(self, handle_signals: bool = True, wake_at: Callable[[Collection[int]], int] | None = None) -> None:
+    def __init__(self, handle_signals: bool = True, wakeup_fd: Callable[[Collection[int]], int] | None = None) -> None:
         """`handle_signals=False`, which all processes must give alike, installs no handler and reports no signal.
 
-        `wake_at`, given the signals, returns a descriptor on which the number of each is written when it comes, even
-        if the main thread is in a long call of C.
+        `wakeup_fd` gets the signals and returns a descriptor. When one of them comes, its number is written there,
+        even if the main thread is in a long call of C.
         """
-        self._enabled, self._group, self._wake_at = handle_signals, count() > 1, wake_at
+        self._enabled, self._is_multiprocess, self._wakeup_fd = handle_signals, count() > 1, wakeup_fd
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
-        self._is_breakable, self._wakeup, self._agreement = False, -1, peers.agreement()
+        self._is_breakable, self._previous_fd, self._agreement = False, -1, peers.agreement()
 
     def __enter__(self) -> Self:
         if self._enabled and threading.current_thread() is threading.main_thread():
@@ -162,13 +172,14 @@ class Preemption:
                 signal.SIGHUP: signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
             }
             self._previous = {s: signal.signal(s, self._handle) for s, is_left in left_alone.items() if not is_left}
-            if self._wake_at is not None and not self._group:
-                self._wakeup = signal.set_wakeup_fd(self._wake_at(list(self._previous)), warn_on_full_buffer=False)
+            if self._wakeup_fd is not None and not self._is_multiprocess:
+                descriptor = self._wakeup_fd(list(self._previous))
+                self._previous_fd = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous and self._wake_at is not None and not self._group:
-            signal.set_wakeup_fd(self._wakeup)
+        if self._previous and self._wakeup_fd is not None and not self._is_multiprocess:
+            signal.set_wakeup_fd(self._previous_fd)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous.clear()
@@ -178,7 +189,7 @@ class Preemption:
 
         Every process calls it at the same points.
         """
-        if not self._group or not self._enabled:
+        if not self._is_multiprocess or not self._enabled:
             return self._signum
         if self._agreement is None:  # JAX was not connected by `startup`: a slower way, with a barrier at each call
             return max(map(int, gather("signal", str(int(self._signum or 0))))) or None
@@ -187,8 +198,8 @@ class Preemption:
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """A region that a signal to a process alone ends at once, by raising `Break`."""
-        self._is_breakable = not self._group
+        """In a run of one process, a signal ends the block at once by raising `Break`."""
+        self._is_breakable = not self._is_multiprocess
         try:
             if self._signum is not None and self._is_breakable:
                 raise Break
@@ -205,8 +216,8 @@ class Preemption:
             raise Break
 
 
-def again() -> str:
-    """How to go on with a run that was stopped: the command line, if it was one of ours."""
+def how_to_continue() -> str:
+    """Text for the user: the command that continues the run, if `trainer` or `python -m trainer` started it."""
     program = Path(sys.argv[0])
     ours = {"__main__.py": "python -m trainer", "trainer": "trainer"}.get(program.name)
     if ours is None or count() > 1 or (program.name == "__main__.py" and program.parent.name != "trainer"):

@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 
 class Agreement:
-    """The call of `signal_after` with which every process stops: the first that none has made yet.
+    """Chooses one number N: every process stops at its N-th call of `signal_after`.
 
-    Process 0 asks the others for the number of calls that they have made. After its answer a process makes no further
-    call until it knows the last one. JAX's `reached_preemption_sync_point` does the same, but waits for a message with
-    Python's global lock held, and `relay` needs that lock to pass the message on.
+    N is one more than the most calls that any process has made. Process 0 asks the others for the number of their
+    calls. After it has answered, a process blocks in `signal_after` until process 0 has sent N.
+
+    JAX's `reached_preemption_sync_point` does the same, but waits for a message with Python's global lock held, and
+    `relay` needs that lock to pass the message on.
     """
 
-    def __init__(self, index: int, others: int, say: Callable[..., None]) -> None:
-        """`say` sends a message to all of the `others` from process 0, and to process 0 from another."""
-        self._index, self._others, self._say = index, others, say
+    def __init__(self, index: int, other_count: int, say: Callable[..., None]) -> None:
+        """`say` sends a message from process 0 to all `other_count` others, and from another process to process 0."""
+        self._index, self._other_count, self._say = index, other_count, say
         self._changed = threading.Condition()
         self._signum: int | None = None
         self._calls, self._last = 0, math.inf
@@ -43,7 +45,7 @@ class Agreement:
                     self._hold(value)
             elif kind == "calls":
                 self._answers[index] = value
-                if len(self._answers) == self._others:
+                if len(self._answers) == self._other_count:
                     last = 1 + max(self._calls, *self._answers.values())
                     self._say("last", last)
                     self._stop_at(last)

@@ -1,6 +1,6 @@
 """A group of connected processes on this machine, each with CPU devices of its own.
 
-with Group([sys.executable, "-m", "trainer", "train", "--config=FILE"], processes=2, devices=4) as group:
+with ProcessGroup([sys.executable, "-m", "trainer", "train", "--config=FILE"], processes=2, devices=4) as group:
     exit_code = group.wait()
 """
 
@@ -22,14 +22,14 @@ _GRACE_SECONDS = 5.0  # twice what the other processes need to end in good order
 _POLL_SECONDS = 0.05
 
 
-class Group:
-    """Runs a command in several processes, connected as the hosts of a pod are; to be entered in the main thread.
+class ProcessGroup:
+    """Runs a command in several processes, connected as the hosts of a pod are. Enter it in the main thread.
 
     While entered, it passes SIGINT and SIGTERM on to the processes; at its exit it kills those that still run.
     """
 
     def __init__(self, command: Sequence[str], processes: int, devices: int) -> None:
-        """Adds the flags of `startup.initialize` to `command`; each of the `processes` gets as many CPU `devices`."""
+        """Adds the flags of `startup.initialize` to `command`; each process gets `devices` CPU devices."""
         with socket.create_server(("127.0.0.1", 0)) as server:  # to find a free port
             address = f"127.0.0.1:{server.getsockname()[1]}"
         flags = (f"--coordinator={address}", f"--processes={processes}", f"--heartbeat={_HEARTBEAT_SECONDS}")
@@ -60,15 +60,16 @@ class Group:
 
         Returns the exit code of the process at fault, 128 + N if signal N killed it; 0 if none failed.
         """
-        ended: dict[int, int] = {}  # the exit code of each process that ended by itself, in their order
+        ended: dict[int, int] = {}  # exit codes by process, in the order in which the processes ended by themselves
         deadline = float("inf")
         with selectors.DefaultSelector() as selector:
             for index, process in enumerate(self._processes):
                 for pipe, shown in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                     assert pipe is not None  # as `_start` opens it
-                    selector.register(pipe, selectors.EVENT_READ, _Relay(index, shown.buffer))
+                    selector.register(pipe, selectors.EVENT_READ, _LinePrinter(index, shown.buffer))
             running = ready = True
-            while running or ready:  # the pipes may close later: a child of a process may keep them open
+            # Read what is left in the pipes; do not wait for them to close, since a grandchild may hold them open.
+            while running or ready:
                 codes = [process.poll() for process in self._processes]
                 running = None in codes
                 if time.monotonic() < deadline + _GRACE_SECONDS:
@@ -84,7 +85,10 @@ class Group:
         return self._report(ended)
 
     def _report(self, ended: Mapping[int, int]) -> int:
-        """Names the process at fault, unless all have ended alike, and returns its exit code."""
+        """Names the process at fault, unless all have the same exit code, and returns its exit code.
+
+        A process that a signal killed comes first, then the first one that failed by itself.
+        """
         left = [i for i in range(len(self._processes)) if i not in ended]  # `wait` killed them
         if not left and len(set(ended.values())) == 1:
             code = next(iter(ended.values()))
@@ -104,7 +108,7 @@ class Group:
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Starts a process that on Linux dies with this one; elsewhere it ends when its heartbeats fail."""
+    """Starts a process. On Linux it dies with this one; on other systems it goes on if this one is killed."""
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -120,19 +124,19 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=die_with_parent,  # safe in a process without threads
-        start_new_session=True,  # the terminal's Ctrl-C comes through `Group.send_signal` only
+        start_new_session=True,  # the terminal's Ctrl-C comes through `ProcessGroup.send_signal` only
     )
 
 
-class _Relay:
-    """Shows the lines of one pipe of a process behind its number."""
+class _LinePrinter:
+    """Prints each line of one pipe with the process number in front."""
 
     def __init__(self, index: int, shown: IO[bytes]) -> None:
         self._index, self._shown = index, shown
         self._partial, self._skips = b"", False  # the incomplete last line; whether Gloo's report was last
 
     def show(self, chunk: bytes) -> bool:
-        """Shows the lines that end in `chunk`; an empty one is the pipe's end, for which it returns False."""
+        """Prints the lines that end in `chunk`. An empty chunk is the end of the pipe: then it returns False."""
         *lines, self._partial = (self._partial + (chunk or b"\n")).split(b"\n")
         for line in lines if chunk else filter(None, lines):
             # Gloo reports its connections from several threads at a time: empty lines remain between the reports.

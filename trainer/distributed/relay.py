@@ -11,15 +11,15 @@ import time
 from contextlib import suppress
 
 _RETRY_SECONDS = 0.1
-_UNPROXIED = ("no_grpc_proxy", "no_proxy", "NO_PROXY")  # hosts that need no proxy; gRPC takes the first that is set
+_NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy", "NO_PROXY")  # gRPC takes the first that is set
 
 
 def start(host: str, port: int, seconds: float) -> str:
     """Relays connections to the HOST:PORT that it returns; the target may begin to listen up to `seconds` later."""
     server = socket.create_server(("127.0.0.1", 0))
     if any("_proxy" in name.lower() for name in os.environ):
-        excluded = next((os.environ[name] for name in _UNPROXIED if name in os.environ), "")
-        os.environ[_UNPROXIED[0]] = f"{excluded},127.0.0.1".strip(",")
+        excluded = next((os.environ[name] for name in _NO_PROXY_VARIABLES if name in os.environ), "")
+        os.environ[_NO_PROXY_VARIABLES[0]] = f"{excluded},127.0.0.1".strip(",")
     arguments = server, (host, port), seconds
     threading.Thread(target=_serve, args=arguments, name="relay to process 0", daemon=True).start()
     return f"127.0.0.1:{server.getsockname()[1]}"

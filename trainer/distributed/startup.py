@@ -27,7 +27,7 @@ def initialize(
     wait_seconds: int = 300,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Connects this process to the others of the run; for a process alone it does nothing.
+    """Connects this process to the others of the run; in a run of one process it does nothing.
 
     On Cloud TPU, GKE, Slurm and Open MPI the environment gives the first three. Call it before JAX computes.
 
@@ -36,8 +36,8 @@ def initialize(
       process: the number of this process, from 0.
       processes: the number of processes.
       wait_seconds: how long to wait for the other processes, at least 1.
-      heartbeat_seconds: after how long a silence of a process, which is stopped or whose host is away, the others
-        end, at least 2. If a process dies, they end at once.
+      heartbeat_seconds: seconds without a message from a process after which the others end, at least 2. They end at
+        once if its connection closes.
 
     Raises `UserError` if a process did not come in time, or environment and arguments do not describe the group.
     """
@@ -54,13 +54,14 @@ def initialize(
         address = relay.start(*_parse(address), seconds)
     # `_find` has detected the cluster.
     jax.distributed.initialize(address, count, index, local_devices, cluster_detection_method="deactivate", **timeouts)
-    jax.devices()  # processes exchange their devices here: one that fails earlier would leave the others waiting
+    # This exchanges the devices now. A process that failed before a later exchange would leave the others waiting.
+    jax.devices()
 
 
 def _find(
     coordinator: str | None, process: int | None, processes: int | None, seconds: int
 ) -> tuple[str, int, int, Sequence[int] | None] | None:
-    """Address, process, processes, and the local devices of this process (None: all); None for a process alone."""
+    """Address, process, processes, and the local devices of this process (None: all); None in a run of one process."""
     devices, method = None, None
     if None in (coordinator, processes, process):
         platforms = jax.config.jax_platforms  # pyrefly: ignore[missing-attribute] - JAX adds it when imported
@@ -84,7 +85,7 @@ def _find(
 
 
 def _launcher(environment: dict[str, str], platforms: str) -> str | None:
-    """JAX's name for the system that started several processes like this one; None for a process alone.
+    """JAX's name for the system that started the processes of the run; None in a run of one process.
 
     JAX's own detection takes every pod of Kubernetes for a process of a group.
     """
@@ -92,7 +93,7 @@ def _launcher(environment: dict[str, str], platforms: str) -> str | None:
         return "ompi"
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
-    if "tpu" not in platforms.split(","):  # JAX adds it where there are chips
+    if "tpu" not in platforms.split(","):  # JAX puts it there on a TPU host
         return None
     hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
     if hosts is not None:
@@ -108,11 +109,12 @@ def _parse(address: str) -> tuple[str, int]:
 
 
 def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str = "") -> dict[int, socket.socket]:
-    """Returns in every process once all are there; JAX's own wait aborts those that came and names no missing one.
+    """Returns in every process once all have arrived.
 
-    Process 0 listens at `address` (HOST:PORT), where another socket can listen afterwards; `hosts` is for the error
-    only. Returns a connection to each other process from process 0, and one to process 0 from the others. Raises
-    `UserError` if a process did not come in time or expects another count, or process 0 cannot listen at the port.
+    JAX's own wait aborts the processes that arrived and does not name the missing ones. Process 0 listens at `address`
+    (HOST:PORT), where another socket can listen afterwards; `hosts` is for the error only. Returns a connection to each
+    other process from process 0, and one to process 0 from the others. Raises `UserError` if a process did not come in
+    time or expects another count, or process 0 cannot listen at the port.
     """
     host, port = _parse(address)
     where = f"{address}{f' (hosts: {hosts})' if hosts else ''}"

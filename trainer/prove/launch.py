@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
-from trainer.distributed.launch import Group
+from trainer.distributed.launch import ProcessGroup
 from trainer.errors import HostError
 from trainer.observe.trace import Follower
 
@@ -202,7 +202,7 @@ class _Alone(NamedTuple):
 
 
 class _Several:
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self._group, self._code = group, list[int]()
         self.thread = threading.Thread(target=lambda: self._code.append(self._group.wait()), name="launch")
         self.thread.start()
@@ -219,7 +219,7 @@ def _several(command: Sequence[str], topology: Topology, stdout: IO[str], stderr
     signums = (signal.SIGINT, signal.SIGTERM)
     ours = [signal.getsignal(signum) for signum in signums]
     with redirect_stdout(stdout), redirect_stderr(stderr):
-        with Group(command, topology.processes, topology.devices or 1) as group:
+        with ProcessGroup(command, topology.processes, topology.devices or 1) as group:
             for signum, handler in zip(signums, ours, strict=True):
                 signal.signal(signum, handler)  # a signal to the proof ends it; the group would pass it on
             running = _Several(group)
