@@ -259,7 +259,7 @@ def test_a_histogram_leaves_out_what_is_not_finite(tmp_path):
     writer.histogram("some", np.array([0.0, np.nan, 1.0, np.inf]), bins=2)
     writer.histogram("none", np.array([]))
     assert np.load(tmp_path / "reports" / "1" / "some.npz")["counts"].tolist() == [1, 1]
-    assert lines[0] == "warning: histogram 'some' has 2 NaN or Inf, which are left out"
+    assert lines == ["warning: histogram 'some' has 2 NaN or Inf, which are left out"]
 
 
 @pytest.mark.parametrize("linked", ["reports", "reports/1", "reports/1/note.txt"])

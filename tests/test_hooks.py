@@ -186,7 +186,8 @@ def test_early_stopping_looks_at_its_own_evaluation_among_several(tmp_path):
     run = run_of(100, evaluations={"quick": config.Evaluation(every_steps=1, max_examples=4)})
     state = train(run, tmp_path / "run", verbose=False, hooks=[EarlyStopping("test/loss", patience=2, min_delta=9.0)])
     assert int(state.step) == 6
-    with pytest.raises(UserError, match=r"metric 'quik/loss': evaluation 'quik'; did you mean 'quick'\?"):
+    unknown = r"metric 'quik/loss' names the evaluation 'quik', which the run does not have; did you mean 'quick'\?"
+    with pytest.raises(UserError, match=unknown):
         train(run, tmp_path / "other", verbose=False, hooks=[EarlyStopping("quik/loss", patience=2)])
 
 
@@ -242,7 +243,7 @@ class Misspelt:
 @pytest.mark.parametrize(
     ("hook", "text"),
     [
-        (Hook, "hook Hook is a class; an instance is expected"),
+        (Hook, "hook Hook is a class; pass an instance: Hook"),
         (Misspelt(), r"has a method on_evalute, which nothing calls; did you mean 'on_evaluate'\?"),
         (print, "has none of the methods on_start, on_step"),
         (None, "hooks is a Recorded; a list of hooks is expected"),

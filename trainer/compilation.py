@@ -78,7 +78,8 @@ def use_cache(folder: str | None) -> None:
 
     Args:
       folder: "off" for no cache; None for JAX_COMPILATION_CACHE_DIR or, if that is not set, a folder of the user's in
-        XDG_CACHE_HOME or ~/.cache. Programs for CPUs are kept apart by the kind of CPU, whose code they are.
+        XDG_CACHE_HOME or ~/.cache. The default folder is separate for each kind of CPU, since compiled CPU code runs
+        only there.
 
     Raises `UserError` if the folder is not the user's own: what lies there is executed.
     """

@@ -46,7 +46,7 @@ def explain(session: Session, error: DivergedError) -> DivergedError:
     All processes of a run call it. The folder is WORKDIR/diverged/STEP, or a name after it that is free.
     """
     step, store = error.step, session.store
-    with suppress(HostError):  # of the save before, which is not the cause
+    with suppress(HostError):  # an earlier save may have failed; that did not cause the divergence
         store.wait()
     earlier = [saved for saved in store.steps() if saved < step]
     last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
@@ -65,7 +65,8 @@ def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -
     """Writes a new folder about a step that diverged, and returns what a second computation of the step gave.
 
     The state before the step was donated to it, so it is made again: the state of the checkpoint at `start` is restored
-    (0: the first one), and the steps between are repeated. Raises `HostError` if the folder cannot be written.
+    (start 0: the run's initial state is made), and the steps between are repeated. Raises `HostError` if the folder
+    cannot be written.
     """
     program, run, step = session.program, session.program.run, error.step
     begin = session.beginning

@@ -78,12 +78,12 @@ def host_error(file: str | os.PathLike[str], error: OSError) -> HostError:
 
 
 def write_text(file: AnyPath, text: str) -> None:
-    """Puts a whole file in place of the one there, if any: after a crash either is there, complete.
+    """Replaces or makes a file. After a crash, it holds either the old text or the new text, never a part.
 
     Raises `OSError`.
     """
     if is_bucket(file):
-        file.write_text(text)  # objects appear at once
+        file.write_text(text)  # a bucket object is replaced atomically
         return
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -117,7 +117,7 @@ def sync_folder(folder: AnyPath) -> None:
 
 
 def sync_tree(folder: AnyPath) -> None:
-    """Puts every file and folder below `folder`, and its name in its parent, on disk. Raises `OSError`."""
+    """Calls fsync on every file and folder below `folder`, on `folder` and on its parent. Raises `OSError`."""
     if is_bucket(folder):
         return
     for place, _, names in os.walk(folder, topdown=False):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from trainer.metrics import Mean, Metrics
 from trainer.state import TrainState
 
-RECENT = 128  # losses that the limit of a loss spike is made of
+RECENT = 128  # number of recent losses from which the spike limit is computed
 
 
 @flax.struct.dataclass
@@ -32,7 +32,7 @@ class Guard:
 
 
 def new_guard() -> Guard:
-    """That of a run before its first step."""
+    """The `Guard` of a new run."""
     zero = jnp.zeros((), jnp.int32)
     return Guard(jnp.zeros(RECENT, jnp.float32), zero, zero, zero)
 
@@ -40,19 +40,19 @@ def new_guard() -> Guard:
 def drop_bad_update(
     before: TrainState, after: TrainState, loss: Mean, grad_norm: Float[Array, ""], spike: tuple[float, float] | None
 ) -> tuple[TrainState, Metrics]:
-    """The state after an update, or `before` with the next step if the loss or the gradient is bad.
+    """The state after an update; if the loss or the gradient is bad, `before` with its step counter increased by one.
 
     Args:
       before: with a `Guard`.
       after: the state that the update makes.
       loss: of the whole batch, over all microbatches and replicas, so that all of them decide alike.
       grad_norm: the norm of the whole gradient.
-      spike: a quantile q and a factor f: a loss is bad above f times the q-quantile of the newest `RECENT` losses,
-        once there are so many. (Of a negative quantile, the limit is as far above it.) None for no such limit.
+      spike: (quantile, factor f): a loss is bad above f · q, where q is that quantile of the newest `RECENT` losses,
+        once there are so many. (If q is negative, the limit is q + (f − 1)·|q|.) None for no such limit.
 
     Returns:
-      The state, and the metrics "skipped" (0 or 1), "skipped_in_row", "skipped_so_far", and "spike_limit" if there is
-      one, Inf until it is known.
+      The state with a new guard, and the metrics "skipped" (0 or 1), "skipped_in_row", "skipped_so_far", and
+      "spike_limit" if there is one, Inf until it is known.
     """
     guard, value = before.guard, (loss.total / loss.weight).astype(jnp.float32)
     is_empty = loss.weight == 0  # every example is masked

@@ -24,8 +24,8 @@ HOOK_METHODS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_e
 class Event(NamedTuple):
     """The argument of a hook. Every process calls its hooks at the same steps, with the same numbers."""
 
-    step: int  # updates made; for `on_log` those before a row, which is written after later steps were dispatched
-    sums: Mapping[str, Any]  # the metrics of a step, which may still be computed, or numbers by name
+    step: int  # updates made; in `on_log` the step of the row, which is written late: later steps may be running
+    sums: Mapping[str, Any]  # in `on_step` metric sums that the device may not have finished; else numbers by name
     newest: Callable[[], TrainState]
     log: MetricsLog | NoLog
     hooks: "Hooks"
@@ -97,7 +97,7 @@ class Hooks:
         for hook in hooks:
             kind = hook.__name__ if isinstance(hook, type) else type(hook).__name__
             if isinstance(hook, type):
-                raise UserError(f"hook {kind} is a class; an instance is expected, as a call makes")
+                raise UserError(f"hook {kind} is a class; pass an instance: {kind}()")
             own = [name for name in dir(hook) if name.startswith("on_")]
             if wrong := next((name for name in own if name not in HOOK_METHODS), None):
                 nearest = did_you_mean(wrong, HOOK_METHODS)
@@ -144,9 +144,10 @@ class EarlyStopping(Hook):
         self._best, self._since = math.inf, 0
 
     def on_start(self, event: Event) -> None:
-        """Takes up the evaluations of earlier launches; raises `UserError` if none gives the metric."""
+        """Takes up the evaluations of earlier launches; raises `UserError` if the run has no such evaluation."""
         if (name := self.metric.partition("/")[0]) not in event.hooks.evaluations:
-            raise UserError(f"metric {self.metric!r}: evaluation {name!r}{did_you_mean(name, event.hooks.evaluations)}")
+            unknown = f"names the evaluation {name!r}, which the run does not have"
+            raise UserError(f"metric {self.metric!r} {unknown}{did_you_mean(name, event.hooks.evaluations)}")
         self._best, self._since = math.inf, 0
         for step, value in event.history(self.metric):
             self._add(event, step, value)

@@ -26,9 +26,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder, in its file `.lock`, until the block ends.
 
     The file names the holder: host, process and the time at which the process began. The kernel ends its `flock` with
-    the process. A file system without flocks, or one that keeps them on each host, is served by the names: the holder
-    touches the file every 10 s; a lock is free if its process is gone from this host, or if that of another host was
-    not touched for 60 s. Raises `UserError` with the holder if the lock is held, and `OSError`.
+    the process. Where `flock` is missing or is local to each host, the holder's name in the file decides: the holder
+    touches the file every 10 s, and a lock is free if its process is gone from this host, or if another host's process
+    has not touched it for 60 s.
+
+    Raises `UserError` naming the holder if the lock is held, and `OSError` if the file cannot be opened.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(folder / ".lock", flags, 0o666)

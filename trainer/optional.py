@@ -42,7 +42,7 @@ class Augments(Protocol):
 
 
 def offered(experiment: Experiment, protocol: type[_Offer]) -> _Offer | None:
-    """The experiment if it offers what a protocol below asks for, else None.
+    """The experiment if it has the methods of `protocol`, one of those in this module, else None.
 
     Raises `UserError` if it has something of that name that is no method, such as a setting.
     """
@@ -83,7 +83,7 @@ class Evaluates(Protocol):
         All processes call this together and must return the same.
 
         Args:
-          name: that of the evaluation: the split of the main one, a key of `Run.evaluations` else.
+          name: the name of the evaluation: a key of `Run.evaluations`, or the split for the main evaluation.
           variables: the parameters to evaluate and the collections, on the devices.
           batches: the batches of the split on the devices, in order. They need not all be taken.
         """

@@ -29,7 +29,7 @@ class Found:
 
     module: str | None = None  # the first Linen module, in the order in which calls end
     loss: float | None = None
-    param: str | None = None  # the first parameter by its gradient, in the order of the backward pass
+    param: str | None = None  # the first parameter in the backward pass whose gradient is not finite
     params: int = 0  # how many parameters have a gradient that is not finite
     ids: tuple[int, ...] = ()  # of examples whose own loss is not finite
 
@@ -80,7 +80,8 @@ def replay(folder: AnyPath, run: config.Run | None = None) -> Replayed:
     if run.parallel.strategy == "pmap" and run.parallel.devices != 1:
         notes.append("under pmap each replica draws its own dropout masks, which are others here")
     rows = [*(("input", text) for text in inputs), *_rows(found)]
-    rows = [("recorded", diverged.reason), ("then", diverged.recomputed), *(rows or [("in float32", "all is finite")])]
+    again = diverged.recomputed.removeprefix("recomputed, ")
+    rows = [("recorded", diverged.reason), ("recomputed", again), *(rows or [("in float32", "all is finite")])]
     rows += [(f"{what} (own dtype)", text) for what, text in _rows(own)]
     if (found.loss is not None or found.params) and found.module is None:
         notes.append("the output of every Linen module is finite: the cause is in the loss of the experiment")

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.errors import UserError
 
-_FORBIDDEN = re.compile(r"[^\w.-]|^\.+")  # what the name of a file may not have
+_FORBIDDEN = re.compile(r"[^\w.-]|^\.+")  # characters that the name of a file may not have
 
 
 class ReportWriter:
@@ -75,11 +75,10 @@ class ReportWriter:
         from tensorboardX.summary import histogram as summary
 
         numbers = np.asarray(values, np.float64).reshape(-1)
-        if not np.isfinite(numbers).all() or not numbers.size:
-            self._show(
-                f"warning: histogram {name!r} has {np.sum(~np.isfinite(numbers)):,} NaN or Inf, which are left out"
-            )
-            numbers = numbers[np.isfinite(numbers)]
+        finite = numbers[np.isfinite(numbers)]
+        if left_out := numbers.size - finite.size:
+            self._show(f"warning: histogram {name!r} has {left_out:,} NaN or Inf, which are left out")
+        numbers = finite
         counts, edges = np.histogram(numbers, bins)
         file = io.BytesIO()
         np.savez(file, counts=counts, edges=edges)

@@ -22,7 +22,7 @@ from trainer.optional import Predicts, offered
 from trainer.resume import kept_run
 from trainer.workdir import Workdir
 
-_TRIES = 5  # of reading a checkpoint that a training beside removes
+_TRIES = 5  # attempts to read a checkpoint while another process trains and removes old checkpoints
 _Result = TypeVar("_Result")
 
 
@@ -63,7 +63,9 @@ def load(
     run: config.Run | None = None,
     sharding: jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Trained:
-    """The model of a checkpoint. Reads its parameters and collections and no other array, whatever it was trained on.
+    """The model of a checkpoint, whatever devices it was trained on.
+
+    It reads only the collections and the parameters or EMA params, and z and b1 of a schedule-free optimizer.
 
     Args:
       workdir: the folder of the run, which may also be in a bucket.
@@ -138,8 +140,8 @@ def schedule_free_averages(metadata: Metadata) -> dict[str, tuple[str, str]]:
 def read_step(store: Store, step: int | str, read: Callable[[Metadata], _Result]) -> tuple[int, _Result]:
     """The checkpoint that `step` means, and the result of `read` for it.
 
-    A training beside may remove it meanwhile: then another. All processes call it together. Raises `UserError` if there
-    is no such checkpoint, or if it is damaged.
+    If a concurrent training process removes the checkpoint, this function chooses again. All processes call it
+    together. Raises `UserError` if there is no such checkpoint, or if it is damaged.
     """
     gone = ""
     for _ in range(_TRIES):

@@ -35,18 +35,18 @@ class Resumed(NamedTuple):
 
     state: TrainState | None  # None: it begins anew
     start: int  # updates made
-    row_count: int | None  # of metrics.jsonl when the checkpoint was saved; None if the run begins anew
+    row_count: int | None  # number of rows in metrics.jsonl when the checkpoint was saved; None for a new run
     data: DataIdentity  # the training examples
-    accepted: list[dict[str, Any]]  # accepted changes of the trajectory: step, texts, hash of the config before
+    accepted: list[dict[str, Any]]  # all accepted changes of the trajectory: step, texts, hash of the config before
     notes: list[str]  # lines to show
-    newly_accepted: list[str]  # the changes of the trajectory that were accepted now
+    newly_accepted: list[str]  # the texts of those that this launch accepted
 
 
 @dataclasses.dataclass
 class Resume:
     """Looks for the newest good checkpoint of a run in its workdir. All processes call it together.
 
-    A damaged checkpoint, or one of another run, is passed over, and moved aside once a good one was found.
+    A damaged checkpoint, or one of another run, is skipped, and moved aside once a good one was found.
     """
 
     program: Program
@@ -108,7 +108,7 @@ class Resume:
             known = {entry.get("config") for entry in self.workdir.accepted() if isinstance(entry, dict)}
             if theirs != ours and _hash(metadata.config) not in known:
                 raise DamagedError(f"it belongs to another run: {listed(sorted(theirs - ours or ours - theirs))}")
-        # Of a run with other settings `_changes` tells all differences at once.
+        # If settings differ, `_changes` reports all differences together: the data is compared here only if none does.
         is_same = not self._trajectory_changes(metadata.config)
         if is_same and not self.accept_changes and (problem := _data_difference(metadata.data, self.data)):
             raise DamagedError(f"it was trained on other examples: {problem} (--accept-changes goes on with these)")
@@ -146,7 +146,7 @@ class Resume:
         fixed = [text for text in others if text.startswith(("params/", "collections/"))]
         if fixed or (others and not changed):
             raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or others, 8)}")
-        # An optimizer that Optax updates for some labels has the fused moments at another path.
+        # When an Optax transformation updates some labels, the moments of the fused pass lie under opt_state/fused/.
         saved_paths = {path: next((p for p in other_paths(path) if p in metadata.leaves), path) for path in here}
         saved = restore_fitting(self.store.path(step), like, metadata, saved_paths)
         fresh = self.program.init()

@@ -31,7 +31,7 @@ class StepSettings:
     experiment: Experiment
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule  # of the run; reported only
-    key: Key[Array, ""]  # all randomness of a step comes from fold_in(key, k); k: steps before it
+    key: Key[Array, ""]  # the loss of a step draws from fold_in(key, k), where k counts the steps before
     # Microbatch j has the examples j, j + microbatches, … of the batch, so that every device keeps its own examples.
     microbatches: int = 1
     replica_axis: str | None = None  # the axis of `jax.pmap`; None under `jax.jit`

@@ -38,9 +38,9 @@ _DOING = {
 class Watch:
     """Watches the main thread of a training, which says by `enter` what it begins to do.
 
-    In a process alone the thread may take over: after a signal that the main thread does not answer in 3 s, as inside
-    of a long call of C, or after a limit of time it saves the newest complete state and ends the process. From then on
-    the main thread blocks at its next `enter`, so that only one of the two saves.
+    In a run of one process, the thread saves the newest complete state and ends the process in two cases: the main
+    thread does not answer a signal within 3 s, as in a long call of C, or a time limit passes. From then on the main
+    thread blocks at its next `enter`, so that only one of the two saves.
     """
 
     def __init__(self, settings: config.Watch, batch_size: int = 1) -> None:
@@ -133,7 +133,7 @@ class Watch:
         if phase == "data" and now - since > settings.data_seconds:
             self._stop(f"no batch came in {settings.data_seconds:g} s (watch.data_seconds) while {self._doing()}")
         elif settings.end_seconds is not None and idle > settings.end_seconds and distributed.count() == 1:
-            self._stop(f"nothing came on in {settings.end_seconds:g} s (watch.end_seconds) while {self._doing()}")
+            self._stop(f"no progress for {settings.end_seconds:g} s (watch.end_seconds) while {self._doing()}")
 
     def _stop(self, cause: str) -> None:
         if distributed.count() == 1 and self._now[0] in _SAVABLE and self._take():

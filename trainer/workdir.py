@@ -75,7 +75,7 @@ class Workdir:
             raise UserError(f"{self.config_file} cannot be read: {error}") from error
 
     def check(self) -> None:
-        """Raises `UserError` if other files are kept here, or a link, or if the path is that of a file."""
+        """Raises `UserError` unless the path is free, or is a folder without links that is empty or holds a run."""
         if not isinstance(self.path, Path):
             return
         if self.path.is_symlink() and not self.path.exists():
@@ -100,7 +100,7 @@ class Workdir:
             raise UserError(f"{error}; choose another --workdir") from error
 
     def check_run(self, run: config.Run) -> None:
-        """Raises `UserError` if the run kept here has other settings than `run`, other than harmless ones."""
+        """Raises `UserError` if the stored run differs from `run` in a setting that is not harmless."""
         self.check()
         try:
             kept = self.kept() if self.has_checkpoint() else None

@@ -26,9 +26,10 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below
 
 
 def resolve(run: Run) -> Run:
-    """A checked copy of `run` in which every None that stands for another setting is replaced by its value.
+    """A checked copy of `run` that states the batch size of each evaluation and the `run_steps` of some schedules.
 
-    Raises `UserError` if a value has the wrong type or is out of range, or if settings contradict each other.
+    It states `run_steps` for each schedule that depends on the length of the run. Raises `UserError` if a value has the
+    wrong type or is out of range, or if settings contradict each other.
     """
     run = copy.deepcopy(run)
     check_types(run)
@@ -108,7 +109,7 @@ def _kind(name: str | Transform) -> str:
 
 
 def _check_fused_settings(optimizer: Optimizer, others: set[str], *, is_all: bool) -> None:
-    """Raises `UserError` for settings of the fused pass that do nothing for `others`, the optimizers beside it."""
+    """Raises `UserError` for settings that only the fused pass uses, where the optimizers `others` do not use them."""
     if _kind(optimizer.name) in FUSED_OPTIMIZERS and optimizer.options:
         own = f"but {optimizer.name} has settings of its own, such as b1"
         raise UserError(f"optimizer.options is {optimizer.options}, {own}")
@@ -142,7 +143,8 @@ def check_types(run: Run) -> None:
     if not isinstance(run, Run):
         raise UserError(f"get_config() must return a trainer.config.Run, not {type(run).__name__}")
     if isinstance(run.experiment, type):
-        raise UserError(f"experiment is the class {run.experiment.__name__}; an instance is expected, as a call makes")
+        kind = run.experiment.__name__
+        raise UserError(f"experiment is the class {kind}; pass an instance: {kind}()")
     if not isinstance(run.experiment, Experiment) or not dataclasses.is_dataclass(run.experiment):
         kind = type(run.experiment).__name__
         raise UserError(f"experiment is {kind}, which is not a dataclass with init, loss and source")
