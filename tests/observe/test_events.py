@@ -34,7 +34,7 @@ def test_files_are_named_in_the_order_in_which_they_are_begun_whatever_the_clock
         events.close()
     assert names == sorted(names)
     assert event_files(tmp_path)[1:] == names
-    assert events.files == 6
+    assert events.file_count == 6
 
 
 def test_an_incomplete_last_event_is_skipped(tmp_path):

@@ -374,12 +374,12 @@ def test_events_of_lost_rows_stay_in_tensorboard(tmp_path):
         assert events(tmp_path) == before | {key: x for key, x in events(tmp_path).items() if key[1] == 10}
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no mark", "bad mark", "half a mark", "no event file"])
+@pytest.mark.parametrize("damage", ["no folder", "no record", "bad record", "half a record", "no event file"])
 def test_events_that_are_known_to_be_incomplete_are_made_again_from_the_rows(tmp_path, damage):
     write(tmp_path, range(1, 10))
     write(tmp_path, range(10, 15), after_step=9)
     folder = tmp_path / "tensorboard"
-    mark = folder / ".written.json"
+    record = folder / ".written.json"
     first, _ = sorted(folder.glob("events*"))
     if damage == "no folder":
         for file in folder.iterdir():
@@ -387,10 +387,10 @@ def test_events_that_are_known_to_be_incomplete_are_made_again_from_the_rows(tmp
         folder.rmdir()
     elif damage == "no event file":
         first.unlink()
-    elif damage == "no mark":
-        mark.unlink()
+    elif damage == "no record":
+        record.unlink()
     else:
-        mark.write_bytes({"bad mark": b"[[[[1", "half a mark": mark.read_bytes()[:30]}[damage])
+        record.write_bytes({"bad record": b"[[[[1", "half a record": record.read_bytes()[:30]}[damage])
     write(tmp_path, range(15, 20), after_step=14)
     assert_same_events(events(tmp_path), expected_events(range(1, 20)))
 
@@ -441,7 +441,8 @@ def test_an_error_of_the_event_file_drops_only_its_writer_until_the_next_sync(tm
     assert_same_events(events(tmp_path), expected_events(range(1, 21)))
     warning, note = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {tmp_path}/tensorboard: Bad file descriptor; events are not written until")
-    assert note == f"note: {tmp_path}/tensorboard: written again, and nothing is missing"
+    afterwards = "no metric is missing; images, texts and histograms of the meantime are in reports/ only"
+    assert note == f"note: {tmp_path}/tensorboard: written again, and {afterwards}"
 
 
 @pytest.mark.parametrize("on_error", ["stop", "continue"])

@@ -14,7 +14,7 @@ def on_terminal(*calls: tuple[str, tuple], total: int = 1000, seconds: float = 0
     """The output of these calls of Progress, as a terminal receives it."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream:
-        progress = Progress(total, stream, seconds=seconds)
+        progress = Progress(total, stream, redraw_seconds=seconds)
         for name, arguments in calls:
             getattr(progress, name)(*arguments)
     received = b""
@@ -57,7 +57,7 @@ def test_a_line_has_step_loss_examples_per_second_and_the_time_left():
 
 def test_elsewhere_every_update_and_message_is_a_plain_line():
     stream = io.StringIO()
-    progress = Progress(100, stream, seconds=1000)
+    progress = Progress(100, stream, redraw_seconds=1000)
     progress.message("hello")
     for step in (1, 2, 100):
         progress.update(step, 0.5, 100, 10)

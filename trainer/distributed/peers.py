@@ -227,7 +227,7 @@ class _PeerMonitor:
                 self._end_if_any(_held_up(states, now))
 
     def _end_if_any(self, faults: Mapping[int, str]) -> None:
-        """Ends all processes if any is at fault. Process 0 forwards the message; if it is dead, its connections close."""
+        """Ends all processes if any is at fault. Process 0 forwards the message; if it died, its connections close."""
         if not faults or self.is_failing:
             return
         text = f"{', '.join(f'{self.name(i)} {said}' for i, said in sorted(faults.items()))}; {_ENDS}"

@@ -1,4 +1,8 @@
-"""TensorBoard event files, written by the caller at once: without a thread or a queue, nothing can block a run."""
+"""TensorBoard event files.
+
+The caller's thread writes each event at once: there is no other thread, and no queue that could fill up. A network file
+system that hangs blocks the run.
+"""
 
 import errno
 import os
@@ -22,14 +26,14 @@ _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\..+")
 
 
 class Events:
-    """Writes one event file after the other into a folder. Every error is an `OSError` and closes the file."""
+    """Writes event files into a folder, one after the other. Every error is an `OSError` and closes the file."""
 
     def __init__(self, folder: Path, earlier: Iterable[str] = ()) -> None:
         """Writes into `folder`; `earlier` names event files that are elsewhere, in a bucket."""
         self._folder, self._earlier = folder, set(earlier)
         self._descriptor: int | None = None
-        self.files = 0  # event files, with the earlier ones
-        self.name, self.size = "", 0  # the newest, and the bytes of its events
+        self.file_count = 0  # event files, with the earlier ones
+        self.name, self.size = "", 0  # name and size in bytes of the newest file
 
     @property
     def is_open(self) -> bool:
@@ -37,7 +41,10 @@ class Events:
         return self._descriptor is not None
 
     def begin(self, purge_from: int | None = None) -> None:
-        """Begins a file that TensorBoard reads after all others; it then drops what it read from `purge_from` on."""
+        """Begins a file that TensorBoard reads after all others.
+
+        TensorBoard then drops all earlier values of steps ≥ `purge_from`.
+        """
         self._folder.mkdir(exist_ok=True)
         if self._folder.is_symlink():
             raise OSError(errno.ELOOP, "it is a link, which is not followed")
@@ -45,9 +52,9 @@ class Events:
         try:
             names = self._earlier | set(event_files(self._folder))
             stamps = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
-            # TensorBoard sorts the files by name. So a clock that was put back must not order them.
+            # TensorBoard sorts the files by name: the new one must come last even if the clock was set back.
             stamp = max(int(time.time()), *(stamp + 1 for stamp in stamps)) if stamps else int(time.time())
-            self.name, self.size, self.files = f"events.out.tfevents.{stamp:010}.{_host()}", 0, len(stamps) + 1
+            self.name, self.size, self.file_count = f"events.out.tfevents.{stamp:010}.{_host()}", 0, len(stamps) + 1
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._descriptor = os.open(self.name, flags, 0o666, dir_fd=parent)
         finally:
@@ -63,16 +70,16 @@ class Events:
             self.discard()
             raise
 
-    def add_scalars(self, step: int, values: Mapping[str, Any], seconds: float) -> None:
-        """Adds the numbers among the values of a step; `seconds` is their time, since the epoch."""
+    def add_scalars(self, step: int, values: Mapping[str, Any], timestamp: float) -> None:
+        """Adds the numbers among the values of a step; `timestamp` is in seconds since 1970."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if numbers:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
-            self.add(summary, step, seconds)
+            self.add(summary, step, timestamp)
 
-    def add(self, summary: Any, step: int, seconds: float) -> None:
+    def add(self, summary: Any, step: int, timestamp: float) -> None:
         """Adds a `Summary`, such as one that `tensorboardX.summary.image` makes."""
-        self._write(Event(wall_time=seconds, step=step, summary=summary))
+        self._write(Event(wall_time=timestamp, step=step, summary=summary))
 
     def sync(self) -> None:
         """Puts all events on disk."""
@@ -86,14 +93,14 @@ class Events:
     def discard(self) -> None:
         """Removes the newest file, which this object began and could not complete."""
         self.close()
-        with suppress(OSError):  # its readers see some steps twice; the next file has them all
+        with suppress(OSError):  # if the unlink fails, TensorBoard shows some steps twice; no value is lost
             (self._folder / self.name).unlink()
 
     def close(self) -> None:
         """Closes the file; does nothing if it is closed."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            with suppress(OSError):  # `sync` reported what did not reach the disk
+            with suppress(OSError):  # `sync` raised the error of an event that did not reach the disk
                 os.close(descriptor)
 
     def _write(self, event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Metrics from the device to the disk: JSON lines, and TensorBoard event files that are made from them.
+"""Metrics on disk: JSON lines, and TensorBoard event files that are made from them.
 
 `metrics.jsonl` is a function of config and seed, so that `cmp` can compare two runs; `timing.jsonl` has measured times.
 """
@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from trainer.errors import HostError, UserError
 from trainer.files import AnyPath
-from trainer.observe import mark as marks
 from trainer.observe.events import Events, event_files, shown_values
-from trainer.observe.mark import Mark
 from trainer.observe.outage import Outage
 from trainer.observe.row_file import RowFile
 from trainer.observe.rows import Row, contents
 from trainer.observe.rows import read_rows as read_rows
+from trainer.observe.sync_record import NAME, SyncRecord, read_record, write_record
 from trainer.report import ReportWriter
 from trainer.workdir import Mirror
 
@@ -36,9 +35,9 @@ def _to_stderr(text: str) -> None:
 class MetricsLog:
     """The metrics files of a workdir, which hold one or more rows for each logged step.
 
-    An error of the disk never reaches the caller as it is. For `metrics.jsonl` it is `HostError` or, as for all else, a
-    line to `report`: the rows stay in memory, and each `sync` tries again. Files in a bucket cannot be appended to:
-    there they are copies, renewed by `sync` and `close`.
+    A disk error on `metrics.jsonl`, or on its copy in a bucket, raises `HostError` if `on_error` is "stop". Every other
+    disk error is one line to `report`: the rows stay in memory, and each `sync` tries again. Files in a bucket cannot
+    be appended to: there they are copies, renewed by `sync` and `close`.
     """
 
     def __init__(
@@ -61,22 +60,27 @@ class MetricsLog:
         """
         self._mirror, self._report = Mirror(workdir), report
         folder, is_fatal = self._mirror.folder, on_error == "stop"
-        self._folder = folder / "tensorboard"
+        self._events_folder = folder / "tensorboard"
         self._metrics, self._timing = (RowFile(folder / name, after_step, report) for name in _FILES)
         until = "kept in memory until a save can write them"
         self._metrics_outage = Outage(self._metrics.file, f"its rows are {until}", report, is_fatal=is_fatal)
         self._timing_outage = Outage(self._timing.file, f"its rows are {until}", report)
-        self._events_outage = Outage(self._folder, "events are not written until a save can write them", report)
+        self._events_outage = Outage(
+            self._events_folder,
+            "events are not written until a save can write them",
+            report,
+            afterwards="no metric is missing; images, texts and histograms of the meantime are in reports/ only",
+        )
         self._copy_outage = Outage(workdir, "the metrics are copied there at the next save", report, is_fatal=is_fatal)
         if folder != workdir:
             self._copy_outage.attempt(lambda: self._fetch(workdir))
-        self._mark = marks.read_mark(self._folder)
-        known = self._mark or Mark()
+        self._record = read_record(self._events_folder)
+        known = self._record or SyncRecord()
         self._metrics_outage.attempt(lambda: self._metrics.open(known.metrics))
         self._timing_outage.attempt(lambda: self._timing.open(known.timing))
         self._report_hole(row_count, after_step, known)
         self._continue_events(workdir / "tensorboard", after_step)
-        self._write_mark()
+        self._write_record()
 
     @property
     def count(self) -> int:
@@ -85,27 +89,27 @@ class MetricsLog:
 
     def rows(self) -> list[Row]:
         """All rows of `metrics.jsonl`, with those that wait in memory."""
-        return self._metrics.rows_since(0)
+        return self._metrics.rows_from_byte(0)
 
     def has_evaluation(self, step: int, prefix: str) -> bool:
         """Whether a row of `step` has a value whose name begins with `prefix`."""
-        rows = self._metrics.rows_from(step)
+        rows = self._metrics.rows_from_step(step)
         return any(row["step"] == step and any(name.startswith(prefix) for name in row) for row in rows)
 
     def write(self, step: int, values: Values, timing: Values) -> None:
         """Adds a row of a step to each file; JSON has no NaN, so a value that is not finite is null there.
 
-        A step may have several rows, and later steps follow. Raises `HostError`, see `on_error`.
+        Steps must not decrease; a step may have several rows. Raises `HostError`, see `on_error`.
         """
         now = time.time()
-        row, times = _finite(values), {"time": now, **_finite(timing)}
+        row, times = _with_nulls(values), {"time": now, **_with_nulls(timing)}
         self._metrics.append(step, row)
         self._timing.append(step, times)
         for file, outage in ((self._metrics, self._metrics_outage), (self._timing, self._timing_outage)):
             if outage.is_fatal or not outage.is_on:
                 outage.attempt(file.flush)  # a killed process loses no row
         if self._events.is_open and self._events_outage.attempt(lambda: self._add(step, row, times)):
-            self._in_events = self._metrics.size
+            self._bytes_in_events = self._metrics.size
 
     def report_writer(self, step: int) -> ReportWriter:
         """Writes what an experiment reports after a step; no error of the disk reaches the caller."""
@@ -144,55 +148,63 @@ class MetricsLog:
             self._events_outage.attempt(self._begin_events)
         if self._events.is_open and self._events_outage.attempt(self._events.sync):
             events = self._events
-            self._mark = Mark(in_events=self._in_events, files=events.files, newest=events.name)
-            self._mark = self._mark._replace(newest_size=events.size)
-        self._write_mark()
+            self._record = SyncRecord(
+                bytes_in_events=self._bytes_in_events,
+                file_count=events.file_count,
+                newest=events.name,
+                newest_size=events.size,
+            )
+        self._write_record()
 
-    def _write_mark(self) -> None:
-        if self._folder.is_dir() and not self._folder.is_symlink():
-            mark = (self._mark or Mark())._replace(metrics=self._metrics.synced, timing=self._timing.synced)
-            marks.write_mark(self._folder, mark._replace(in_events=min(mark.in_events, mark.metrics.size)))
+    def _write_record(self) -> None:
+        if self._events_folder.is_dir() and not self._events_folder.is_symlink():
+            record = (self._record or SyncRecord())._replace(metrics=self._metrics.synced, timing=self._timing.synced)
+            known = min(record.bytes_in_events, record.metrics.size)
+            write_record(self._events_folder, record._replace(bytes_in_events=known))
 
     def _fetch(self, workdir: AnyPath) -> None:
-        for name in (*_FILES, f"tensorboard/{marks.NAME}"):
+        for name in (*_FILES, f"tensorboard/{NAME}"):
             if (workdir / name).exists():
                 (self._mirror.folder / name).parent.mkdir(exist_ok=True)
                 (self._mirror.folder / name).write_bytes((workdir / name).read_bytes())
 
-    def _report_hole(self, row_count: int | None, after_step: int, known: Mark) -> None:
+    def _report_hole(self, row_count: int | None, after_step: int, known: SyncRecord) -> None:
         if row_count is None:
-            row_count = known.metrics.rows if known.metrics.step <= after_step else 0
+            row_count = known.metrics.row_count if known.metrics.step <= after_step else 0
         if self.count < row_count and not self._metrics.was_damaged and not self._metrics_outage.is_on:
             missing = f"{row_count - self.count:,} of the {row_count:,} rows up to step {after_step}"
             self._report(f"warning: {missing} are missing in {self._metrics.file}; the run goes on without them")
 
     def _continue_events(self, place: AnyPath, after_step: int) -> None:
-        """Begins an event file with what the earlier ones lack; the mark tells how far they are complete."""
-        mark, names, shown = self._mark, event_files(place), None
-        self._events = Events(self._folder, names)
-        if mark is not None and mark.files <= len(names) and mark.newest in names and not self._metrics_outage.is_on:
-            shown = _shown_since(place, names, mark)
-        if mark is None or shown is None:  # nobody knows what the files have: readers drop it, all rows are added
-            self._mark, self._shown, self._in_events = None, set(), 0
+        """Begins an event file with the values that the earlier ones lack; the record tells which these are."""
+        record, names, shown = self._record, event_files(place), None
+        self._events = Events(self._events_folder, names)
+        is_valid = record is not None and record.file_count <= len(names) and record.newest in names
+        if record is not None and is_valid and not self._metrics_outage.is_on:
+            shown = _shown_since(place, names, record)
+        if record is None or shown is None:
+            # There is no valid record: TensorBoard is told to drop everything, and all rows are written again.
+            self._record, self._shown, self._bytes_in_events = None, set(), 0
             self._purge_from = 0 if names else None
         else:
             # A damaged metrics.jsonl may have lost rows that the event files still have.
-            in_events = mark.in_events if self._metrics.is_intact else self._metrics.size
-            self._shown, self._in_events, self._purge_from = shown, min(in_events, self._metrics.size), after_step + 1
-            self._mark = mark._replace(in_events=self._in_events)
+            known = record.bytes_in_events if self._metrics.matches_prefix else self._metrics.size
+            self._bytes_in_events = min(known, self._metrics.size)
+            self._shown, self._purge_from = shown, after_step + 1
+            self._record = record._replace(bytes_in_events=self._bytes_in_events)
         if not self._metrics_outage.is_on:
             self._events_outage.attempt(self._begin_events)
-        if self._mark is None:
-            self._mark = Mark(files=self._events.files, newest=self._events.name)
+        if self._record is None:
+            self._record = SyncRecord(file_count=self._events.file_count, newest=self._events.name)
 
     def _begin_events(self) -> None:
         """Begins an event file with all rows that no other has."""
         self._events.begin(self._purge_from)
-        rows = self._metrics.rows_since(self._in_events)
+        rows = self._metrics.rows_from_byte(self._bytes_in_events)
         timings: dict[int, list[Row]] = defaultdict(list)
-        for timing in self._timing.rows_from(rows[0]["step"]) if rows else ():
+        for timing in self._timing.rows_from_step(rows[0]["step"]) if rows else ():
             timings[timing["step"]].append(timing)
-        # The rows are the last ones of their steps, so each has the last timing of its step that is left.
+        # Walk backwards: pair each row with the last unused timing row of its step.
         pairs = [(row, timings[row["step"]].pop() if timings[row["step"]] else {}) for row in reversed(rows)]
         try:
             for pair in reversed(pairs):
@@ -202,7 +214,7 @@ class MetricsLog:
         except OSError:
             self._events.discard()
             raise
-        self._purge_from, self._in_events, self._shown = None, self._metrics.size, set()
+        self._purge_from, self._bytes_in_events, self._shown = None, self._metrics.size, set()
 
     def _add(self, step: int, row: Row, timing: Row) -> None:
         values = {name: value for name, value in {**row, **timing}.items() if name not in ("step", "time")}
@@ -224,15 +236,16 @@ class NoLog:
         return ReportWriter(None, step, list, self.write, self.write)
 
 
-def _finite(values: Values) -> Row:
+def _with_nulls(values: Values) -> Row:
     """The values as strict JSON allows them: null for NaN and for infinities."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _shown_since(place: AnyPath, names: Sequence[str], mark: Mark) -> set[tuple[str, int]] | None:
-    """The (tag, step) of values that the event files got after a mark; None if the file of the mark is not whole."""
+def _shown_since(place: AnyPath, names: Sequence[str], record: SyncRecord) -> set[tuple[str, int]] | None:
+    """The (tag, step) of values that event files got after the record; None if its newest file is not whole."""
     try:
-        data = [contents(place / name) for name in names if name >= mark.newest]
+        data = [contents(place / name) for name in names if name >= record.newest]
     except (FileNotFoundError, HostError, UserError):
         return None
-    return shown_values([data[0][mark.newest_size :], *data[1:]]) if len(data[0]) >= mark.newest_size else None
+    size = record.newest_size
+    return shown_values([data[0][size:], *data[1:]]) if len(data[0]) >= size else None

@@ -1,4 +1,4 @@
-"""A file that cannot be written for a while: one line when it begins, one when it ends."""
+"""Reports a file that cannot be written for a while: one line when that begins, one when it ends."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -7,12 +7,19 @@ from trainer.files import host_error
 
 
 class Outage:
-    """Turns the errors of one writer into one line for each outage, or into `HostError`."""
+    """Turns the errors of one writer into two lines for each outage, or into `HostError`."""
 
     def __init__(
-        self, place: PathLike[str], meanwhile: str, report: Callable[[str], None], *, is_fatal: bool = False
+        self,
+        place: PathLike[str],
+        meanwhile: str,
+        report: Callable[[str], None],
+        *,
+        afterwards: str = "nothing is missing",
+        is_fatal: bool = False,
     ) -> None:
-        self._place, self._meanwhile, self._report = place, meanwhile, report
+        """Reports errors of `place`: what happens `meanwhile`, and what is true `afterwards`."""
+        self._place, self._meanwhile, self._afterwards, self._report = place, meanwhile, afterwards, report
         self.is_fatal, self.is_on = is_fatal, False
 
     def attempt(self, action: Callable[[], object]) -> bool:
@@ -28,5 +35,5 @@ class Outage:
             return False
         if self.is_on:
             self.is_on = False
-            self._report(f"note: {self._place}: written again, and nothing is missing")
+            self._report(f"note: {self._place}: written again, and {self._afterwards}")
         return True

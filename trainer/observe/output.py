@@ -46,7 +46,8 @@ def make_safe(*, is_needed: bool) -> None:
     """Replaces `sys.stdout` and `sys.stderr` by streams that end quietly where they can no longer write.
 
     Python itself would end with an exception, and with exit code 120. A character that the encoding lacks is shown as a
-    question mark. An absent stream is a file that takes everything, so that no file of ours gets its number.
+    question mark. A closed descriptor 0, 1 or 2 is opened on /dev/null; otherwise the next file we open would get that
+    number.
 
     Args:
       is_needed: whether an error of standard output is raised, once: `BrokenPipeError` if its reader is gone, else
@@ -72,6 +73,6 @@ def _open_if_absent(descriptor: int) -> None:
 def _stream(old: io.TextIOWrapper | object, descriptor: int, name: str, *, is_needed: bool) -> io.TextIOWrapper:
     raw = io.BufferedWriter(_Descriptor(descriptor, name, is_needed=is_needed))
     encoding = getattr(old, "encoding", None) or "utf-8"
-    # `python -u` writes at once, and asks for it so.
+    # `python -u` sets `write_through`.
     is_line_buffered = descriptor == 2 or os.isatty(descriptor) or getattr(old, "write_through", False)
     return io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=is_line_buffered)

@@ -8,15 +8,18 @@ from typing import TextIO
 class Progress:
     """Shows step, loss, examples per second and the remaining time. No method raises an error of the stream."""
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, *, seconds: float = 0.1) -> None:
-        """Writes to `stream`, None for standard output; redraws the line on a terminal at most every `seconds`."""
-        self._total, self._seconds = total_steps, seconds
+    def __init__(self, total_steps: int, stream: TextIO | None = None, *, redraw_seconds: float = 0.1) -> None:
+        """Writes to `stream`, None for standard output.
+
+        On a terminal it redraws the line at most every `redraw_seconds`.
+        """
+        self._total, self._redraw_seconds = total_steps, redraw_seconds
         self._stream: TextIO | None = stream or sys.stdout  # None if the process has none
         self._live, self._drawn_at, self._width = _is_terminal(self._stream), -float("inf"), 0
 
     def update(self, step: int, loss: float, examples_per_second: float, seconds_left: float) -> None:
         """Shows the metrics of a step."""
-        if self._live and step < self._total and time.monotonic() - self._drawn_at < self._seconds:
+        if self._live and step < self._total and time.monotonic() - self._drawn_at < self._redraw_seconds:
             return
         self._drawn_at = time.monotonic()
         line = (

@@ -1,4 +1,4 @@
-"""Metrics of a step from the devices to the log, after later steps were dispatched."""
+"""Moves metrics from the devices to the log, a few steps late, so that the devices need not wait for the host."""
 
 import math
 import time
@@ -17,8 +17,8 @@ from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.progress import Progress
 
 # Steps that the host dispatches ahead of the devices: enough to keep them busy, few enough to bound the memory of
-# batches. On one CPU device the runtime itself stops the host after 32 steps; waiting in Python too costs 2 to 5 % of a
-# 4 ms step, because the thread that wakes up takes a core from it.
+# batches. On one CPU device XLA blocks the host after 32 steps, so the limit of 64 is never reached. A limit below 32
+# would cost 2 to 5 % of a 4 ms step, because the thread that wakes up takes a core from it.
 _IN_FLIGHT, _IN_FLIGHT_ON_ONE_CPU = 2, 64
 
 
@@ -39,7 +39,7 @@ class Recorder:
         self._run, self._is_logged, self._log, self._progress = run, is_logged, log, progress
         self.on_row: Callable[[int, dict[str, float]], None] = lambda step, values: None  # called after each row
         self._limit = _IN_FLIGHT_ON_ONE_CPU if one_cpu else _IN_FLIGHT
-        # All processes must see a divergence at the same step, so several do not poll which steps are computed.
+        # All processes must see a divergence at the same step. In a run of several, none polls whether a step is ready.
         self._polls = distributed.count() == 1
         self._in_flight: deque[tuple[int, Any]] = deque()  # steps and their metrics
         self._newest = self._clock_step = self._began_step = start

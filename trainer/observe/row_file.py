@@ -1,7 +1,7 @@
 """A file of rows of metrics: appended to, cut after a step, and repaired when it is damaged.
 
-A launch must not wait for a long log. So a `Prefix`, kept from the last sync, vouches for the rows up to there by their
-checksum, and only later rows are parsed, from the end of the file.
+A launch must not wait for a long log. The last sync stored the size and CRC-32 of the file (a `Prefix`). If they still
+match, only the rows after that size are parsed.
 """
 
 import json
@@ -19,9 +19,9 @@ from trainer.observe.rows import Row, is_torn, lines_from_end, row_or_none
 
 
 class Prefix(NamedTuple):
-    """The first rows of a file: how many, their size in bytes, their CRC-32, and the step of the last one."""
+    """The first rows of a file: their number, their size in bytes, their CRC-32, and the step of the last one."""
 
-    rows: int = 0
+    row_count: int = 0
     size: int = 0
     crc32: int = 0
     step: int = -1
@@ -31,12 +31,15 @@ _NOTHING = Prefix()
 
 
 class RowFile:
-    """A file of rows, which keeps rows in memory from the moment at which it cannot write until it can again."""
+    """Appends rows to a file.
+
+    Rows stay in memory until they are synced. A later write writes again what an earlier one could not.
+    """
 
     def __init__(self, file: Path, after_step: int, report: Callable[[str], None]) -> None:
         """Rows after `after_step` will be cut off by `open`. `report` shows one line about damage."""
         self.file, self._after_step, self._report = file, after_step, report
-        self.is_intact = False  # whether `open` found the rows of an earlier sync as they were
+        self.matches_prefix = False  # whether `open` found the rows of an earlier sync unchanged
         self.was_damaged = False  # whether `open` moved a file aside, and reported it
         self._descriptor: int | None = None
         self._synced = _NOTHING
@@ -47,7 +50,7 @@ class RowFile:
     @property
     def count(self) -> int:
         """How many rows there are, with those that are not written yet."""
-        return self._synced.rows + self._tail_rows
+        return self._synced.row_count + self._tail_rows
 
     @property
     def size(self) -> int:
@@ -60,19 +63,19 @@ class RowFile:
         return self._synced
 
     def open(self, known: Prefix = _NOTHING) -> None:
-        """Opens the file and cuts it; `known` are the rows of an earlier sync, which are not parsed if they are intact.
+        """Opens the file and cuts it. It does not parse the rows of an earlier sync, `known`, if they are unchanged.
 
         A damaged file is kept aside under a new name, and its readable rows are carried over. Raises `OSError`.
         """
         self._set_aside_unless_regular()
         try:
             self._descriptor = _open(self.file)
-            self.is_intact = _holds(self._descriptor, known)
+            self.matches_prefix = _holds(self._descriptor, known)
             try:
                 _end_last_line(self._descriptor)
-                self._cut(known if self.is_intact else _NOTHING)
+                self._cut(known if self.matches_prefix else _NOTHING)
             except DamagedError as error:
-                self.is_intact = False
+                self.matches_prefix = False
                 self.close()
                 self._repair(str(error))
                 self._descriptor = _open(self.file)
@@ -116,15 +119,15 @@ class RowFile:
             self._synced = Prefix(self.count, self.size, crc32, self._tail_step)
             self._tail, self._tail_rows = bytearray(), 0
 
-    def rows_since(self, offset: int) -> list[Row]:
+    def rows_from_byte(self, offset: int) -> list[Row]:
         """The readable rows that begin at or after a byte of the file, oldest first."""
         in_file = self._read(offset, self._synced.size) if offset < self._synced.size else b""
         lines = in_file + bytes(self._tail[max(offset - self._synced.size, 0) :])
         return [row for line in lines.split(b"\n") if (row := row_or_none(line)) is not None]
 
-    def rows_from(self, step: int) -> list[Row]:
+    def rows_from_step(self, step: int) -> list[Row]:
         """The readable rows from a step on, oldest first; reads from the end of the file."""
-        newer = [row for row in self.rows_since(self._synced.size) if row["step"] >= step]
+        newer = [row for row in self.rows_from_byte(self._synced.size) if row["step"] >= step]
         older: list[Row] = []
         if self._descriptor is not None:
             for _, line in lines_from_end(self._descriptor, self._synced.size):
@@ -147,28 +150,28 @@ class RowFile:
         """Truncates the file after the last row up to `after_step`; raises `DamagedError` for a bad line."""
         assert self._descriptor is not None
         size = os.fstat(self._descriptor).st_size
-        cut, step, rows = None, -1, known.rows
+        cut, step, row_count = None, -1, known.row_count
         for start, line in lines_from_end(self._descriptor, size):
             if cut is not None and start < known.size:
-                break  # `known` vouches for the rest
+                break  # the rest matches `known`
             row = row_or_none(line)
             if row is None:
                 raise DamagedError("it has a line that is not a row of metrics")
             if row["step"] <= self._after_step:
                 if cut is None:
                     cut, step = start + len(line), row["step"]
-                rows += start >= known.size
+                row_count += start >= known.size
             elif cut is not None:
                 raise DamagedError("its rows are not in the order of their steps")
             else:
-                rows -= start < known.size
+                row_count -= start < known.size
         cut = cut or 0
         if cut < size:
             os.ftruncate(self._descriptor, cut)
             os.fsync(self._descriptor)
         if cut == 0:
             sync_folder(self.file.parent)  # the file may be new
-        self._synced = Prefix(rows, cut, _crc32(self._descriptor, cut), step)
+        self._synced = Prefix(row_count, cut, _crc32(self._descriptor, cut), step)
         self._written = cut
 
     def _set_aside_unless_regular(self) -> None:
@@ -185,13 +188,13 @@ class RowFile:
             self._report(f"warning: {self.file} is {what}, and was moved to {aside.name}; it is begun anew")
 
     def _repair(self, problem: str) -> None:
-        """Puts a file of the readable rows in place of a damaged one, which gets a new name."""
+        """Renames the damaged file and puts one with its readable rows in its place."""
         kept, aside = [], _aside(self.file)
         lines = self.file.read_bytes().removesuffix(b"\n").split(b"\n")
         for number, line in reversed(list(enumerate(lines, 1))):
             row = row_or_none(line)
             if row is None:
-                problem = f"line {number} is not a row of metrics"  # the first one remains
+                problem = f"line {number} is not a row of metrics"  # in the end the first one: the loop runs backwards
             elif row["step"] <= self._after_step:
                 kept.append(line.decode() + "\n")
         self.file.rename(aside)
@@ -208,7 +211,10 @@ class RowFile:
 
 
 def _end_last_line(descriptor: int) -> None:
-    """Ends or drops a last line without its end; raises `DamagedError` if it never was the beginning of a row."""
+    """Handles a last line without a newline.
+
+    A whole row gets its newline, and half a row is removed. Anything else raises `DamagedError`.
+    """
     size = os.fstat(descriptor).st_size
     start, line = next(lines_from_end(descriptor, size), (0, b"\n"))
     if line.endswith(b"\n"):

@@ -18,8 +18,8 @@ _CHUNK = 1 << 16
 def read_rows(file: AnyPath) -> Iterator[Row]:
     """One row for each step of a file, with its metrics and those of its evaluation; none if there is no file.
 
-    Skips a last line that a killed run left incomplete. Raises `UserError` for any other line that is no row, with its
-    number, and for what is no file.
+    Skips a last line that a killed run left incomplete. Raises `UserError`, with the line number, for any other bad
+    line, and if `file` is a folder or a link.
     """
     try:
         lines = contents(file).split(b"\n")
@@ -96,10 +96,10 @@ def is_torn(line: bytes) -> bool:
 
 
 def contents(file: AnyPath) -> bytes:
-    """The bytes of a file; raises `FileNotFoundError`, `UserError` for what is no file, and `HostError`."""
-    if not isinstance(file, Path):
-        return file.read_bytes()
+    """The bytes of a file; raises `FileNotFoundError`, `UserError` for a folder or a link, and `HostError`."""
     try:
+        if not isinstance(file, Path):
+            return file.read_bytes()
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
             return stream.read()

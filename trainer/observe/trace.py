@@ -35,30 +35,33 @@ class Trace:
         self._write({"launch": os.getpid()})
 
     def phase(self, name: str, step: int) -> None:
-        """The main thread enters a phase, one of `PHASES`, of the update `step`, counted from 1."""
+        """Writes the line that says: the main thread enters a phase, one of `PHASES`, of the update `step` (from 1)."""
         self._write({"phase": name, "step": step})
 
     def saving(self, step: int) -> None:
-        """The state of `step` is on the host, and a thread writes it to disk."""
+        """Writes the line that says: the state of `step` is on the host, and a thread writes it to disk."""
         self._write({"saving": step})
 
     def saved(self, step: int) -> None:
-        """The checkpoint of `step` is safe on disk."""
+        """Writes the line that says: the checkpoint of `step` is safe on disk."""
         self._write({"saved": step})
 
     def batch(self, step: int, ids: np.ndarray | None, places: np.ndarray) -> None:
-        """The batch of an update.
+        """Writes the line that says: this process read these examples of the batch of an update.
 
         Args:
           step: the update that consumes it, counted from 1.
-          ids: int64, the index in the source of each example that this process read; None writes nothing.
+          ids: int64, the index in the source of each example that this process read. If None, no line is written.
           places: int64, the place of each of these examples in the global batch.
         """
         if ids is not None:
             self._write({"batch": step, "ids": ids.tolist(), "places": places.tolist()})
 
     def restored(self, step: int, state: Any) -> None:
-        """A state as it was restored: the SHA-256 of each array's bytes, by path. All processes call it together."""
+        """Writes the line that says: the state of `step` was restored, with the SHA-256 of each array's bytes, by path.
+
+        All processes call it together.
+        """
         self._write({"restored": step, "sums": sums_of(state)})
 
     def close(self) -> None:
