@@ -342,7 +342,7 @@ class Keeps:
 
 def test_a_source_at_the_end_of_the_run_leaves_nothing_to_carry_on(old, tmp_path):
     run = run_of(6, init_from=config.InitFrom(str(old), optimizer_state="carried"))
-    with pytest.raises(UserError, match="step 6: nothing is left of total_steps 6"):
+    with pytest.raises(UserError, match=r"step 6\) is already at step 6, so nothing is left of total_steps 6"):
         train(run, tmp_path / "run", verbose=False)
 
 

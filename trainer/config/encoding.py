@@ -75,9 +75,9 @@ def from_json(text: str) -> Run:
 
     Settings that the experiment no longer has are left out.
 
-    Only the classes of the experiment and of its optimizers are imported, and only these, the classes of their settings
-    and the harness's are made. Still, trust a workdir as you trust code. Raises `UserError` if the text is not the JSON
-    of a run, or names another class.
+    Only the experiment's and the optimizers' classes are imported. Only they, their nested settings and our own
+    settings classes are instantiated. Still, trust a workdir as you trust code. Raises `UserError` if the text is not
+    the JSON of a run, or names another class.
     """
     try:
         value = json.loads(text)

@@ -64,7 +64,10 @@ class Schedule:
 
 @dataclasses.dataclass
 class Group:
-    """The settings that the parameters of one label share. All groups are updated together, in one pass."""
+    """The settings that the parameters of one label share.
+
+    One fused pass updates all groups, except those whose optimizer is not one of `FUSED_OPTIMIZERS`.
+    """
 
     weight_decay: float = setting(0.0, minimum=0)  # strength of the weight decay; see `Optimizer.decay`
     decay_schedule: Schedule | None = setting(None)  # weight decay as a schedule, instead of a number
@@ -84,7 +87,7 @@ class Group:
     nu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))
     """Dtype in which the second moment is stored; None for `Optimizer.nu_dtype`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Arguments of an optimizer of Optax that is the group's own."""
+    """Arguments of `optimizer`, if the group names an Optax optimizer."""
 
 
 @dataclasses.dataclass
@@ -131,5 +134,6 @@ class Optimizer:
     groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"default": Group()})
     """The parameter group of each label."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Arguments of an optimizer of Optax but for the learning rate and the weight decay, such as {"b1": 0.95}. The
-    settings from b1 to amsgrad are those of `adabelief`, `adam` and `sgd`."""
+    """Arguments of the Optax optimizer that `name` names, without learning rate and weight decay, such as {"b1": 0.95}.
+    Only `adabelief`, `adam` and `sgd` use the settings from `b1` to `amsgrad`, `mu_dtype`, `nu_dtype`, `cautious` and
+    `param_rounding`; `sgd` ignores `b2`, `eps`, `eps_root` and `nu_dtype`."""

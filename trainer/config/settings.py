@@ -60,13 +60,14 @@ class Logging:
 
 @dataclasses.dataclass
 class Watch:
-    """The limits of time after which the run says what it waits for, and ends."""
+    """Time limits. At those of `stall_*` the run prints what it waits for; at the others it also ends."""
 
     grace_seconds: float = setting(20.0, above=0, may_change=True)
     """Seconds after SIGTERM, SIGINT or SIGHUP in which the state is saved and the process ends."""
     stall_factor: float = setting(20.0, above=1, may_change=True)
     """A run without a new step for this many times the median time of a step prints the stack of every thread."""
-    stall_seconds: float = setting(60.0, above=0, may_change=True)  # the least such time
+    stall_seconds: float = setting(60.0, above=0, may_change=True)
+    """No stall is reported before this many seconds, however short the steps are."""
     end_seconds: float | None = setting(1800.0, above=0, may_change=True)
     """Seconds without a new step after which the run saves its last complete state and ends; None for no end."""
     data_seconds: float = setting(300.0, above=0, may_change=True)
@@ -111,9 +112,11 @@ class Parallel:
     devices: int | None = setting(None, minimum=1, may_change=True)
     """Number of devices, from the first; None for all, of all processes."""
     fsdp: int | None = setting(None, minimum=1, may_change=True)
-    """Size of the mesh axis over which `zero1` and `fsdp` shard; None for devices of a slice / size of `tensor`."""
+    """Size of the mesh axis over which `zero1` and `fsdp` shard. None: the number of devices in a slice divided by the
+    size of `tensor`."""
     tensor: int | None = setting(None, minimum=1, may_change=True)
-    """Size of the mesh axis over which `tensor` shards; None for all of a slice, but 2 in the strategies `*_tensor`."""
+    """Size of the mesh axis over which `tensor` shards. None: all devices of a slice; under `zero1_tensor` and
+    `fsdp_tensor` 2, or 1 if a slice has an odd number of devices."""
     num_slices: int | None = setting(None, minimum=1, may_change=True)
     """Number of slices; None for all. Only the data axis spans them, since the network between them is slow."""
     torus: bool = setting(True, may_change=True)
@@ -122,7 +125,8 @@ class Parallel:
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting((), may_change=True)
     """Ordered (regex, PartitionSpec) rules over whole parameter paths, with a mesh axis or None for each dimension.
     Without rules, the model's logical axes decide; without them, the largest dimension that is a multiple of
-    the size of fsdp is sharded over fsdp. The optimizer state is sharded like its parameters."""
+    the size of fsdp is sharded over fsdp. The moments of a parameter are sharded in the same way; under `zero1` and
+    `zero1_tensor`, fsdp shards only the moments."""
     axis_rules: tuple[tuple[str, str | None], ...] = setting((), may_change=True)
     """The mesh axis over which each logical axis of a Linen model is sharded, or None. These rules come before the
     defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. For

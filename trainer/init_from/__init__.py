@@ -106,8 +106,8 @@ def plan_init(program: Program) -> Beginning | None:
     if is_carried and source.step is None:
         raise UserError(f"init_from.optimizer_state is 'carried', but {source.text} has no state of a run")
     if is_carried and (source.step or 0) >= program.run.total_steps:
-        left = f"nothing is left of total_steps {program.run.total_steps}"
-        raise UserError(f"init_from.optimizer_state is 'carried', and the {source.text}: {left}")
+        left = f"is already at step {source.step}, so nothing is left of total_steps {program.run.total_steps}"
+        raise UserError(f"init_from.optimizer_state is 'carried', but the source ({source.text}) {left}")
     names, here = _renamed(source, settings), _variables(program)
     for _, rule in settings.rules:
         if rule not in RULES:
@@ -199,11 +199,11 @@ def _replaced(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:
 
 
 def _source_paths(path: str, copied_from: Mapping[str, str | None]) -> list[str]:
-    """Where the source's state may have an array of this run's; none for one of a variable that was not taken.
+    """Candidate paths, in the source's state, of one array of this run's state; [] if its variable was not copied.
 
     Args:
       path: in this run's state.
-      copied_from: the name in the source of each variable; None where it was not taken as it is.
+      copied_from: the name in the source of each variable; None if it was not copied as it is.
     """
     if path == "step" or path.startswith("guard/"):
         return [path]

@@ -59,7 +59,7 @@ def open_variables(text: str, *, raw: bool = False) -> VariableSource:
 
 
 def _workdir(folder: Workdir, step: str, raw: bool) -> VariableSource:
-    # Of its run only settings matter: its classes may be gone, or those of this very run in another version.
+    # Reads settings from the raw JSON, because the source's classes may no longer be importable.
     steps = Store(folder.checkpoints, config.Checkpoint()).steps()
     if not steps:
         raise UserError(f"init_from: workdir {folder.path} holds no checkpoint")
@@ -171,7 +171,10 @@ _DTYPES |= {f"{sign}{bits}": f"{kind}int{bits}" for sign, kind in (("I", ""), ("
 
 
 def _variable_names(paths: Mapping[str, Leaf]) -> dict[str, str]:
-    """The path of each variable by its name: what is below "params", and collections; or else every path as it is."""
+    """The path of each variable by its name.
+
+    Strips the leading "params/" and drops optimizer state. A tree without "params" is used as it is.
+    """
     if not any(path.startswith("params/") for path in paths):
         return {path: path for path in paths}
     own = {path.removeprefix("params/").removeprefix("params/"): path for path in paths if path.startswith("params/")}

@@ -19,7 +19,7 @@ class Accuracy(Mean):
     ) -> "Accuracy":
         """Of logits […, classes] and labels from 0 to classes − 1.
 
-        Of equal logits that of the lower class counts as larger, as in `argmax`; NaN counts as larger than any label's.
+        Ties go to the lower class, as in `argmax`. A NaN logit ranks above the label's logit.
         """
         if not 1 <= top_k <= logits.shape[-1]:
             raise ValueError(f"top_k is {top_k}; 1 to {logits.shape[-1]} is expected, the number of classes")

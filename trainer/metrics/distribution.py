@@ -65,9 +65,10 @@ class Histogram:
         return cls(counts, low, high)
 
     def compute(self) -> dict[str, float]:
-        """The 5th, 25th, 50th, 75th and 95th percentile as "p5" … "p95", right to the width of a bin.
+        """The 5th, 25th, 50th, 75th and 95th percentile as "p5" … "p95".
 
-        Values count as spread evenly over their bin. NaN where nothing was counted.
+        They are right to the width of a bin, if no value is NaN or outside of [low, high]. Values count as spread
+        evenly over their bin. NaN where nothing was counted.
         """
         counts = np.asarray(self.counts, np.float64)
         if not counts.sum():

@@ -1,4 +1,4 @@
-"""Metrics that are one number besides the mean; metrics added on the host, and their numbers by name."""
+"""`Sum` and `Perplexity`, and functions that add metrics on the host and compute their numbers."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -46,7 +46,7 @@ def _group(
     name = group.optimizer or o.name
     if name not in config.FUSED_OPTIMIZERS:
         options = o.options if group.optimizer is None else group.options
-        # Its own count is that of the updates of the group; schedules follow the updates of the run.
+        # The Optax transformation counts updates of its group; our schedules count updates of the run.
         used = group.schedule or o.schedule
         constant = peak if used.name == "constant" and not used.warmup else None
         transform = find_transform(name, options, lambda count: rate(count * group.every_steps), constant)

@@ -53,10 +53,12 @@ def check_decay(
 ) -> list[DecayResult]:
     """For every label, makes a step with zero gradients and fresh moments, and compares parameters before and after.
 
-    The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype; "corrected" decay
-    is that times learning rate / peak. It must keep every bit of parameters without decay and of frozen ones. It is the
-    step in which the label decays most: under a warm-up, the first step has no decay. A parameter that is 0 is replaced
-    by 1, since no decay would change it. The move that an Optax transformation makes without gradients is allowed for.
+    The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype. With "corrected"
+    decay, the subtracted share is additionally multiplied by learning rate / peak; with "fixed" decay, the factor is
+    1 − weight decay; "coupled" decay is not checked. The step must keep every bit of parameters without decay and of
+    frozen ones. The check uses the step in which the label decays most, since the first step of a warm-up has no decay.
+    A parameter that is 0 is replaced by 1, since no decay would change it. The move that an Optax transformation makes
+    without gradients is allowed for.
 
     Args:
       params: the parameters at the start of the run.

@@ -17,7 +17,7 @@ def from_optax(state: optax.OptState, like: ScaleByBeliefState | None = None) ->
       like: the result of `init`, whose dtypes the moments get; None to keep those of Optax.
 
     Raises:
-      ValueError: `state` holds not exactly one AdaBelief state (Adam's is not one), or other arrays than `like`.
+      ValueError: `state` does not hold exactly one `optax.ScaleByBeliefState`, or its shapes differ from `like`'s.
     """
     theirs: Any = optax.ScaleByBeliefState
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, theirs))

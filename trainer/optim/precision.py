@@ -1,4 +1,4 @@
-"""Exact arithmetic in few bits: averages, bias corrections, rectification, and moments rounded stochastically."""
+"""Accurate arithmetic in few bits: averages, bias corrections, rectification, and moments rounded stochastically."""
 
 import math
 from collections.abc import Sequence
@@ -14,13 +14,16 @@ STORED = ("float32", "float64", "bfloat16")
 
 
 def average(b: Any, mean: Inexact[Array, "*s"], x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
-    """b · mean + (1 − b) · x, as a step towards x, so that the weights sum to 1 in float32; b = 0 gives x itself."""
+    """b · mean + (1 − b) · x; b = 0 gives x itself.
+
+    If b is a Python number, this is computed as a step from the mean towards x: its weights sum to 1 in float32.
+    """
     if isinstance(b, jax.Array):
         return b * mean + (1 - b) * x
     if b == 0:
         return x
     error = x - mean
-    # 0 · error is NaN where x is infinite: an infinity must not pass for a large number.
+    # 0 · error keeps NaN where x is infinite; clipping alone would hide the infinity.
     return mean + (1 - b) * (clip_for_square(error) + 0 * error)
 
 
@@ -158,7 +161,7 @@ def store_moment(due: Any, seed: Any, count: Array, number: int, x: Array, old: 
     """A new moment of leaf `number` in the dtype of the old one, or the old one where the group is not due."""
     if old.dtype == jnp.bfloat16:
         x = round_to_storage(x, old.dtype, rounding_bits(seed, count, 2 * number + second))
-    else:  # no bits are needed, and tracing one for every leaf takes its time
+    else:  # no random bits are needed; skipping `rounding_bits` saves tracing time
         x = x.astype(old.dtype)
     return x if due is None else jnp.where(due, x, old)
 

@@ -22,7 +22,7 @@ def build_schedule(in_steps: config.Schedule) -> optax.Schedule:
         case "cosine":
             pieces.append((warmup, optax.cosine_decay_schedule(peak, end - warmup, final / peak if peak else 0.0)))
         case "polynomial":
-            # As a float: a whole exponent would be computed in another way than the same exponent read from JSON.
+            # JAX computes x**2 and x**2.0 differently. The float keeps a resumed run equal bit for bit.
             pieces.append((warmup, optax.polynomial_schedule(peak, final, float(in_steps.power), end - warmup)))
         case "wsd":
             pieces.append((warmup, optax.constant_schedule(peak)))

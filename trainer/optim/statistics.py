@@ -22,13 +22,16 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
 
     - `grad_norm/LABEL`: the norm of the gradient, before clipping;
     - `update_ratio/LABEL`: the norm of the update over that of the new parameters. The update is not yet rounded to the
-      parameters' dtype. For a label that is not updated at every step it is the last update;
+      parameters' dtype. In steps without an update of the label, it is its last update; for fused groups that is
+      computed again, with the learning rate of this step;
     - `belief/LABEL`: the mean of √(nu/v) over all elements. Here nu and mu are corrected for bias, and v = nu + mu² is
       the second moment of the gradient about zero. Near 1, gradients are noise, and AdaBelief does what Adam would do.
       Near 0, gradients are as mu predicts, and its steps are 1/belief times those of Adam. Momentum has no belief;
-    - `learning_rate/LABEL` and `weight_decay/LABEL`, where the label has a schedule of its own.
+    - `learning_rate/LABEL`, for every label, if two labels have different learning rates;
+    - `weight_decay/LABEL`, where the weight decay of the label is a schedule.
 
-    Nothing is stored for them: the update is computed again from the moments. Optax transformations store its norm.
+    Fused groups store nothing: the update is recomputed from the moments. For groups of Optax, the state stores the
+    norm of the update.
     """
     fused_only, others = split(groups)
     fused_only = {**fused_only, **dict.fromkeys(others)}

@@ -19,7 +19,7 @@ from trainer.optim.fused import ParamGroup, ScaleByBeliefState
 from trainer.optim.precision import compute_dtype, global_norm
 from trainer.rules import path_of
 
-# Arguments that have a setting of their own; a transformation gets no decay, which `MixedState` explains.
+# Weight decay arguments of Optax functions. They are switched off, because `_update` applies `Group.weight_decay`.
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 _CONSTANT_RATE_ONLY = ("optax.rprop", "optax.sm3")  # take no schedule
 # These need the loss or a function of it in every update, or a key; the last is deprecated.
@@ -45,7 +45,7 @@ Groups = Mapping[str, ParamGroup | TransformGroup | None]  # by label; None for 
 
 
 def split(groups: Groups) -> tuple[fused.Groups, dict[str, TransformGroup]]:
-    """The groups of the fused pass and the frozen ones, and those that Optax transformations update."""
+    """Two mappings: groups of the fused pass (frozen labels included), and groups that Optax transformations update."""
     others = {label: group for label, group in groups.items() if isinstance(group, TransformGroup)}
     return {label: group for label, group in groups.items() if not isinstance(group, TransformGroup)}, others
 
@@ -102,7 +102,8 @@ def find_transform(
         if option not in own:
             raise UserError(f"{name} has no option {option!r}{did_you_mean(option, own)}")
     if name in _CONSTANT_RATE_ONLY and constant is None:
-        raise UserError(f"{name} takes a constant learning rate only; optimizer.schedule is none")
+        reason = "its schedule (optimizer.schedule, or the group's) is not constant"
+        raise UserError(f"{name} takes a constant learning rate only; {reason}")
     off = {key: None if arguments[key].default is None else 0.0 for key in _DECAYS if key in arguments}
     try:
         return make(learning_rate=constant if name in _CONSTANT_RATE_ONLY else learning_rate, **off, **options)
@@ -228,7 +229,7 @@ def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
 
 
 def other_paths(path: str) -> list[str]:
-    """A path in a state, and where the same array is if other labels, or none, are updated by Optax transformations."""
+    """The possible paths of an array in a checkpoint: with and without the level `fused/` that `MixedState` adds."""
     inner = "opt_state/fused/"
     if path.startswith(inner):
         return [path, path.replace(inner, "opt_state/", 1)]
@@ -238,7 +239,10 @@ def other_paths(path: str) -> list[str]:
 
 
 def move_without_gradient(label: str, group: TransformGroup, names: list[str], params: Any, count: Any) -> list[Any]:
-    """The update of each leaf of a label, None elsewhere, for gradients of zero and without decay; Yogi's is not 0."""
+    """The update that the label's transformation makes from zero gradients, by leaf; None for leaves of other labels.
+
+    It is not always 0, for example with Yogi.
+    """
     leaves, structure = jax.tree.flatten(params)
     own = structure.unflatten(_only(label, names, leaves))
     state = MixedState(ScaleByBeliefState(count, None, None), {label: OtherState(group.transform.init(own), count)})

@@ -24,7 +24,7 @@ class StrategyAxes(NamedTuple):
     """The axes over which a strategy shards parameters with their EMA, and the optimizer state."""
 
     params: tuple[str, ...]
-    opt_state: tuple[str, ...]  # also the axes whose sizes a config may set
+    opt_state: tuple[str, ...]  # a config may set the sizes of these axes only
 
 
 STRATEGIES = {
@@ -87,7 +87,8 @@ def mesh_axes(mesh: Mesh) -> dict[str, tuple[str, ...]]:
 def named_sharding(mesh: Mesh, spec: Iterable[SpecEntry], max_mesh_axes: int | None = None) -> NamedSharding:
     """The sharding of an array whose dimensions are each sharded over one of `AXES`, over several, or not.
 
-    With `max_mesh_axes`, each of `AXES` uses only the first `max_mesh_axes` of the mesh axes that it is made of.
+    With `max_mesh_axes` = n, an axis that consists of several mesh axes, such as fsdp of fsdp_0, fsdp_1 and fsdp_2, is
+    replaced by the first n of them.
     """
 
     def names(axes: SpecEntry) -> tuple[str, ...] | None:
