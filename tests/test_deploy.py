@@ -16,7 +16,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from pydantic import ValidationError
 
 from tests import xla_flags
-from trainer.commands.arguments import find_run, make_parser, parse_flags
+from trainer.commands.arguments import make_parser, parse_flags, resolve_arguments
 from trainer.observe.log import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +161,7 @@ def test_commands_that_are_shown_are_understood(command, monkeypatch):
     module = importlib.import_module(f"trainer.commands.{name}")
     parser = make_parser(name, module.DESCRIPTION)
     module.add_options(parser)
-    assert find_run(*parse_flags(parser, arguments)).run.total_steps > 0
+    assert resolve_arguments(*parse_flags(parser, arguments)).run.total_steps > 0
 
 
 def test_commands_are_found_in_all_three_places():

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from trainer import Run, TrainState, UserError, config, train
-from trainer.commands.arguments import find_run, make_parser, parse_flags
+from trainer.commands.arguments import make_parser, parse_flags, resolve_arguments
 from trainer.config import resolve
 from trainer.observe.log import read_rows
 from trainer.optim.fused import ScaleByBeliefState
@@ -184,5 +184,5 @@ def test_settings_of_the_guarantees_are_understood(monkeypatch):
     flags = re.findall(r"--config\.[\w.]+=[^ `]+", (ROOT / "docs" / "guarantees.md").read_text())
     assert len(flags) > 8
     parser = make_parser("train", "")
-    run = find_run(*parse_flags(parser, ["--config=configs/digits.py", *flags])).run
+    run = resolve_arguments(*parse_flags(parser, ["--config=configs/digits.py", *flags])).run
     assert (run.numerics.on_nonfinite, run.numerics.max_skips, run.watch.grace_seconds) == ("skip", 10, 60.0)

@@ -14,7 +14,7 @@ from tests import xla_flags
 from tests.tasks import make_run
 from trainer import config, train
 from trainer.commands import run
-from trainer.commands.arguments import find_run, load_config, make_parser, parse_flags
+from trainer.commands.arguments import load_config, make_parser, parse_flags, resolve_arguments
 from trainer.errors import UserError
 from trainer.observe.log import read_rows
 from trainer.workdir import Workdir
@@ -74,7 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def parsed(*flags: str) -> config.Run:
     """The run that flags make of the config of `folder`."""
     options, overrides = parse_flags(make_parser("train", ""), ["--config=own.py", *flags])
-    return find_run(options, overrides).run
+    return resolve_arguments(options, overrides).run
 
 
 @pytest.mark.parametrize("none", ["None", "none"])

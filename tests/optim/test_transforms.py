@@ -15,7 +15,7 @@ from tests.optim.building import build
 from tests.tasks import make_run
 from tests.test_hooks import BreaksAt, FailedError, bits
 from trainer import config, evaluate, load, take, train
-from trainer.commands.arguments import find_run, make_parser, parse_flags
+from trainer.commands.arguments import make_parser, parse_flags, resolve_arguments
 from trainer.errors import UserError
 from trainer.observe.log import read_rows
 from trainer.optim import build_groups, build_schedules
@@ -351,7 +351,7 @@ def test_flags_choose_an_optimizer_and_its_options(tmp_path):
         "--config.optimizer.options.mu_dtype=bfloat16",
         "--config.optimizer.groups.plain.optimizer=adam",
     ]
-    run = find_run(*parse_flags(make_parser("train", ""), flags)).run
+    run = resolve_arguments(*parse_flags(make_parser("train", ""), flags)).run
     assert run.optimizer.name == "optax.lion"
     assert run.optimizer.options == {"b1": 0.5, "mu_dtype": "bfloat16"}
     assert run.optimizer.groups["plain"].optimizer == "adam"

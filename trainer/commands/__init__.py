@@ -1,7 +1,8 @@
 """The commands, one file each. Only they read flags.
 
-A module has `DESCRIPTION` and `add_options(parser)`. It also has `main(arguments)`, which gets the run. If its child
-processes read the config, it has `start(options, overrides)` instead. It imports JAX only while one of these two runs.
+A module has `DESCRIPTION` and `add_options(parser)`. It also has `main(arguments)`, which gets the resolved run. A
+command that resolves the run itself, or leaves this to its child processes, has `start(options, overrides)` instead. A
+module imports JAX only while one of these two functions runs.
 """
 
 import argparse
@@ -14,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from trainer.commands.arguments import find_run, make_parser, parse_flags
+from trainer.commands.arguments import make_parser, parse_flags, resolve_arguments
 from trainer.errors import HostError, NotPreparedError, UserError, did_you_mean
 
 _USAGE = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
-_HALF = 2000  # characters of the longest error
+_KEPT_AT_EACH_END = 2000  # characters of a long error message
 _COMMANDS = {
     "train": "train a run, or continue it from its last checkpoint",
     "evaluate": "evaluate a checkpoint of a run on every example of a split",
@@ -37,7 +38,7 @@ def run(argv: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 for a mistake of the user, 3 for a fault of the machine."""
     try:
         code = _run(argv)
-        sys.stdout.flush()  # here, where a closed pipe and a full file are expected
+        sys.stdout.flush()  # here, so that the handlers below catch a closed pipe or a full disk
         return code
     except BrokenPipeError:  # `… | head` closed our output, so nobody reads an error
         return 141
@@ -70,7 +71,7 @@ def _run(argv: list[str]) -> int:
             return module.start(options, overrides)
         with _group(options) as collective_errors:
             with collective_errors("the command line"):
-                arguments = find_run(options, overrides)
+                arguments = resolve_arguments(options, overrides)
                 _use_cache(options.compilation_cache)
             return module.main(arguments)
     except (UserError, HostError) as error:
@@ -88,7 +89,9 @@ def _run(argv: list[str]) -> int:
 def _shortened(text: str) -> str:
     """The text in one line, without its middle if it is too long to read, as with a value of 100,000 characters."""
     text = " ".join(text.splitlines())
-    return text if len(text) <= 2 * _HALF else f"{text[:_HALF]} … {text[-_HALF:]}"
+    if len(text) <= 2 * _KEPT_AT_EACH_END:
+        return text
+    return f"{text[:_KEPT_AT_EACH_END]} … {text[-_KEPT_AT_EACH_END:]}"
 
 
 @contextmanager

@@ -60,8 +60,8 @@ def add_group_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
     seconds: dict[str, Any] = {"metavar": "SECONDS", "type": int}
     group.add_argument("--wait", default=300, help="how long to wait for the others (default 300)", **seconds)
-    killed = "if a process is stopped or its host is away, the others end after this time (default 100)"
-    group.add_argument("--heartbeat", default=100, help=killed, **seconds)
+    silence_help = "if a process is stopped or its host is away, the others end after this time (default 100)"
+    group.add_argument("--heartbeat", default=100, help=silence_help, **seconds)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -87,8 +87,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
     return options, overrides
 
 
-def find_run(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments:
-    """The run that a command line asks for: from its config file, or else the one kept in the workdir.
+def resolve_arguments(options: argparse.Namespace, overrides: Sequence[str]) -> Arguments:
+    """Resolves the run that a command line asks for: that of the config file, or else the one kept in the workdir.
 
     Raises `UserError` for an unknown field, a value of the wrong type, or neither a config file nor a run.
     """
@@ -137,7 +137,7 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
 
     from trainer import config
 
-    if config.Transform in typing.get_args(hint):  # no flag can give a dataclass
+    if config.Transform in typing.get_args(hint):  # a flag can only name a transform, as text
         hint = str | None if type(None) in typing.get_args(hint) else str
     if type(None) in typing.get_args(hint) and texts[-1] in ("None", "none"):
         return None
@@ -166,7 +166,7 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
 
 
 def load_config(text: str) -> Any:
-    """The result of `get_config` in the file named before the colon, called with the text after it.
+    """For FILE:ARG, imports FILE and returns `get_config(ARG)`; for FILE, `get_config()`.
 
     Raises `UserError` if there is no such file, if it has no `get_config`, or for an error inside the file.
     """

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Arguments) -> int:
     """Prints a line for each metric, the number of examples, and the checkpoint's step.
 
-    The exit code is 1 if a metric is not finite, on every process.
+    Every process exits with code 1 if a metric is not finite.
     """
     from trainer.distributed import collective_errors, is_primary
     from trainer.evaluation import evaluate

@@ -3,7 +3,7 @@
 import argparse
 
 from trainer.commands.arguments import Arguments
-from trainer.commands.predict import checked_output, replaced
+from trainer.commands.predict import checked_output, replacing
 
 DESCRIPTION = "Writes the parameters of a checkpoint as safetensors, or its predictions as a StableHLO program."
 
@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Writes the file, in place of an older one only when it is complete, and prints what is in it."""
+    """Writes the file and prints its content. An older file stays until the new one is complete."""
     from trainer.export import write_safetensors, write_stablehlo
     from trainer.restore import load
 
@@ -25,7 +25,7 @@ def main(arguments: Arguments) -> int:
     output = checked_output(options.output, (f".{options.format}",))
     workdir.check_run(arguments.run)
     trained = load(workdir.path, options.step, run=arguments.run)
-    with replaced(output) as temporary:
+    with replacing(output) as temporary:
         write = write_safetensors if options.format == "safetensors" else write_stablehlo
         text = write(trained, temporary)
     print(f"wrote {output}, step {trained.step} of {workdir.path}: {text}")

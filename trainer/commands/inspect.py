@@ -15,7 +15,7 @@ DESCRIPTION = "Shows a run: settings, parameters, devices, checkpoints. --workdi
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--probe` and `--compile`."""
+    """`--probe`, `--verify` and `--compile`."""
     probe = "only make a step with zero gradients and check whether each label decays as stated; exit code 1 if not"
     both = "also compile both steps for the devices of this machine: memory, communication, operations"
     verify = "only read every checkpoint and compare its checksums; exit code 1 if one is damaged"

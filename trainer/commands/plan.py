@@ -13,7 +13,7 @@ DESCRIPTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the topologies, the strategies, the batch and the effort."""
-    slices = "slices to plan for, such as v5e:4x4,v4:2x2x4,v5p:2x2x2,v6e:4x4; the run uses parallel.num_slices of each"
+    slices = "types of slice to plan for, such as v5e:4x4,v4:2x2x4; parallel.num_slices says how many of each"
     parser.add_argument("--topology", metavar="NAME[,NAME...]", help=slices)
     parser.add_argument("--strategies", metavar="all|NAME[,NAME...]", help="instead of the config's own")
     examples = "examples on each chip instead of the config's batch_size"

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Writes the file, in place of an older one only when it is complete, and prints its name."""
+    """Writes the file and prints its name. An older file stays until the new one is complete."""
     from trainer.distributed import collective_errors, is_primary
     from trainer.prediction import predict_split
 
@@ -40,7 +40,7 @@ def main(arguments: Arguments) -> int:
         for _ in found.batches:  # computed together, written by the first process
             pass
         return 0
-    with replaced(output) as temporary:
+    with replacing(output) as temporary:
         (_write_npz if output.suffix == ".npz" else _write_lines)(temporary, found.batches)
     print(f"wrote {output}: {found.examples:,} examples, step {found.step} of {workdir.path}")
     return 0
@@ -59,7 +59,7 @@ def checked_output(text: str | None, formats: tuple[str, ...]) -> Path:
 
 
 @contextmanager
-def replaced(output: Path) -> Iterator[Path]:
+def replacing(output: Path) -> Iterator[Path]:
     """A path to write to, which becomes `output` when the block ends without an error."""
     temporary = output.with_name(f".{secrets.token_hex(8)}{output.suffix}")
     try:
@@ -75,7 +75,7 @@ def _write_npz(file: Path, batches: Iterator[dict[str, Any]]) -> None:
     import numpy as np
 
     parts = list(batches)
-    with zipfile.ZipFile(file, "w") as archive:  # as np.savez does, which takes no array of the name "file"
+    with zipfile.ZipFile(file, "w") as archive:  # np.savez cannot store an array that is named "file"
         for name in parts[0]:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 array = np.concatenate([part[name] for part in parts])

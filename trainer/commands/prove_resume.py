@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from trainer.commands.arguments import find_run
+from trainer.commands.arguments import resolve_arguments
 from trainer.errors import UserError
 from trainer.observe import table
 
@@ -30,12 +30,13 @@ _SHOWN = 5  # differences
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The number of kills, the topologies, and the folder to keep."""
+    """The kills, the process layouts of the launches, limits, and the folders to keep or to check again."""
     parser.add_argument("--kills", metavar="N", type=int, default=20, help="how many kills (default 20)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the moments of the kills (default 0)")
     lists = {"metavar": "N,N,…", "default": ""}
     parser.add_argument("--devices", help="CPU devices of each process (default: the devices of this machine)", **lists)
-    parser.add_argument("--processes", help="processes (default 1); with lists, each launch chooses anew", **lists)
+    processes = "processes (default 1); a list: each launch picks one value at random"
+    parser.add_argument("--processes", help=processes, **lists)
     parser.add_argument("--strategies", metavar="NAME,…", default="", help="values of parallel.strategy")
     tolerance = "with several topologies: how far losses may be apart, relative to their size (default 1e-4)"
     parser.add_argument("--tolerance", metavar="X", type=float, default=1e-4, help=tolerance)
@@ -65,9 +66,9 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine belong to the launches
-    run = find_run(options, overrides).run
+    run = resolve_arguments(options, overrides).run
     for strategy in filter(None, dict.fromkeys(topology.strategy for topology in topologies)):
-        find_run(options, [*overrides, f"--config.parallel.strategy={strategy}"])  # raises for an unknown name
+        resolve_arguments(options, [*overrides, f"--config.parallel.strategy={strategy}"])  # raises for an unknown name
     from trainer.prove.proof import Proof
 
     began = time.monotonic()
@@ -77,7 +78,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"--keep={keep} cannot be made: {error.strerror}; name a new folder") from error
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _interrupt)  # so that every launch is ended first
+        signal.signal(signum, _interrupt)  # raise instead of dying, so that the child processes are ended first
     proof = Proof(
         [f"--config={options.config}", *overrides],
         run.total_steps,

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from trainer.commands.train import steps
+from trainer.commands.train import parse_profile
 from trainer.errors import UserError
 
 DESCRIPTION = (
@@ -39,7 +39,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if getattr(options, name) is not None and options.command != command:
             raise UserError(f"--{name} is for --command={command}")
     if options.profile is not None:
-        steps(options.profile)
+        parse_profile(options.profile)
     from trainer.distributed.launch import ProcessGroup
 
     if options.workdir is None:

@@ -20,14 +20,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints a table; the exit code is 1 if something is not finite in float32."""
-    from trainer.commands.arguments import find_run
+    from trainer.commands.arguments import resolve_arguments
     from trainer.replay import replay
 
     if options.workdir is not None:
         raise UserError("replay takes no --workdir: give the folder of the step, WORKDIR/diverged/STEP")
     if overrides and not options.config:
         raise UserError("replay takes settings of the command line only with --config")
-    run = find_run(options, overrides).run if options.config else None
+    run = resolve_arguments(options, overrides).run if options.config else None
     result = replay(Path(options.folder), run)
     print(result.text, end="")
     return 0 if result.is_finite else 1

@@ -23,7 +23,7 @@ DESCRIPTION = "Trains a run. The same command on the same workdir continues it f
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--dry-run`, `--profile`, and the options of several processes."""
+    """Adds the flags of `train`: trials, a profile, an event log, where to begin, and those of several processes."""
     trial = "only try 3 steps, an evaluation of two batches, a save and a restore; needs no workdir and keeps nothing"
     profile = "also write a profile of these steps to WORKDIR/profile/, per process"
     parser.add_argument("--dry-run", action="store_true", help=trial)
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--init-from", metavar="SOURCE", help="begin from WORKDIR[@STEP], a folder of Orbax or a .safetensors file"
     )
     parser.add_argument(
-        "--trace", metavar="DIR", help="also write what the run does, as it does it, to DIR, per process"
+        "--trace", metavar="DIR", help="also write an event log (phases, batches, saves) to DIR/process_<i>.jsonl"
     )
     twice = "only make the first N steps twice, and name the first metric and parameter that differ; exit code 1 if any"
     parser.add_argument("--check-determinism", metavar="N", type=int, help=twice)
@@ -44,7 +44,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Arguments) -> int:
-    """Trains; the exit code is 1 if the loss is no longer finite."""
+    """Trains.
+
+    The exit code is 1 if the loss, the gradient or the state is not finite, if too many updates in a row are skipped,
+    or if `--check-determinism` finds a difference.
+    """
     from trainer.distributed import collective_errors, is_primary
     from trainer.loop import train
     from trainer.observe.trace import NoTrace, Trace
@@ -57,7 +61,7 @@ def main(arguments: Arguments) -> int:
         if options.dry_run:
             try:
                 print(_dry_run(arguments.run), end="")
-            except DivergedError as error:  # its folder about the step is gone
+            except DivergedError as error:  # the diverged/STEP folder was in the temporary workdir, which is deleted
                 raise error.explained("without --dry-run the run leaves what `replay` needs") from None
             return 0
         if options.check_determinism is not None:
@@ -72,7 +76,7 @@ def main(arguments: Arguments) -> int:
             arguments.run,
             path,
             trace=trace,
-            profile=None if options.profile is None else steps(options.profile),
+            profile=None if options.profile is None else parse_profile(options.profile),
             accept_changes=options.accept_changes,
             from_step=options.from_step,
         )
@@ -100,13 +104,13 @@ def _check(options: argparse.Namespace) -> None:
     if options.from_step is not None and options.from_step < 1:
         raise UserError(f"--from-step is {options.from_step}; the step of a checkpoint is expected, 1 or more")
     if options.profile is not None:
-        steps(options.profile)
+        parse_profile(options.profile)
     place = Path(options.trace or ".")
     if found := next((path for path in (place, *place.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"--trace={place}: {found} is no folder")
 
 
-def steps(text: str) -> tuple[int, int]:
+def parse_profile(text: str) -> tuple[int, int]:
     """The first and the last step to profile, from the text of `--profile`; raises `UserError`."""
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
