@@ -28,7 +28,7 @@ import jax
 
 from benchmarks import header
 from trainer.observe import table
-from trainer.prove.launch import Topology
+from trainer.prove.launch import ProcessLayout
 from trainer.prove.proof import Proof, hits
 
 KILLS = 10  # of one proof
@@ -62,8 +62,8 @@ CONFIGS = {
     ),
 }
 # Two devices each, so that every strategy has something to split.
-TOPOLOGIES = tuple(
-    Topology(processes, 2 // processes, strategy)
+LAYOUTS = tuple(
+    ProcessLayout(processes, 2 // processes, strategy)
     for processes, strategy in itertools.product((1, 2), ("data", "fsdp", "pmap"))
 )
 
@@ -73,13 +73,13 @@ class Plan(NamedTuple):
 
     number: int  # also its seed
     config: str
-    topology: Topology
+    layout: ProcessLayout
     kills: int
 
 
 def plan(kills: int) -> list[Plan]:
     """The proofs that make so many kills together."""
-    combinations = list(itertools.product(CONFIGS, TOPOLOGIES))
+    combinations = list(itertools.product(CONFIGS, LAYOUTS))
     sizes = [min(KILLS, kills - done) for done in range(0, kills, KILLS)]
     return [Plan(i, *combinations[i % len(combinations)], size) for i, size in enumerate(sizes)]
 
@@ -91,7 +91,7 @@ def prove(one: Plan, folder: Path) -> dict[str, Any]:
     proof = Proof(
         [f"--config=configs/{one.config}.py", *_SMALL, *CONFIGS[one.config]],
         STEPS,
-        [one.topology],
+        [one.layout],
         one.kills,
         one.number,
         folder,
@@ -106,7 +106,7 @@ def prove(one: Plan, folder: Path) -> dict[str, Any]:
     return {
         "proof": one.number,
         "config": one.config,
-        "topology": list(one.topology),
+        "topology": list(one.layout),
         "kills": len(proof.done),
         "hits": {" ".join(pair): count for pair, count in hits(proof.done).items()},
         "runs": len(proof.compared),
@@ -127,11 +127,11 @@ def totals(rows: Sequence[dict[str, Any]]) -> str:
     phases: Counter[str] = Counter()
     for row in rows:
         survived = row["kills"] if not row["differences"] else 0
-        combinations[row["config"], str(Topology(*row["topology"]))] += survived
+        combinations[row["config"], str(ProcessLayout(*row["topology"]))] += survived
         phases.update(row["hits"])
-    topologies = [str(topology) for topology in TOPOLOGIES]
-    lines = [(name, *(str(combinations[name, topology]) for topology in topologies)) for name in CONFIGS]
-    text = table(("survived", *topologies), lines, right=topologies) + "\n"
+    layouts = [str(layout) for layout in LAYOUTS]
+    lines = [(name, *(str(combinations[name, layout]) for layout in layouts)) for name in CONFIGS]
+    text = table(("survived", *layouts), lines, right=layouts) + "\n"
     names = sorted({name.rpartition(" ")[0] for name in phases})
     signals = ("SIGKILL", "SIGTERM")
     lines = [(name, *(str(phases[f"{name} {signum}"]) for signum in signals)) for name in names]
@@ -164,7 +164,7 @@ def main() -> int:
             continue
         if time.monotonic() - began > options.minutes * 60:
             break
-        print(f"proof {one.number}: {one.config}, {one.topology}, {one.kills} kills", flush=True)
+        print(f"proof {one.number}: {one.config}, {one.layout}, {one.kills} kills", flush=True)
         row = prove(one, folders / f"proof-{one.number}")
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -20,7 +20,7 @@ from trainer.commands import run
 from trainer.observe.trace import Trace
 from trainer.prove.aims import PHASES, SIGNALS, Aims
 from trainer.prove.compare import compare, newest_step, read_tree, state_differences
-from trainer.prove.launch import SAVING, Aim, Hit, Topology, Trail, run_launch
+from trainer.prove.launch import SAVING, Aim, Hit, ProcessLayout, Trail, run_launch
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/commands/prove_config.py"
@@ -203,7 +203,9 @@ def test_each_relaunch_may_come_up_on_another_topology():
     lists = ("--processes=1,2", "--devices=1,2", "--strategies=data,fsdp,pmap")
     result = prove(CONFIG, "--kills=3", "--seed=0", *lists)
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
-    assert re.search(r"^3 of 3 kills, 12 topologies: the state at every restore and the ids of ", result.stdout, re.M)
+    assert re.search(
+        r"^3 of 3 kills, 12 process layouts: the state at every restore and the ids of ", result.stdout, re.M
+    )
 
 
 @pytest.mark.slow
@@ -270,7 +272,7 @@ for step in range(1, 10_000):
 )
 def test_a_signal_comes_in_the_phase_that_it_was_aimed_at(tmp_path, phase, signum):
     aim = Aim(phase, 20, 9_000, 0.005, signum, 0)
-    end = run_launch([sys.executable, "-c", TRACED, str(tmp_path)], Topology(), tmp_path, aim=aim, limit=60)
+    end = run_launch([sys.executable, "-c", TRACED, str(tmp_path)], ProcessLayout(), tmp_path, aim=aim, limit=60)
     assert end.code == 128 + signum
     assert end.hit is not None
     assert end.hit.saving if phase == SAVING else end.hit.phase == phase

@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.observe import table
 
 if TYPE_CHECKING:  # these import JAX
-    from trainer.prove.launch import Topology
+    from trainer.prove.launch import ProcessLayout
     from trainer.prove.proof import Proof
 
 DESCRIPTION = (
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     processes = "processes (default 1); a list: each launch picks one value at random"
     parser.add_argument("--processes", help=processes, **lists)
     parser.add_argument("--strategies", metavar="NAME,…", default="", help="values of parallel.strategy")
-    tolerance = "with several topologies: how far losses may be apart, relative to their size (default 1e-4)"
+    tolerance = "with several process layouts: how far losses may be apart, relative to their size (default 1e-4)"
     parser.add_argument("--tolerance", metavar="X", type=float, default=1e-4, help=tolerance)
     limit = "how long a launch may make no progress, or outlive its signal (default 600)"
     parser.add_argument("--limit", metavar="SECONDS", type=float, default=600, help=limit)
@@ -62,12 +62,12 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _check(Path(options.check))
     if options.config is None:
         raise UserError("give --config=FILE")
-    topologies = _topologies(options)
+    layouts = _layouts(options)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine belong to the launches
     run = resolve_arguments(options, overrides).run
-    for strategy in filter(None, dict.fromkeys(topology.strategy for topology in topologies)):
+    for strategy in filter(None, dict.fromkeys(layout.strategy for layout in layouts)):
         resolve_arguments(options, [*overrides, f"--config.parallel.strategy={strategy}"])  # raises for an unknown name
     from trainer.prove.proof import Proof
 
@@ -82,7 +82,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     proof = Proof(
         [f"--config={options.config}", *overrides],
         run.total_steps,
-        topologies,
+        layouts,
         options.kills,
         options.seed,
         folder,
@@ -105,13 +105,13 @@ def _interrupt(signum: int, _: FrameType | None) -> NoReturn:
     raise error
 
 
-def _topologies(options: argparse.Namespace) -> list["Topology"]:
-    from trainer.prove.launch import Topology
+def _layouts(options: argparse.Namespace) -> list["ProcessLayout"]:
+    from trainer.prove.launch import ProcessLayout
 
     processes, devices = (_numbers(name, getattr(options, name)) for name in ("processes", "devices"))
     strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
     chosen = itertools.product(processes or [1], devices or [None], strategies or [None])
-    return [Topology(*choice) for choice in chosen]
+    return [ProcessLayout(*choice) for choice in chosen]
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -46,7 +46,7 @@ def compare(undisturbed: Path, killed: Path, *, tolerance: float | None = None) 
     Args:
       undisturbed: the folder of a run that one launch trained to its end.
       killed: the folder of a run that was killed and relaunched until it was finished.
-      tolerance: None compares bit for bit. Otherwise the topologies differ: then the losses may differ by this much,
+      tolerance: None compares bit for bit. Otherwise the layouts differ: then the losses may differ by this much,
         relative to the larger one; the state at each restore, the example ids and the steps of the rows must be equal.
     """
     batches = [(folder.name, line) for folder in launches(killed) for line in _lines(folder, "batch")]

@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.0005
 _FREEZE_SECONDS = 0.002  # after which a process that was sent SIGSTOP stands still
 
 
-class Topology(NamedTuple):
+class ProcessLayout(NamedTuple):
     """The processes and devices of a launch, and how it shards."""
 
     processes: int = 1
@@ -107,13 +107,13 @@ class _Running(Protocol):
 
 
 def run_launch(
-    command: Sequence[str], topology: Topology, folder: Path, *, aim: Aim | None = None, limit: float
+    command: Sequence[str], layout: ProcessLayout, folder: Path, *, aim: Aim | None = None, limit: float
 ) -> End:
     """Runs a command that writes its trace to `folder`, and sends it the signal that `aim` describes, if any.
 
     Args:
       command: `python -m trainer train …`, without the flags of several processes.
-      topology: where it runs.
+      layout: where it runs.
       folder: for its trace, and for its output, in the files `stdout` and `stderr`.
       aim: None lets it run to its end.
       limit: seconds without a line of the trace, or after the signal, until it counts as stuck.
@@ -122,8 +122,8 @@ def run_launch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     began, hit = time.monotonic(), None
-    watched = [Trail(folder / f"process_{i}.jsonl") for i in range(topology.processes)]
-    with _started(command, topology, folder) as running:
+    watched = [Trail(folder / f"process_{i}.jsonl") for i in range(layout.processes)]
+    with _started(command, layout, folder) as running:
         deadline = time.monotonic() + limit
         while (code := running.poll()) is None:
             if sum(trail.read() for trail in watched) and hit is None:
@@ -170,17 +170,17 @@ def _try(aim: Aim, trails: Sequence[Trail]) -> Hit | None:
 
 
 @contextmanager
-def _started(command: Sequence[str], topology: Topology, folder: Path) -> Iterator[_Running]:
+def _started(command: Sequence[str], layout: ProcessLayout, folder: Path) -> Iterator[_Running]:
     """Starts a command; at the end nothing of it is left."""
     with ExitStack() as stack:
         stdout, stderr = (stack.enter_context((folder / name).open("w")) for name in ("stdout", "stderr"))
-        if topology.processes > 1:
-            yield stack.enter_context(_several(command, topology, stdout, stderr))
+        if layout.processes > 1:
+            yield stack.enter_context(_several(command, layout, stdout, stderr))
             return
         environment = dict(os.environ)
-        if topology.devices is not None:
+        if layout.devices is not None:
             flag = "--xla_force_host_platform_device_count"
-            flags = re.sub(rf"{flag}=\S+", "", environment.get("XLA_FLAGS", "")) + f" {flag}={topology.devices}"
+            flags = re.sub(rf"{flag}=\S+", "", environment.get("XLA_FLAGS", "")) + f" {flag}={layout.devices}"
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
@@ -214,12 +214,12 @@ class _Several:
 
 
 @contextmanager
-def _several(command: Sequence[str], topology: Topology, stdout: IO[str], stderr: IO[str]) -> Iterator[_Several]:
+def _several(command: Sequence[str], layout: ProcessLayout, stdout: IO[str], stderr: IO[str]) -> Iterator[_Several]:
     """A group of processes, whose output goes to two files."""
     signums = (signal.SIGINT, signal.SIGTERM)
     ours = [signal.getsignal(signum) for signum in signums]
     with redirect_stdout(stdout), redirect_stderr(stderr):
-        with ProcessGroup(command, topology.processes, topology.devices or 1) as group:
+        with ProcessGroup(command, layout.processes, layout.devices or 1) as group:
             for signum, handler in zip(signums, ours, strict=True):
                 signal.signal(signum, handler)  # a signal to the proof ends it; the group would pass it on
             running = _Several(group)

@@ -30,14 +30,14 @@ from trainer.prove.compare import (
     newest_step,
     read_state,
 )
-from trainer.prove.launch import SAVING, Aim, End, Topology, run_launch
+from trainer.prove.launch import SAVING, Aim, End, ProcessLayout, run_launch
 
 
 class Kill(NamedTuple):
     """One kill, as its row of the table shows it."""
 
     launch: str
-    topology: Topology
+    layout: ProcessLayout
     aim: Aim
     end: End
 
@@ -49,18 +49,18 @@ class Proof:
     Attributes:
       arguments: those of `train`: the config and its overrides, without a workdir.
       total_steps: the updates of the run.
-      topologies: each launch comes up on one of them, chosen at random; the undisturbed run on the first.
+      layouts: each launch comes up on one of them, chosen at random; the undisturbed run on the first.
       kills: how many there shall be.
       seed: of everything random.
       folder: an empty folder, for the workdirs, the traces and the output of every launch.
-      tolerance: of losses, relative, if there are several topologies.
+      tolerance: of losses, relative, if there are several process layouts.
       limit: seconds without progress after which a launch counts as stuck.
       show: gets a line of text for each kill.
     """
 
     arguments: Sequence[str]
     total_steps: int
-    topologies: Sequence[Topology]
+    layouts: Sequence[ProcessLayout]
     kills: int
     seed: int
     folder: Path
@@ -77,7 +77,7 @@ class Proof:
         (self.folder / SETTINGS).write_text(json.dumps({"tolerance": self._tolerance}))
         with _shared_compilations(self.folder / "compiled"):
             undisturbed = self.folder / UNDISTURBED
-            end = self._launch(undisturbed, self.topologies[0], None)
+            end = self._launch(undisturbed, self.layouts[0], None)
             if end.code:
                 raise UserError(f"the undisturbed run ended with exit code {end.code}:\n{_errors(undisturbed)}")
             self.show(f"undisturbed: {self.total_steps:,} steps in {end.seconds:.1f} s")
@@ -90,24 +90,24 @@ class Proof:
 
     @property
     def _tolerance(self) -> float | None:
-        """None if all launches have the same topology, so that every bit must be equal."""
-        return self.tolerance if len(self.topologies) > 1 else None
+        """None if all launches have the same layout, so that every bit must be equal."""
+        return self.tolerance if len(self.layouts) > 1 else None
 
     def _round(self, folder: Path, aims: Aims, rng: np.random.Generator) -> list[str]:
         """One run that is killed and relaunched until it is finished; returns what differs from the undisturbed run."""
         while True:
-            topology = self.topologies[int(rng.integers(len(self.topologies)))]
+            layout = self.layouts[int(rng.integers(len(self.layouts)))]
             start = newest_step(folder / RUN) or 0
             left = self.kills - len(self.done)
-            aim = aims.choose(start, left, topology.processes) if left else None
-            end = self._launch(folder, topology, aim)
+            aim = aims.choose(start, left, layout.processes) if left else None
+            end = self._launch(folder, layout, aim)
             launch = sorted(folder.glob(f"{LAUNCH}*"))[-1]
             aims.learn(launch)
             if aim is not None and (hit := end.hit) is not None:
                 if hit.step > self.total_steps:  # it waited for the last save: no batch is left to wait for
                     hit = hit._replace(phase="end", step=self.total_steps)
                 end = end._replace(hit=hit)
-                self.done.append(Kill(f"{folder.name}/{launch.name}", topology, aim, end))
+                self.done.append(Kill(f"{folder.name}/{launch.name}", layout, aim, end))
                 aims.count(aim, hit)
                 self.show(f"kill {len(self.done)} of {self.kills}: {_text(self.done[-1])}")
             if problem := self._problem(aim, end, folder):
@@ -121,15 +121,15 @@ class Proof:
             shutil.rmtree(folder)
         return compared.differences
 
-    def _launch(self, folder: Path, topology: Topology, aim: Aim | None) -> End:
+    def _launch(self, folder: Path, layout: ProcessLayout, aim: Aim | None) -> End:
         """Launches the real command on the workdir in `folder`, after it noted what the newest checkpoint holds."""
         launch = folder / f"{LAUNCH}{len(list(folder.glob(f'{LAUNCH}*'))) + 1:03}"
         command = [sys.executable, "-m", "trainer", "train", *self.arguments]
         command += [f"--workdir={folder / RUN}", f"--trace={launch}"]
-        command += [f"--config.parallel.strategy={topology.strategy}"] if topology.strategy else []
+        command += [f"--config.parallel.strategy={layout.strategy}"] if layout.strategy else []
         launch.mkdir(parents=True)
         (launch / BEFORE).write_text(json.dumps(_before(folder / RUN)))
-        return run_launch(command, topology, launch, aim=aim, limit=self.limit)
+        return run_launch(command, layout, launch, aim=aim, limit=self.limit)
 
     def _problem(self, aim: Aim | None, end: End, folder: Path) -> str:
         """The text for an exit code that nothing explains, else "" """
@@ -147,15 +147,14 @@ class Proof:
         )
         done = f"{len(self.done)} of {self.kills} kills"
         runs = f" ({len(self.compared)} runs)" if len(self.compared) > 1 else ""
-        if len(self.topologies) == 1:
+        if len(self.layouts) == 1:
             state = f"final state ({arrays} arrays), ids of {batches} batches, {rows} rows of metrics"
             return f"{done}: {state} and {evaluations} evaluations are equal, bit for bit{runs}"
         equal = f"the state at every restore and the ids of {batches} batches are equal, bit for bit"
         apart = max(compared.apart for compared in self.compared)
         near = f"the losses of {rows} rows are at most {apart:.1e} of their size apart"
-        return (
-            f"{done}, {len(self.topologies)} topologies: {equal}; {near}; no evaluation of {evaluations} is lost{runs}"
-        )
+        layouts = f"{len(self.layouts)} process layouts"
+        return f"{done}, {layouts}: {equal}; {near}; no evaluation of {evaluations} is lost{runs}"
 
 
 def _before(workdir: Path) -> dict[str, Any]:
@@ -170,11 +169,11 @@ def _before(workdir: Path) -> dict[str, Any]:
 
 
 def kill_rows(kills: Sequence[Kill]) -> list[tuple[str, ...]]:
-    """The rows of the table of kills: launch, topology, signal, phase, step, exit code and seconds."""
+    """The rows of the table of kills: launch, layout, signal, phase, step, exit code and seconds."""
     return [
         (
             kill.launch,
-            str(kill.topology),
+            str(kill.layout),
             kill.aim.signum.name + (" to all" if kill.aim.everyone else ""),
             _place(kill),
             f"{kill.end.hit.step}",
