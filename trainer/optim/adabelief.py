@@ -144,7 +144,7 @@ def adabelief(
       nesterov: looks one update ahead.
       decay: "decoupled", as above; "fixed", p ← p − α · u − λ · p; "coupled", λ · p is added to the gradient first.
       rectify: RAdam's rectification (see `Belief` and `trainer.optim.precision.rectification`).
-      sgd_fallback: whether, until the variance is tractable, steps are SGD with momentum; else only weight decay.
+      sgd_fallback: whether the first steps, until the variance is tractable, are SGD with momentum; else only decay.
       amsgrad: divides by the root of the largest nu so far.
       mu_dtype: dtype of mu in the state, float32, float64 or bfloat16; None for the parameter's, but at least float32.
       nu_dtype: dtype of nu in the state, likewise. Bfloat16 is rounded stochastically.
