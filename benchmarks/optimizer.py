@@ -30,7 +30,7 @@ from benchmarks import header
 from trainer import config
 from trainer.optim import build_groups, build_optimizer, build_schedules, build_statistics
 from trainer.optim.adabelief import adabelief
-from trainer.plan.topology import find
+from trainer.plan.topology import make_topology
 
 OURS = "adabelief"
 LOGGED_EVERY = 50
@@ -216,7 +216,7 @@ def measure(shapes: dict[str, tuple[int, ...]], rounds: int) -> None:
 
 def compile_for_tpu(shapes: dict[str, tuple[int, ...]], topology: str) -> None:
     """Prints the TPU compiler's estimates; cycles are those of fusions, without copies between memories."""
-    device = find(topology).devices[0]
+    device = make_topology(topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(tree: Any) -> Any:

@@ -15,9 +15,9 @@ from benchmarks import header
 from configs import lm_1b, lm_110m
 from trainer import config
 from trainer.plan.compiling import FAST, CompiledStep, OutOfMemory, compile_step
-from trainer.plan.planning import Layout, program_for
+from trainer.plan.planning import CompileChoice, program_for
 from trainer.plan.report import traffic
-from trainer.plan.topology import find
+from trainer.plan.topology import make_topology
 from trainer.plan.variants import with_batch, with_strategy
 
 GIB = 2**30
@@ -25,8 +25,8 @@ GIB = 2**30
 
 def compiled(run: config.Run, topology: str, strategy: str, effort: dict[str, str]) -> CompiledStep | OutOfMemory:
     """The train step of a run, with gradients reduced along one dimension of the torus after the other."""
-    there = find(topology)
-    program = program_for(with_strategy(run, strategy), there, Layout(torus=True))
+    there = make_topology(topology)
+    program = program_for(with_strategy(run, strategy), there, CompileChoice(torus=True))
     batch = program.strategy.abstract_batch(program.train_spec)
     return compile_step(program.train_step, (program.state, batch), len(there.devices), effort)
 
@@ -39,7 +39,7 @@ def exchanged(step: CompiledStep, kind: str) -> int:
 def small(topology: str, strategy: str, effort: dict[str, str]) -> CompiledStep:
     """The 110 M decoder with 8 sequences a chip."""
     run = config.resolve(lm_110m.get_config())
-    step = compiled(with_batch(run, 8 * find(topology).chips, 1), topology, strategy, effort)
+    step = compiled(with_batch(run, 8 * make_topology(topology).chips, 1), topology, strategy, effort)
     assert isinstance(step, CompiledStep), f"{strategy} does not fit {topology}"
     return step
 
@@ -57,7 +57,7 @@ def main() -> int:
         results.append(holds)
         print(f"{'holds' if holds else 'FAILS'}  {name}: {figure} (bar: {bar})", flush=True)
 
-    arguments = small("v5e:2x4", "fsdp", effort).arguments / GIB
+    arguments = small("v5e:2x4", "fsdp", effort).argument_bytes / GIB
     show("v5e:2x4 fsdp, arguments on a chip", f"{arguments:.3f} GiB", "at most 0.16", arguments <= 0.16)
     fsdp = small("v5e:4x4", "fsdp", effort)
     scattered, reduced = exchanged(fsdp, "reduce-scatter"), exchanged(fsdp, "all-reduce")
@@ -68,8 +68,8 @@ def main() -> int:
     large = config.resolve(lm_1b.get_config())
     for topology in ("v5e:16x16", "v5p:4x4x4"):
         step = compiled(large, topology, "fsdp", effort)
-        needed = step.peak if isinstance(step, CompiledStep) else step.needed
-        text = f"{needed / GIB:.2f} of {find(topology).hbm_bytes / GIB:.2f} GiB"
+        needed = step.peak_bytes if isinstance(step, CompiledStep) else step.needed_bytes
+        text = f"{needed / GIB:.2f} of {make_topology(topology).hbm_bytes / GIB:.2f} GiB"
         show(f"{topology} fsdp, 1 B parameters", text, "fits", isinstance(step, CompiledStep))
     return 0 if all(results) else 1
 

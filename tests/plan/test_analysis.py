@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 from trainer.plan.analysis import HloAnalysis, analyze
 from trainer.plan.compiling import FAST
 from trainer.plan.planning import NO_WINDOWED_EINSUM
-from trainer.plan.topology import find
+from trainer.plan.topology import make_topology
 
 
 @functools.cache
 def mesh() -> Mesh:
-    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,), devices=find("v5e:2x4").devices)
+    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,), devices=make_topology("v5e:2x4").devices)
 
 
 def compiled(function: Callable[..., Any], *shapes: tuple[int, ...], axes: tuple[str, ...] = ()) -> Any:
@@ -61,7 +61,7 @@ def test_each_kind_has_its_bytes_and_what_a_ring_sends(local, out, kind, size, s
 
 @pytest.mark.tpu
 def test_a_reduce_scatter_that_the_compiler_fuses_is_one():
-    four = jax.make_mesh((2, 4), ("y", "x"), axis_types=(AxisType.Auto,) * 2, devices=find("v5e:2x4").devices)
+    four = jax.make_mesh((2, 4), ("y", "x"), axis_types=(AxisType.Auto,) * 2, devices=make_topology("v5e:2x4").devices)
     sharded = NamedSharding(four, P("x"))
     a = jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=sharded)
     product = jax.jit(lambda a, b: a.T @ b, out_shardings=sharded)

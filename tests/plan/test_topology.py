@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from trainer.errors import UserError
-from trainer.plan.topology import find, known_shapes
+from trainer.plan.topology import known_shapes, make_topology
 
 
 @pytest.mark.tpu
@@ -18,19 +18,19 @@ from trainer.plan.topology import find, known_shapes
     [("v4:2x2x4", 16, 32), ("v5e:4x4", 16, 16), ("v5p:2x2x2", 8, 95), ("v6e:4x4", 16, 32), ("v5p:4x4x8", 128, 95)],
 )
 def test_a_chip_is_a_device_whose_memory_is_nearly_the_published_one(name, chips, gib):
-    topology = find(name)
+    topology = make_topology(name)
     assert topology.chips == len(topology.devices) == chips
     assert 0.95 * gib * 2**30 <= topology.hbm_bytes <= 1.01 * gib * 2**30
 
 
 @pytest.mark.tpu
 def test_older_chips_are_two_devices():
-    assert len(find("v3:2x2").devices) == 8
+    assert len(make_topology("v3:2x2").devices) == 8
 
 
 @pytest.mark.tpu
 def test_slices_are_told_apart():
-    topology = find("v5e:2x2", slices=2)
+    topology = make_topology("v5e:2x2", slices=2)
     assert topology.chips == 8
     assert sorted(device.slice_index for device in topology.devices) == [0] * 4 + [1] * 4
 
@@ -49,7 +49,7 @@ def test_slices_are_told_apart():
 )
 def test_an_unknown_name_is_an_error_with_the_nearest_and_the_known_ones(name, message):
     with pytest.raises(UserError) as error:
-        find(name)
+        make_topology(name)
     assert str(error.value).startswith(message)
 
 
@@ -58,30 +58,30 @@ def test_an_unknown_name_is_an_error_with_the_nearest_and_the_known_ones(name, m
 def test_the_smallest_and_the_largest_known_shapes_are_known_to_the_compiler(generation):
     shapes = known_shapes(generation)
     for shape in (shapes[0], shapes[-1]):
-        assert find(f"{generation}:{shape}").chips == math.prod(map(int, shape.split("x")))
+        assert make_topology(f"{generation}:{shape}").chips == math.prod(map(int, shape.split("x")))
 
 
 @pytest.mark.tpu
 def test_seconds_are_bytes_over_all_links_that_a_chip_has_in_its_slice():
     sent = 1e9
-    assert find("v5e:4x4").seconds(sent) == pytest.approx(sent / (4 * 50e9))
-    assert find("v5e:2x4").seconds(sent) == pytest.approx(sent / (3 * 50e9))
-    assert find("v5p:4x4x4").seconds(sent) == pytest.approx(sent / (6 * 100e9))
-    assert find("v5e:1x1").seconds(sent) is None
-    assert find("v3:2x2").seconds(sent) is None
-    assert find("v5e:2x2", slices=2).seconds(sent) is None
+    assert make_topology("v5e:4x4").seconds(sent) == pytest.approx(sent / (4 * 50e9))
+    assert make_topology("v5e:2x4").seconds(sent) == pytest.approx(sent / (3 * 50e9))
+    assert make_topology("v5p:4x4x4").seconds(sent) == pytest.approx(sent / (6 * 100e9))
+    assert make_topology("v5e:1x1").seconds(sent) is None
+    assert make_topology("v3:2x2").seconds(sent) is None
+    assert make_topology("v5e:2x2", slices=2).seconds(sent) is None
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
-        find("v5e:2x2")
+        make_topology("v5e:2x2")
     assert str(error.value) == "planning needs the TPU compiler: pip install 'belief-trainer[tpu]'"
 
 
 @pytest.mark.tpu
 def test_two_processes_plan_at_once_and_print_nothing():
-    code = "from trainer.plan.topology import find; assert find('v5e:2x2').chips == 4; input()"
+    code = "from trainer.plan.topology import make_topology; assert make_topology('v5e:2x2').chips == 4; input()"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW_"))}
     pipe = subprocess.PIPE
     both = [

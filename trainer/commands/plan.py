@@ -28,9 +28,9 @@ def main(arguments: Arguments) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # do not touch the devices of this machine
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot load programs for absent devices
-    from trainer.plan.command import plan
+    from trainer.plan.command import print_plans
 
-    return plan(arguments.run, arguments.options)
+    return print_plans(arguments.run, arguments.options)
 
 
 def print_local_plan(program: Any) -> None:

@@ -1,9 +1,9 @@
 """Collectives and floating-point operations of a compiled step, read from its HLO.
 
 XLA's own `cost_analysis()` is used for neither. It has no collectives. Its "flops" count the body of a loop once and
-add elementwise operations: a train step of the decoder in tests/plan/models.py, compiled for v5e:2x2 under `data`,
-takes 5.77 GFLOP of matrix products in every form; XLA says 5.96, with 2 microbatches 3.02, with scanned layers 3.30,
-and with both 1.69 (JAX 0.10.2, libtpu 0.0.52; XLA:CPU alike).
+add elementwise operations. Example: a train step of the decoder in tests/plan/models.py, compiled for v5e:2x2 under
+`data`, always takes 5.77 GFLOP of matrix products. XLA reports 5.96 for the plain step, 3.02 with 2 microbatches, 3.30
+with scanned layers, and 1.69 with both (JAX 0.10.2, libtpu 0.0.52; XLA:CPU alike).
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ class HloAnalysis:
     windowed: bool
 
 
-def analyze(text: str, devices: int) -> HloAnalysis:
-    """Analyzes `Compiled.as_text()` of a program for this many devices."""
+def analyze(text: str, device_count: int) -> HloAnalysis:
+    """Analyzes `Compiled.as_text()` of a program for `device_count` devices."""
     computations, entry = parse(text)
     counts = run_counts(computations, entry)
     collectives: dict[tuple[str, str], Collective] = {}
@@ -86,7 +86,7 @@ def analyze(text: str, devices: int) -> HloAnalysis:
                 continue
             # XLA repeats an asynchronous collective at its start, middle and end, with the same channel.
             key = (kind, i.attribute("channel_id") or i.name)
-            collective = _collective(i, kind, name, types, devices)
+            collective = _collective(i, kind, name, types, device_count)
             repeated = key in collectives and collectives[key].asynchronous
             asynchronous = started or i.opcode.endswith("-start") or repeated
             collectives[key] = dataclasses.replace(collective, times=times, asynchronous=asynchronous, exact=exact)
@@ -94,8 +94,11 @@ def analyze(text: str, devices: int) -> HloAnalysis:
     return HloAnalysis(several, flops, all(exact for _, exact in counts.values()), "windowed_dot_general" in text)
 
 
-def _collective(i: Instruction, kind: str, computation: str, types: dict[str, str], devices: int) -> Collective:
-    """One synchronous run of a collective."""
+def _collective(i: Instruction, kind: str, computation: str, types: dict[str, str], device_count: int) -> Collective:
+    """One run of the collective that an instruction performs or, with "-start", begins.
+
+    The caller sets `times`, `asynchronous` and `exact`.
+    """
     arrays = [array for operand in i.operands for array in _ARRAY.findall(types.get(operand, ""))]
     before = sum(map(_bytes, arrays))
     after = sum(map(_bytes, _ARRAY.findall(i.type)))
@@ -104,11 +107,11 @@ def _collective(i: Instruction, kind: str, computation: str, types: dict[str, st
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     dtype = max(arrays or _ARRAY.findall(i.type), key=_bytes)[0]
-    group = 2 if kind == "collective-permute" else _group_size(i.rest, devices)
+    group = 2 if kind == "collective-permute" else _group_size(i.rest, device_count)
     return Collective(kind, dtype, max(before, after), group, times=1, asynchronous=False)
 
 
-def _group_size(rest: str, devices: int) -> int:
+def _group_size(rest: str, device_count: int) -> int:
     """The number of devices in a replica group, from any of XLA's three notations."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -116,7 +119,7 @@ def _group_size(rest: str, devices: int) -> int:
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    return len(listed[1].split(",")) if listed else devices
+    return len(listed[1].split(",")) if listed else device_count
 
 
 def _dot_flops(i: Instruction, types: dict[str, str]) -> int:

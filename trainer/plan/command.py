@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from trainer.config import Run
 from trainer.errors import UserError, did_you_mean
 from trainer.plan import planning, report, search, variants
-from trainer.plan.topology import Topology, find
+from trainer.plan.topology import Topology, make_topology
 from trainer.sharding import STRATEGIES
 
 
-def plan(run: Run, options: argparse.Namespace) -> int:
+def print_plans(run: Run, options: argparse.Namespace) -> int:
     """Prints tables, and progress to stderr. Returns 1 if there is a topology on which nothing fits."""
     if not options.topology:
         raise UserError("give --topology=NAME, such as --topology=v5e:4x4,v4:2x2x4")
@@ -25,7 +25,7 @@ def plan(run: Run, options: argparse.Namespace) -> int:
         if name not in STRATEGIES:
             raise UserError(f"no strategy {name!r}{did_you_mean(name, STRATEGIES)}")
     fit = []
-    for topology in [find(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]:
+    for topology in [make_topology(name, run.parallel.num_slices or 1) for name in options.topology.split(",")]:
         batch_size = options.batch_per_chip and options.batch_per_chip * topology.chips
         variant = variants.with_batch(run, batch_size, run.microbatches) if batch_size else run
         fit.append(_print_topology(variant, topology, strategies, options))
@@ -47,7 +47,7 @@ def _print_topology(run: Run, topology: Topology, strategies: Sequence[str], opt
             if options.search:
                 results += search.search(variant, topology, variants.axis_changes(run, variant), progress)
             else:
-                results.append(planning.plan(variant, topology, fast=options.fast, progress=progress))
+                results.append(planning.make_plan(variant, topology, fast=options.fast, progress=progress))
         except UserError as error:  # other strategies may still be possible
             errors[strategy] = error
     if not results:

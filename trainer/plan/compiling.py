@@ -24,18 +24,18 @@ class CompiledStep:
     """Memory and HLO of a compiled step, on one device.
 
     Attributes:
-      arguments: bytes of the arguments.
-      aliased: bytes of arguments whose memory the results reuse.
-      temporaries: bytes of everything that is neither argument nor result.
-      peak: bytes of arguments, results and temporaries, without `aliased` twice; must be at most the device's memory.
+      argument_bytes: those of the arguments.
+      aliased_bytes: those of arguments whose memory the results reuse.
+      temporary_bytes: those of everything that is neither argument nor result.
+      peak_bytes: arguments, results and temporaries, `aliased_bytes` counted once; at most the device's memory.
       hlo: collectives and floating-point operations.
       seconds: the time to compile.
     """
 
-    arguments: int
-    aliased: int
-    temporaries: int
-    peak: int
+    argument_bytes: int
+    aliased_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
     hlo: HloAnalysis
     seconds: float
 
@@ -62,25 +62,25 @@ class OutOfMemory:
     """A step that needs more memory than a device has.
 
     Attributes:
-      needed: bytes on a device.
+      needed_bytes: those that it needs on a device.
       buffers: the largest ones, the largest total first.
       seconds: the time until the compiler refused.
     """
 
-    needed: int
+    needed_bytes: int
     buffers: tuple[Buffer, ...]
     seconds: float
 
 
 def compile_step(
-    step: Any, arguments: Sequence[Any], devices: int, options: Mapping[str, Any]
+    step: Any, arguments: Sequence[Any], device_count: int, options: Mapping[str, Any]
 ) -> CompiledStep | OutOfMemory:
     """Compiles a step ahead of time.
 
     Args:
-      step: a function of `jax.jit` or `jax.pmap`, for the devices of a topology.
+      step: a `compilation.Step`, or a function of `jax.jit` or `jax.pmap`, for the devices of a topology.
       arguments: shapes, dtypes and shardings.
-      devices: the number of devices.
+      device_count: the number of devices.
       options: XLA's compiler options.
     """
     lowered = step.lower(*arguments)
@@ -94,12 +94,12 @@ def compile_step(
                 raise
             size = float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2] or " "))
             seconds = time.perf_counter() - start
-            # The error states the sum alone.
+            # The error has only the total; the buffers come from XLA's dump.
             buffers = read_buffers(_dumped(dump, "-buffer-assignment.txt") or "", _dumped(dump, ".txt") or "")
             return OutOfMemory(int(size), buffers[:_MOST_BUFFERS], seconds)
         seconds = time.perf_counter() - start
         # XLA's dump, as JAX 0.10 cannot read every program of libtpu.
-        hlo = analyze(_dumped(dump, ".txt") or compiled.as_text(), devices)
+        hlo = analyze(_dumped(dump, ".txt") or compiled.as_text(), device_count)
     memory = compiled.memory_analysis()
     # Not XLA's `peak_memory_in_bytes`, which leaves out the gaps between buffers: HBM holds them, too.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -110,7 +110,7 @@ def compile_step(
 
 
 def _dumped(folder: str, ending: str) -> str | None:
-    """XLA's dump of the optimized program; None if XLA wrote no such file."""
+    """XLA's dump, with this `ending`, of the optimized program or of its buffer assignment; None if there is none."""
     file = next(Path(folder).glob(f"*after_optimizations{ending}"), None)
     return file.read_text() if file else None
 
@@ -119,8 +119,8 @@ def read_buffers(assignment: str, program: str) -> tuple[Buffer, ...]:
     """The buffers in a device's memory, the largest total first.
 
     Args:
-      assignment: XLA's dump of the buffer assignment. Values that share a place one after the other are one buffer,
-        named after the first of the largest.
+      assignment: XLA's dump of the buffer assignment. Values at the same offset count as one buffer, which gets the
+        name of the largest value.
       program: XLA's dump of the program, which has the operations' names.
     """
     names = dict(
@@ -143,7 +143,7 @@ def read_buffers(assignment: str, program: str) -> tuple[Buffer, ...]:
 
 
 def _without_overlaps(places: Mapping[int, tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """The buffers of an allocation, by offset, without those that overlap a larger one."""
+    """Drops each buffer that overlaps a larger one. `places` maps an offset to a buffer: its name, shape and size."""
     taken: list[tuple[int, int]] = []
     kept = []
     for offset, buffer in sorted(places.items(), key=lambda item: -item[1][2]):

@@ -1,4 +1,8 @@
-"""The plan of a run: both steps compiled for a topology, in the layout that communicates least."""
+"""The plan of a run: both steps compiled for a topology.
+
+A strategy may leave choices of compilation open. Of those that fit and send at most 2 % more bytes than the fewest, the
+plan takes the one of least memory. If none fits, it takes the one that needs the least memory.
+"""
 
 import dataclasses
 import math
@@ -14,12 +18,12 @@ from trainer.plan.topology import Topology
 from trainer.program import Program, build_program
 from trainer.sharding import STRATEGIES
 
-# XLA:TPU makes windowed einsums of matrix products above this many MiB: with this value, of none.
+# XLA:TPU uses windowed einsums for products larger than this many MiB. This value turns them off.
 NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CompileChoice:
     """Choices of compilation that a strategy leaves open.
 
     Attributes:
@@ -42,25 +46,25 @@ class Plan:
 
     Attributes:
       run: the run.
-      layout: the layout that it was compiled in.
-      layouts_compared: the number of layouts among which it is the best.
-      params: size of the parameters' shards.
-      moments: size of the optimizer state's shards.
-      ema: size of the EMA params' shards, which evaluation reads instead of the parameters; 0 without EMA.
-      gradients: size of all gradients together, none for frozen parameters; XLA may hold fewer at a time.
+      choice: the choice with which it was compiled.
+      choices_compared: the number of choices among which this one is the best.
+      param_bytes: size of the parameters' shards.
+      moment_bytes: size of the optimizer state's shards.
+      ema_bytes: size of the EMA params' shards, which evaluation reads instead of the parameters; 0 without EMA.
+      gradient_bytes: size of all gradients together, none for frozen parameters; XLA may hold fewer at a time.
       train: the train step.
-      evaluation: the evaluation step; the state that it does not read stays in memory, outside of its sizes.
+      evaluation: the evaluation step; its sizes leave out state that it does not read, which still occupies memory.
       fast: whether both were compiled with little effort.
       hbm_bytes: memory of a device; 0 if unknown.
     """
 
     run: config.Run
-    layout: Layout
-    layouts_compared: int
-    params: int
-    moments: int
-    ema: int
-    gradients: int
+    choice: CompileChoice
+    choices_compared: int
+    param_bytes: int
+    moment_bytes: int
+    ema_bytes: int
+    gradient_bytes: int
     train: CompiledStep | OutOfMemory
     evaluation: CompiledStep | OutOfMemory
     fast: bool
@@ -68,20 +72,25 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether both steps fit, the evaluation step beside all state that it does not read."""
+        """Whether both steps fit, the evaluation step beside all state that it does not read.
+
+        Always False if the memory of a device is unknown.
+        """
         train, evaluation = self.train, self.evaluation
-        unread = self.moments + (self.params if self.ema else 0)
+        unread = self.moment_bytes + (self.param_bytes if self.ema_bytes else 0)
         return (
             isinstance(train, CompiledStep)
             and isinstance(evaluation, CompiledStep)
-            and evaluation.peak + unread <= self.hbm_bytes
+            and evaluation.peak_bytes + unread <= self.hbm_bytes
         )
 
 
-def plan(run: config.Run, topology: Topology, *, fast: bool, progress: Callable[[str], None] = lambda _: None) -> Plan:
-    """Compiles both steps of a run, in the best layout.
+def make_plan(
+    run: config.Run, topology: Topology, *, fast: bool, progress: Callable[[str], None] = lambda _: None
+) -> Plan:
+    """Compiles both steps of a run, with the best choice of compilation: see `best`.
 
-    The fast compiler compares the layouts: the best one sends the fewest bytes, to 2 %, and takes the least memory.
+    To compare the choices, each train step is compiled with little effort.
 
     Args:
       run: resolved.
@@ -92,23 +101,23 @@ def plan(run: config.Run, topology: Topology, *, fast: bool, progress: Callable[
     Raises:
       UserError: the batch or the mesh does not divide over the devices.
     """
-    programs: dict[Layout, Program] = {}
-    compared: dict[Layout, CompiledStep | OutOfMemory] = {}
-    for layout in _layouts(run, topology, compared):
-        progress(f"layout {len(compared) + 1}, to compare")
-        programs[layout] = program_for(run, topology, layout)
-        compared[layout] = _compile_train(programs[layout], topology, layout, fast=True)
-    layout = best(compared) if compared else Layout(run.parallel.torus)
-    program = programs.get(layout) or program_for(run, topology, layout)
+    programs: dict[CompileChoice, Program] = {}
+    compared: dict[CompileChoice, CompiledStep | OutOfMemory] = {}
+    for choice in _choices(run, topology, compared):
+        progress(f"compile choice {len(compared) + 1}, to compare")
+        programs[choice] = program_for(run, topology, choice)
+        compared[choice] = _compile_train(programs[choice], topology, choice, fast=True)
+    choice = best(compared) if compared else CompileChoice(run.parallel.torus)
+    program = programs.get(choice) or program_for(run, topology, choice)
     progress("train step")
-    train = compared.get(layout)
+    train = compared.get(choice)
     if not fast or train is None:
-        train = _compile_train(program, topology, layout, fast=fast)
+        train = _compile_train(program, topology, choice, fast=fast)
     progress("evaluation step")
     batch = program.strategy.abstract_batch(program.main.spec)
-    options = _options(layout, fast)
+    options = _options(choice, fast)
     evaluation = compile_step(program.main.step, (program.state, batch), len(topology.devices), options)
-    return _plan(program, layout, len(compared), train, evaluation, fast, topology.hbm_bytes)
+    return _plan(program, choice, len(compared), train, evaluation, fast, topology.hbm_bytes)
 
 
 def plan_here(program: Program) -> Plan:
@@ -118,30 +127,33 @@ def plan_here(program: Program) -> Plan:
         compile_step(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})
         for step, spec in steps
     )
-    return _plan(program, Layout(program.run.parallel.torus), 0, train, evaluation, fast=False, hbm_bytes=0)
+    return _plan(program, CompileChoice(program.run.parallel.torus), 0, train, evaluation, fast=False, hbm_bytes=0)
 
 
 def compile_train_fast(run: config.Run, topology: Topology) -> CompiledStep | OutOfMemory:
-    """The train step of a run, compiled with little effort in the layout of its config."""
-    layout = Layout(run.parallel.torus)
-    return _compile_train(program_for(run, topology, layout), topology, layout, fast=True)
+    """The train step of a run, compiled with little effort and with the choice in its config."""
+    choice = CompileChoice(run.parallel.torus)
+    return _compile_train(program_for(run, topology, choice), topology, choice, fast=True)
 
 
-def program_for(run: config.Run, topology: Topology, layout: Layout) -> Program:
+def program_for(run: config.Run, topology: Topology, choice: CompileChoice) -> Program:
     """The program of a run on the devices of a topology."""
-    parallel = dataclasses.replace(run.parallel, torus=layout.torus, num_slices=topology.slices, devices=None)
+    parallel = dataclasses.replace(run.parallel, torus=choice.torus, num_slices=topology.slices, devices=None)
     return build_program(dataclasses.replace(run, parallel=parallel), topology.devices)
 
 
-def best(compared: Mapping[Layout, CompiledStep | OutOfMemory]) -> Layout:
-    """The layout of least memory, of those that fit and send at most 2 % more bytes than the fewest."""
-    fitting = {layout: step for layout, step in compared.items() if isinstance(step, CompiledStep)}
-    needed = {layout: step.needed for layout, step in compared.items() if isinstance(step, OutOfMemory)}
+def best(compared: Mapping[CompileChoice, CompiledStep | OutOfMemory]) -> CompileChoice:
+    """The choice of least memory, of those that fit and send at most 2 % more bytes than the fewest.
+
+    If none fits, the choice that needs the least memory.
+    """
+    fitting = {choice: step for choice, step in compared.items() if isinstance(step, CompiledStep)}
+    needed = {choice: step.needed_bytes for choice, step in compared.items() if isinstance(step, OutOfMemory)}
     if not fitting:
         return min(needed, key=needed.__getitem__)
-    sent = {layout: sum(c.sent_bytes for c in step.hlo.collectives) for layout, step in fitting.items()}
-    near = [layout for layout in fitting if sent[layout] <= 1.02 * min(sent.values())]
-    return min(near, key=lambda layout: fitting[layout].peak)
+    sent = {choice: sum(c.sent_bytes for c in step.hlo.collectives) for choice, step in fitting.items()}
+    near = [choice for choice in fitting if sent[choice] <= 1.02 * min(sent.values())]
+    return min(near, key=lambda choice: fitting[choice].peak_bytes)
 
 
 def shard_bytes(leaf: Any) -> int:
@@ -149,35 +161,38 @@ def shard_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def _layouts(
-    run: config.Run, topology: Topology, compared: Mapping[Layout, CompiledStep | OutOfMemory]
-) -> Iterator[Layout]:
-    """The layouts to compare, given the results of those before; none if the strategy leaves nothing open."""
+def _choices(
+    run: config.Run, topology: Topology, compared: Mapping[CompileChoice, CompiledStep | OutOfMemory]
+) -> Iterator[CompileChoice]:
+    """The choices to compare, given the results of those before; none if the strategy leaves nothing open."""
     torus, axes = run.parallel.torus, STRATEGIES[run.parallel.strategy].opt_state
     if not axes:
         return
     dimensions = sum(size > 1 for size in topology.shape)
-    for layout in (Layout(True), Layout(False)) if torus and "fsdp" in axes and dimensions > 1 else (Layout(torus),):
-        yield layout
-        step = compared[layout]
+    for value in (True, False) if torus and "fsdp" in axes and dimensions > 1 else (torus,):
+        choice = CompileChoice(value)
+        yield choice
+        step = compared[choice]
         if isinstance(step, OutOfMemory) or step.hlo.windowed:
-            yield dataclasses.replace(layout, windowed=False)
+            yield dataclasses.replace(choice, windowed=False)
 
 
-def _options(layout: Layout, fast: bool) -> dict[str, str]:
-    return {**layout.options, **(FAST if fast else {})}
+def _options(choice: CompileChoice, fast: bool) -> dict[str, str]:
+    return {**choice.options, **(FAST if fast else {})}
 
 
-def _compile_train(program: Program, topology: Topology, layout: Layout, *, fast: bool) -> CompiledStep | OutOfMemory:
+def _compile_train(
+    program: Program, topology: Topology, choice: CompileChoice, *, fast: bool
+) -> CompiledStep | OutOfMemory:
     batch = program.strategy.abstract_batch(program.train_spec)
-    options = _options(layout, fast)
+    options = _options(choice, fast)
     return compile_step(program.train_step, (program.state, batch), len(topology.devices), options)
 
 
 def _plan(
     program: Program,
-    layout: Layout,
-    layouts_compared: int,
+    choice: CompileChoice,
+    choices_compared: int,
     train: CompiledStep | OutOfMemory,
     evaluation: CompiledStep | OutOfMemory,
     fast: bool,
@@ -188,7 +203,7 @@ def _plan(
         for tree in (program.state.params, program.state.opt_state, program.state.ema)
     )
     sizes = params, moments, ema, _gradient_bytes(program)
-    return Plan(program.run, layout, layouts_compared, *sizes, train, evaluation, fast, hbm_bytes)
+    return Plan(program.run, choice, choices_compared, *sizes, train, evaluation, fast, hbm_bytes)
 
 
 def _gradient_bytes(program: Program) -> int:

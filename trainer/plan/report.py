@@ -15,10 +15,10 @@ _GIB = 2**30
 LEGEND = """\
 GiB (M: MiB) on one device. moments: with the EMA params, if there are any. gradients: all together; XLA may hold fewer
 at a time, among the temporaries. other: the batch, batch statistics, counters and padding. peak: arguments, results and
-temporaries; state that evaluation does not read, such as the moments, stays in memory beside its peak. MB: 1e6 bytes of
-the arrays that the collectives of a step work on, in their size on one device. async: the share of these bytes during
-which the device does other work. at least: the bytes that a device must send, divided by the published bandwidth of its
-links; an estimate that is not XLA's. GFLOP: 1e9 operations of matrix products and convolutions in a step on one device.
+temporaries; state that evaluation does not read, such as the moments, stays in memory beside its peak. MB: size on
+one device of the arrays in collectives, in 1e6 bytes. async: the share of it in collectives that overlap with
+other work. at least: the bytes that a device must send, divided by the published bandwidth of its links; an estimate
+that is not XLA's. GFLOP: 1e9 operations of matrix products and convolutions in a step on one device.
 """
 SEARCH_LEGEND = """\
 The largest batches that fit, in powers of two of examples on a device, compiled with little effort. peak: of the train
@@ -39,7 +39,7 @@ class Traffic:
       kind: as of `Collective`.
       dtype: as of `Collective`.
       bytes: of all arrays.
-      asynchronous: the asynchronous share of the bytes, from 0 to 1.
+      asynchronous_share: the share of the bytes in asynchronous collectives, from 0 to 1.
       sent_bytes: the least number of bytes that each device sends.
       exact: whether all counts are exact; otherwise the bytes are a lower bound.
     """
@@ -47,7 +47,7 @@ class Traffic:
     kind: str
     dtype: str
     bytes: int
-    asynchronous: float
+    asynchronous_share: float
     sent_bytes: float
     exact: bool
 
@@ -68,8 +68,8 @@ def traffic(collectives: Iterable[Collective]) -> list[Traffic]:
 
 
 def plans_text(topology: Topology, plans: Sequence[Plan]) -> str:
-    """The table of a topology, the chosen layouts, and the largest buffers of a step that does not fit."""
-    effort = ", compiled with little effort: memory and bytes hold, async does not" if plans[0].fast else ""
+    """The table of a topology, the compile choices made, and the largest buffers of a step that does not fit."""
+    effort = ", compiled with little effort: memory and MB are right, the async column is not" if plans[0].fast else ""
     rows = [row for plan in plans for row in _rows(topology, plan)]
     notes = [note for plan in plans for note in _notes(plan)]
     return "\n".join([_title(topology) + effort, _table(rows), *notes])
@@ -84,7 +84,8 @@ def search_text(topology: Topology, batches: Sequence[LargestBatch]) -> str:
     """The largest batches on a topology, with the flags that set each."""
     cells = []
     for batch in batches:
-        peak = [_gib(batch.step.peak), _share(batch.step.peak, topology.hbm_bytes)] if batch.step else ["-", "-"]
+        size = batch.step.peak_bytes if batch.step else 0
+        peak = [_gib(size), _share(size, topology.hbm_bytes)] if batch.step else ["-", "-"]
         sizes = [f"{batch.batch_size / topology.chips:g}", f"{batch.batch_size:,}"] if batch.fits else ["-", "-"]
         settings = (batch.strategy, batch.remat or "-", str(batch.microbatches))
         flags = batch.flags() if batch.fits else "not even one example on a device fits"
@@ -107,15 +108,17 @@ def _rows(topology: Topology | None, plan: Plan) -> list[list[str]]:
     for name, step in (("train", plan.train), ("evaluate", plan.evaluation)):
         train = name == "train"
         first = [plan.run.parallel.strategy if train else "", name]
-        first += [_gib(plan.params), _gib(plan.moments + plan.ema), _gib(plan.gradients) if train else "-"]
+        first += [_gib(plan.param_bytes), _gib(plan.moment_bytes + plan.ema_bytes)]
+        first.append(_gib(plan.gradient_bytes) if train else "-")
         seconds = f"{step.seconds:.1f} s"
         if isinstance(step, OutOfMemory):
-            peak = [_gib(step.needed), _share(step.needed, plan.hbm_bytes)]
+            peak = [_gib(step.needed_bytes), _share(step.needed_bytes, plan.hbm_bytes)]
             rows.append([*first, "-", "-", *peak, *["-"] * 6, seconds])
             continue
-        read = plan.params + plan.moments + plan.ema if train else plan.ema or plan.params
-        memory = [_gib(max(0, step.arguments - read)), _gib(step.temporaries)]
-        memory += [_gib(step.peak), _share(step.peak, plan.hbm_bytes)]
+        all_bytes = plan.param_bytes + plan.moment_bytes + plan.ema_bytes
+        read = all_bytes if train else plan.ema_bytes or plan.param_bytes
+        memory = [_gib(max(0, step.argument_bytes - read)), _gib(step.temporary_bytes)]
+        memory += [_gib(step.peak_bytes), _share(step.peak_bytes, plan.hbm_bytes)]
         flops = f"{_bound(step.hlo.exact)}{step.hlo.flops / 1e9:,.1f}"
         cells = [_traffic_cells(topology, t) for t in traffic(step.hlo.collectives)] or [["none", *["-"] * 4]]
         rows.append([*first, *memory, *cells[0], flops, seconds])
@@ -126,22 +129,22 @@ def _rows(topology: Topology | None, plan: Plan) -> list[list[str]]:
 def _traffic_cells(topology: Topology | None, t: Traffic) -> list[str]:
     seconds = topology.seconds(t.sent_bytes) if topology else None
     least = "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
-    return [t.kind, t.dtype, f"{_bound(t.exact)}{t.bytes / 1e6:,.2f}", f"{t.asynchronous:.0%}", least]
+    return [t.kind, t.dtype, f"{_bound(t.exact)}{t.bytes / 1e6:,.2f}", f"{t.asynchronous_share:.0%}", least]
 
 
 def _notes(plan: Plan) -> list[str]:
     strategy, hbm_bytes = plan.run.parallel.strategy, plan.hbm_bytes
     notes = []
-    if plan.layouts_compared > 1:
-        torus = str(plan.layout.torus).lower()
-        note = f"{strategy}: the best of {plan.layouts_compared} layouts has --config.parallel.torus={torus}"
-        if not plan.layout.windowed:
+    if plan.choices_compared > 1:
+        torus = str(plan.choice.torus).lower()
+        note = f"{strategy}: the best of {plan.choices_compared} compile choices has --config.parallel.torus={torus}"
+        if not plan.choice.windowed:
             flags = " ".join(f"--{name}={value}" for name, value in NO_WINDOWED_EINSUM.items())
             note += f" and LIBTPU_INIT_ARGS={flags}"
         notes.append(note)
     for name, step in (("train", plan.train), ("evaluate", plan.evaluation)):
         if isinstance(step, OutOfMemory):
-            sizes = f"{_gib(step.needed)}{f' of {_gib(hbm_bytes)}' if hbm_bytes else ''} GiB"
+            sizes = f"{_gib(step.needed_bytes)}{f' of {_gib(hbm_bytes)}' if hbm_bytes else ''} GiB"
             notes.append(f"{strategy} {name} does not fit: {sizes}. Its largest buffers:")
             cells = [(str(b.count), _gib(b.bytes), _gib(b.count * b.bytes), b.shape, b.name) for b in step.buffers]
             header = ("buffers", "each", "together", "shape", "operation or argument")

@@ -59,8 +59,8 @@ def search(
 ) -> Iterator[LargestBatch]:
     """Yields the largest batch for each remat policy and number of microbatches, under the run's own strategy.
 
-    Each search starts at the result of the one before, because memory grows with the examples of a microbatch: most
-    take two compilations, of which the second is quick because it does not fit.
+    Each search starts at the previous result, because memory grows with the examples of a microbatch. Most need two
+    compilations: one that fits, and one of twice as many examples, which fails fast.
 
     Args:
       run: resolved.
@@ -109,14 +109,14 @@ def _largest(
     while fits < examples < too_many:
         variant = with_batch(run, examples * microbatches * shards, microbatches, examples * shards)
         step = compile_train_fast(variant, topology)
-        room = topology.hbm_bytes / (step.peak if isinstance(step, CompiledStep) else step.needed)
+        room = topology.hbm_bytes / (step.peak_bytes if isinstance(step, CompiledStep) else step.needed_bytes)
         outcome = "fit" if room >= 1 else "do not fit"
         progress(f"{examples} examples on a device {outcome} ({step.seconds:.0f} s)")
         if isinstance(step, CompiledStep):
             fits, largest = examples, step
         else:
             too_many = examples
-        # Memory grows by at most the factor by which the examples grow: so far it is safe to jump.
+        # Memory grows by at most the factor by which the examples grow, so a batch `room` times as large still fits.
         jump = examples * 2.0 ** math.floor(math.log2(room))
         examples = int(max(2 * fits, min(jump, too_many / 2)))
     return fits, largest

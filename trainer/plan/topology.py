@@ -29,8 +29,9 @@ _QUIET = {
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# The published shapes of a slice. In three dimensions: those up to a cube of 4, then multiples of 4 up to the largest.
-_SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+# The published shapes of a slice. For 3D tori: a few small shapes, then every shape whose sides are multiples of 4, in
+# ascending order, up to the largest.
+_SMALL_3D_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _FLAT_SHAPES = {
     "v2": ("2x2", "4x4", "8x8", "16x16"),
     "v3": ("2x2", "4x4", "8x8", "16x16", "32x32"),
@@ -82,13 +83,13 @@ class Topology:
         return sent_bytes / (links * bandwidth) if links else None
 
 
-def find(name: str, slices: int = 1) -> Topology:
+def make_topology(name: str, slices: int = 1) -> Topology:
     """The topology with a name such as "v5e:4x4" or "v5p:4x4x4", in this many slices.
 
     Raises:
       UserError: an unknown topology; libtpu is not installed.
     """
-    generation, shape = _checked(name)
+    generation, shape = _parse_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning needs the TPU compiler: pip install 'belief-trainer[tpu]'")
     os.environ.update(_QUIET)
@@ -101,7 +102,8 @@ def find(name: str, slices: int = 1) -> Topology:
     return Topology(name, generation, shape, slices, devices, _hbm_bytes(generation, devices[0]))
 
 
-def _checked(name: str) -> tuple[str, tuple[int, ...]]:
+def _parse_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """The generation and the shape in a name; raises `UserError` if either is unknown."""
     generation, _, shape = name.partition(":")
     known = (*_FLAT_SHAPES, *_LARGEST)
     if generation not in known:
@@ -109,7 +111,7 @@ def _checked(name: str) -> tuple[str, tuple[int, ...]]:
     shapes = known_shapes(generation)
     if shape not in shapes:
         largest = "x".join(map(str, _LARGEST.get(generation, ())))
-        listed = ", ".join(_SMALL_CUBES) + f", and multiples of 4 in ascending order up to {largest}"
+        listed = ", ".join(_SMALL_3D_SHAPES) + f", and multiples of 4 in ascending order up to {largest}"
         hint = re.sub(r" \(known: .*", "", did_you_mean(shape, shapes))
         raise UserError(
             f"no topology {name!r}{hint} (known for {generation}: "
@@ -123,15 +125,15 @@ def known_shapes(generation: str) -> Sequence[str]:
     if generation in _FLAT_SHAPES:
         return _FLAT_SHAPES[generation]
     sizes = (range(4, largest + 1, 4) for largest in _LARGEST[generation])
-    cubes = (size for size in itertools.product(*sizes) if list(size) == sorted(size))
-    return (*_SMALL_CUBES, *("x".join(map(str, size)) for size in cubes))
+    large = (size for size in itertools.product(*sizes) if list(size) == sorted(size))
+    return (*_SMALL_3D_SHAPES, *("x".join(map(str, size)) for size in large))
 
 
 @functools.cache
 def _hbm_bytes(generation: str, device: jax.Device) -> int:
-    """The memory of a device, from the error in which the compiler refuses a program of 1 TiB.
+    """The memory of a device, from the error in which the compiler refuses a program that is far too large.
 
-    The devices of a topology have no `memory_stats()`.
+    This program's argument and result are 1 TiB each. The devices of a topology have no `memory_stats()`.
     """
     del generation  # the key of the cache, together with `device`
     huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=SingleDeviceSharding(device))
@@ -141,4 +143,4 @@ def _hbm_bytes(generation: str, device: jax.Device) -> int:
         if found := re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error)):
             return int(float(found[1]) * 2**30)
         raise
-    raise AssertionError("a TPU that holds 2 TiB")
+    raise AssertionError("the compiler accepted a program of 2 TiB")

@@ -44,22 +44,23 @@ def with_batch(run: config.Run, batch_size: int, microbatches: int, eval_batch_s
     groups = {
         label: dataclasses.replace(
             group,
-            schedule=group.schedule and _in_steps(group.schedule),
-            decay_schedule=group.decay_schedule and _in_steps(group.decay_schedule),
+            schedule=group.schedule and _constant_unless_in_steps(group.schedule),
+            decay_schedule=group.decay_schedule and _constant_unless_in_steps(group.decay_schedule),
         )
         for label, group in run.optimizer.groups.items()
     }
+    schedule = _constant_unless_in_steps(run.optimizer.schedule)
     changed = dataclasses.replace(
         run,
         batch_size=batch_size,
         microbatches=microbatches,
         evaluation=dataclasses.replace(run.evaluation, batch_size=eval_batch_size),
-        optimizer=dataclasses.replace(run.optimizer, schedule=_in_steps(run.optimizer.schedule), groups=groups),
+        optimizer=dataclasses.replace(run.optimizer, schedule=schedule, groups=groups),
     )
     return config.resolve(changed)
 
 
-def _in_steps(schedule: config.Schedule) -> config.Schedule:
+def _constant_unless_in_steps(schedule: config.Schedule) -> config.Schedule:
     return config.Schedule(peak=schedule.peak) if schedule.unit in ("epochs", "examples") else schedule
 
 
