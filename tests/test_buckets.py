@@ -1,5 +1,6 @@
 """Workdirs in buckets, where files cannot be appended to and are copied instead."""
 
+import errno
 from contextlib import closing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from etils import epath
 from tests.observe.event_reader import shown
 from tests.tasks import make_run
 from trainer import config
+from trainer.errors import HostError, UserError
 from trainer.files import is_bucket
 from trainer.observe.log import MetricsLog, read_rows
 from trainer.workdir import Mirror, Workdir
@@ -41,6 +43,19 @@ def test_metrics_reach_a_bucket_at_every_sync_and_when_they_are_closed(tmp_path)
     log.close()
     assert [row["step"] for row in read_rows(bucket / "metrics.jsonl")] == [1, 2]
     assert shown(tmp_path / "bucket" / "tensorboard") == {("train/loss", 1): 2.0, ("train/loss", 2): 1.0}
+
+
+def test_what_cannot_be_read_in_a_bucket_is_an_error_of_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a link or a folder, where a file of rows is expected"):
+        list(read_rows(epath.Path(tmp_path)))
+
+    def fail(_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    file = epath.Path(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(type(file), "read_bytes", fail)
+    with pytest.raises(HostError, match=r"metrics\.jsonl: Input/output error"):
+        list(read_rows(file))
 
 
 def test_resuming_in_a_bucket_leaves_the_files_of_a_folder(tmp_path):

@@ -27,8 +27,8 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 class Store:
     """The checkpoints of one run: a folder for each step.
 
-    On a disk a folder gets the name of its step when the checkpoint is complete. In a bucket it has this name from the
-    beginning, and Orbax writes its mark of completeness last.
+    A folder gets the name of its step when the checkpoint is complete. Only in a bucket of `gs://` it has this name
+    from the beginning, and Orbax writes its mark of completeness last.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Store:
     def remove_incomplete(self) -> None:
         """Removes what killed saves and removals left behind; only the process that holds the workdir's lock may do so.
 
-        In a bucket it does not remove an incomplete save: the name of its folder is the number of its step.
+        It leaves an incomplete save in a bucket of `gs://`, whose folder already has the name of its step.
         """
         for path in self._directory.iterdir() if self._directory.is_dir() else ():
             if re.fullmatch(rf"\d+{re.escape(_TEMPORARY)}.*|\.removed-\d+-\w+", path.name):
