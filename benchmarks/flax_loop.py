@@ -1,8 +1,9 @@
 """The training loop that somebody writes with Flax and Optax, for the three models of `benchmarks.flax_models`.
 
-    python -m benchmarks.flax_loop NAME STEPS EVERY        # in a folder with NAME.py and NAME_models.py
+    python -m benchmarks.flax_loop NAME STEPS EVERY [norm]        # in a folder with NAME.py and NAME_models.py
 
-It prints a line after the first step and after every EVERY steps. The model, the loss and the data are those of the
+It prints a line after the first step and after every EVERY steps. With "norm" the step also computes the norm of the
+gradient. The model, the loss and the data are those of the
 experiment in NAME.py; the state, the step, the optimizer, the order of the data and the loop are Flax's and Optax's.
 """
 
@@ -43,6 +44,7 @@ def main() -> None:
     """Trains."""
     name, steps, every = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sys.path.insert(0, ".")
+    with_norm = sys.argv[4:] == ["norm"]
     run = importlib.import_module(name).get_config()
     experiment, size = run.experiment, run.batch_size
     arrays = experiment.source("train").arrays
@@ -70,14 +72,15 @@ def main() -> None:
             return mean, updated
 
         (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return state.apply_gradients(grads=grads, batch_stats=updated.get("batch_stats", {})), value
+        norm = optax.global_norm(grads) if with_norm else None
+        return state.apply_gradients(grads=grads, batch_stats=updated.get("batch_stats", {})), (value, norm)
 
     rng, order, at = np.random.default_rng(0), np.arange(0), 0
     for step in range(1, steps + 1):
         if at + size > len(order):
             order, at = rng.permutation(len(next(iter(arrays.values())))), 0
         chosen, at = order[at : at + size], at + size
-        state, value = train_step(state, {k: x[chosen] for k, x in arrays.items()} | {"mask": mask}, key)
+        state, (value, _) = train_step(state, {k: x[chosen] for k, x in arrays.items()} | {"mask": mask}, key)
         if step == 1 or step % every == 0:
             print(f"step {step} loss {float(value):.4f}", flush=True)
 
