@@ -95,7 +95,7 @@ class Session:
             ids, batch = split_ids(batch)
             return ids, strategy.shard_batch(batch)
 
-        depth = 0 if strategy.is_one_cpu else 2  # a batch that is not moved is read when it is used, and is in the cache
+        depth = 0 if strategy.is_one_cpu else 2  # a batch that is not moved is best read just before its step
         ready = prefetch(self.host_batches(start, with_ids=self.trace.is_on), to_devices, depth)
         for step in range(start + 1, run.total_steps + 1):
             self._enter("data", step)
