@@ -57,11 +57,12 @@ def train_program(
     program: Program, workdir: str | PathLike[str], progress: Progress, **options: Unpack["SessionOptions"]
 ) -> TrainState:
     """The loop; arguments, result and errors are those of `train`, for a program in place of its run."""
-    compile_ahead(program.train_step, *(one.step for one in program.evaluations.values()))
+    compile_ahead(program.train_step)
     from trainer.opening import open_session  # imports Orbax and Grain, for half a second, while XLA compiles
 
     with open_session(program, workdir, progress, **options) as session:
         state = session.initial_state()
+        compile_ahead(*(one.step for one in program.evaluations.values()))
         for step, batch in session.batches():
             state, metrics = program.train_step(state, batch)
             session.record(step, state, metrics)
