@@ -1,10 +1,7 @@
-"""What reading costs on the host: augmentation by the harness, beside the same work in a plain loop.
+"""What reading costs on the host, one table for each option.
 
-    python -m benchmarks.data
-
-Both sides call one function for each example and stack the results. The plain loop has one generator for all of them,
-so it gives other numbers on every number of processes; the harness gives each example the generator of its seed and
-position. The overhead is the difference for each example. Both are measured in turn, in rounds, on one thread.
+    python -m benchmarks.data                    # all tables
+    python -m benchmarks.data --augment          # only this one
 """
 
 import argparse
@@ -58,13 +55,13 @@ def microseconds(read: Callable[..., Iterator[Any]], arrays: dict[str, np.ndarra
     return (time.perf_counter() - began) / (steps * BATCH) * 1e6
 
 
-def main() -> None:
-    """Prints the microseconds an example of both sides, the minima of the rounds, and their difference."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=40)
-    options = parser.parse_args()
-    print(header())
+def augment_table(options: argparse.Namespace) -> None:
+    """Microseconds an example that augmentation costs, in the harness and in a plain loop that does the same work.
+
+    Both sides call one function for each example and stack the results. The plain loop has one generator for all of
+    them, so it gives other numbers on every number of processes; the harness gives each example the generator of its
+    seed and position. The overhead is the difference. Both are measured in turn, in rounds, on one thread.
+    """
     for side in (8, 32):
         arrays = data(side)
         times: dict[Callable[..., Iterator[Any]], list[float]] = {plain: [], harness: []}
@@ -74,6 +71,23 @@ def main() -> None:
         loop, ours = (min(own) for own in times.values())
         print(f"augment, images {side}×{side}×3: loop {loop:.1f} µs, harness {ours:.1f} µs an example", end=": ")
         print(f"overhead {ours - loop:.1f} µs, {ours / loop:.2f} ×")
+
+
+# A table for each option of the command line: `--augment` prints the first.
+TABLES: dict[str, Callable[[argparse.Namespace], None]] = {"augment": augment_table}
+
+
+def main() -> None:
+    """Prints the tables whose options are given; all if none is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, table in TABLES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=str(table.__doc__).partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15, help="how often each side is measured")
+    parser.add_argument("--steps", type=int, default=40, help="batches in a round")
+    options = parser.parse_args()
+    print(header())
+    for name in [name for name in TABLES if getattr(options, name)] or TABLES:
+        TABLES[name](options)
 
 
 if __name__ == "__main__":
