@@ -2,6 +2,8 @@
 
     python -m benchmarks.data                    # all tables
     python -m benchmarks.data --augment          # only this one
+
+Sides that are compared are measured in turn, in rounds, in one process.
 """
 
 import argparse
