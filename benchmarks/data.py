@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks import header
 from trainer.data import ArraySource
-from trainer.data.stream import Batches, Order
+from trainer.data.order import Order
+from trainer.data.stream import Batches
 
 EXAMPLES, BATCH = 4096, 128
 
@@ -38,7 +39,7 @@ def plain(arrays: dict[str, np.ndarray], steps: int) -> Iterator[dict[str, np.nd
     for step in range(steps):
         examples = [
             flip({name: array[i] for name, array in arrays.items()}, rng)
-            for i in order(step * BATCH, (step + 1) * BATCH)
+            for i in order(np.arange(step * BATCH, (step + 1) * BATCH))
         ]
         yield {name: np.stack([example[name] for example in examples]) for name in arrays}
 

@@ -89,6 +89,7 @@ from trainer import (
     Loading,
     Logging,
     Mean,
+    Mixture,
     NotPreparedError,
     Numerics,
     Optimizer,
@@ -129,6 +130,7 @@ assert_type(scale_by_belief(b1=0.5), optax.GradientTransformationExtraArgs)
 assert_type(from_optax(optax.adabelief(1e-3).init({})), ScaleByBeliefState)
 assert_type(evaluate("run", step="best", split="train"), dict[str, float])
 assert_type(load("run", "best"), Trained)
+assert_type(len(Mixture({"a": (ArraySource({"x": np.ones(3)}), 0.5)})), int)
 assert_type(take(ArraySource({"x": np.ones(3)}), np.arange(2)), dict[str, np.ndarray])
 mistakes: tuple[type[UserError], ...] = (UserError, NotPreparedError)
 collective: tuple[type[CollectiveError], ...] = (DivergedError, Interrupted)

@@ -14,7 +14,8 @@ import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config
-from trainer.data.stream import Order, train_batches
+from trainer.data.order import Order
+from trainer.data.stream import train_batches
 from trainer.determinism import check_determinism
 from trainer.errors import DivergedError
 from trainer.guard import RECENT, Guard, drop_bad_update, spike_limit
@@ -26,7 +27,7 @@ from trainer.program import Program, build_program
 from trainer.state import TrainState
 
 STEPS = 6
-ORDER = Order(200, 0)(0, 200)
+ORDER = Order(200, 0)(np.arange(200))
 BAD = int(ORDER[2 * 16 + 5])  # in batch 3
 SKIP = config.Numerics(on_nonfinite="skip", max_skips=3)
 

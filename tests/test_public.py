@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     *("Checkpoint", "Evaluation", "Group", "Loading", "Logging", "Optimizer", "Parallel", "Run", "Schedule", "setting"),
     *("Watch", "Numerics", "InitFrom", "HostError"),
-    *("train", "evaluate", "TrainState", "Experiment", "Mean", "replica_axis", "ArraySource", "TfdsSource"),
+    *("train", "evaluate", "TrainState", "Experiment", "Mean", "replica_axis", "ArraySource", "Mixture", "TfdsSource"),
     *("adabelief", "scale_by_belief", "from_optax", "load", "Trained", "take"),
     *("UserError", "NotPreparedError", "CollectiveError", "DivergedError", "Interrupted"),
 }

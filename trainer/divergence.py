@@ -13,7 +13,7 @@ import numpy as np
 from trainer import config, distributed
 from trainer.checkpoint import Store, check_leaves, make_metadata
 from trainer.checkpoint.checksum import finite_and_checksums
-from trainer.data.stream import Order
+from trainer.data.mixture import order_of
 from trainer.errors import DivergedError, HostError, UserError
 from trainer.files import AnyPath, DamagedError, read_json, write_text
 from trainer.keys import run_keys, step_keys
@@ -95,7 +95,7 @@ def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -
         run.seed,
         np.asarray(jax.random.key_data(key)).tolist(),
         [first, stop],
-        Order(session.resumed.data.examples, run.seed)(first, stop).tolist(),
+        order_of(session.train_source, run.seed)(np.arange(first, stop)).tolist(),
         str(error),
         text,
         has_state,

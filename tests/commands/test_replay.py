@@ -18,7 +18,7 @@ from trainer import config
 from trainer.commands import run as run_command
 from trainer.config import Group, Optimizer, Parallel, Run
 from trainer.data import ArraySource
-from trainer.data.stream import Order
+from trainer.data.order import Order
 from trainer.divergence import explain, read, read_state
 from trainer.errors import DivergedError, UserError
 from trainer.metrics import Mean
@@ -28,7 +28,7 @@ from trainer.program import build_program
 from trainer.replay import replay
 
 EXAMPLES, BATCH, STEP = 40, 8, 3
-ORDER = Order(EXAMPLES, 0)(0, EXAMPLES)
+ORDER = Order(EXAMPLES, 0)(np.arange(EXAMPLES))
 BAD = int(ORDER[(STEP - 1) * BATCH + 5])  # an example of the third batch
 
 

@@ -11,7 +11,8 @@ from tests.tasks import Task, make_run
 from tests.test_hooks import BreaksAt, FailedError, bits
 from trainer import config, train
 from trainer.data import ArraySource
-from trainer.data.stream import Order, eval_batches, train_batches
+from trainer.data.order import Order
+from trainer.data.stream import eval_batches, train_batches
 from trainer.errors import DivergedError, UserError
 from trainer.program import build_program
 from trainer.replay import replay
@@ -38,7 +39,7 @@ def expected(seed: int) -> list[dict[str, np.ndarray]]:
     for step in range(STEPS):
         examples = []
         for position in range(step * BATCH, (step + 1) * BATCH):
-            (index,) = order(position, position + 1)
+            (index,) = order(np.array([position]))
             rng = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 1]))
             examples.append(augment({name: array[index] for name, array in data.items()}, rng))
         stacked = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
@@ -124,7 +125,7 @@ def test_replay_augments_the_step_as_the_run_did(tmp_path):
     step = raised.value.step
     positions = range((step - 1) * 16, step * 16)
     (bad, *_) = [p for p in positions if is_bad(p)]
-    index = int(Order(50, 0)(bad, bad + 1)[0])
+    index = int(Order(50, 0)(np.array([bad]))[0])
     result = replay(tmp_path / "run" / "diverged" / str(step))
     assert not result.is_finite
     assert f"x of the examples {index}" in result.text

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from trainer.data import ArraySource
-from trainer.data.stream import Batches, Order, eval_batches, prefetch, train_batches
+from trainer.data.order import Order
+from trainer.data.stream import Batches, eval_batches, prefetch, train_batches
 
 EXAMPLES, BATCH, STEPS = 23, 8, 12  # the stream ends in its fifth epoch, and no epoch ends where a batch does
 
@@ -49,47 +50,6 @@ def source(request: pytest.FixtureRequest) -> Any:
     return request.param(arrays())
 
 
-@pytest.mark.parametrize("examples", [1, 2, 7, 100])
-def test_each_epoch_of_the_order_has_every_example_once(examples):
-    epochs = Order(examples, seed=3)(0, 5 * examples).reshape(5, examples)
-    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(examples), (5, 1)))
-
-
-def test_epochs_are_ordered_differently_from_each_other_and_from_the_source():
-    epochs = Order(100, seed=3)(0, 500).reshape(5, 100)
-    assert len({epoch.tobytes() for epoch in [*epochs, np.arange(100)]}) == 6
-
-
-def test_the_order_follows_from_seed_and_position_whatever_slices_were_asked_for_before():
-    positions = 9 * EXAMPLES
-    expected = Order(EXAMPLES, seed=5)(0, positions)
-    order, rng = Order(EXAMPLES, seed=5), np.random.default_rng(0)
-    lengths = []
-    for _ in range(200):
-        start, stop = sorted(rng.choice(positions + 1, 2, replace=False))
-        np.testing.assert_array_equal(order(start, stop), expected[start:stop])
-        lengths.append(stop - start)
-    assert min(lengths) < EXAMPLES / 4  # within an epoch
-    assert max(lengths) > 3 * EXAMPLES  # over several
-
-
-def test_a_position_far_away_is_reached_without_the_epochs_before_it():
-    start = 10**12 * EXAMPLES - 2
-    order = Order(EXAMPLES, seed=5)
-    ahead = order(start, start + 4)
-    assert set(ahead[:2]) <= set(range(EXAMPLES))
-    np.testing.assert_array_equal(np.concatenate([order(start + i, start + i + 1) for i in range(4)]), ahead)
-
-
-def test_the_order_of_a_seed_is_the_one_that_kept_runs_were_trained_in():
-    np.testing.assert_array_equal(Order(7, seed=0)(0, 14), [0, 5, 1, 6, 2, 4, 3, 2, 0, 4, 1, 5, 3, 6])
-
-
-def test_another_seed_gives_another_order_in_every_epoch():
-    one, other = (Order(100, seed)(0, 500).reshape(5, 100) for seed in (0, 1))
-    assert (one != other).any(axis=1).all()
-
-
 def test_batch_i_of_the_stream_is_batch_i_by_index(source):
     batches = Batches(source, seed=0, batch_size=BATCH, steps=STEPS)
     assert len(batches) == STEPS
@@ -98,7 +58,7 @@ def test_batch_i_of_the_stream_is_batch_i_by_index(source):
 
 def test_batches_lie_end_to_end_in_the_order_of_the_run(source):
     numbers = np.concatenate([batch["number"] for batch in whole(source)])
-    np.testing.assert_array_equal(numbers, Order(EXAMPLES, seed=0)(0, STEPS * BATCH))
+    np.testing.assert_array_equal(numbers, Order(EXAMPLES, seed=0)(np.arange(STEPS * BATCH)))
 
 
 def test_every_place_of_a_batch_holds_one_complete_example_unmasked(source):

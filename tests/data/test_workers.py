@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from trainer.data import ArraySource
-from trainer.data.stream import Batches, Order, train_batches
+from trainer.data.order import Order
+from trainer.data.stream import Batches, train_batches
 from trainer.data.workers import read_in_workers
 from trainer.errors import HostError
 
@@ -121,7 +122,7 @@ def test_a_killed_or_stopped_worker_is_an_error_that_names_the_batch_and_leaves_
 
 
 def test_a_source_that_hangs_is_an_error_after_the_time_limit_and_no_worker_stays():
-    first = int(Order(EXAMPLES, seed=0)(0, 1)[0])
+    first = int(Order(EXAMPLES, seed=0)(np.zeros(1, np.int64))[0])
     with pytest.raises(HostError, match="batch 0 did not come from the 2 worker processes in 5 s: the source hangs"):
         next(read_in_workers(dataset(Source(at=first, hangs=True)), 2, timeout_seconds=5))
     assert workers() == []

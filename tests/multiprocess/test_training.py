@@ -18,7 +18,7 @@ from tests.multiprocess.tasks import BATCH, EXAMPLES, Traced
 from tests.test_resume import event_steps
 from trainer import config, train
 from trainer.checkpoint import Store
-from trainer.data.stream import Order
+from trainer.data.order import Order
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
 from trainer.program import build_program
@@ -72,7 +72,7 @@ def test_pmap_over_two_processes_trains_and_saves_what_one_process_does(tmp_path
 
 def test_example_j_of_batch_i_is_the_same_with_the_same_random_numbers_on_any_number_of_processes(rows, in_one):
     names = [f"train/id_{j}" for j in range(BATCH)]
-    examples = Order(Traced().examples, get_config().seed)(0, 20 * BATCH).reshape(20, BATCH)
+    examples = Order(Traced().examples, get_config().seed)(np.arange(20 * BATCH)).reshape(20, BATCH)
     np.testing.assert_array_equal(values(rows, *names), examples)
     noise = [f"train/noise_{j}" for j in range(BATCH)]
     np.testing.assert_array_equal(values(rows, *noise), values(in_one, *noise))

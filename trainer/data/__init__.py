@@ -1,7 +1,8 @@
 """Sources of examples: arrays in memory, and many examples of any source as one batch."""
 
+import abc
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,30 @@ _FINGERPRINTED = 64  # examples
 _READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
 
 
-class ArraySource:
+class BatchSource(abc.ABC):
+    """A source that reads many examples as one batch, faster than one by one."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+    @abc.abstractmethod
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at `indices`, int64 [n], stacked along a new first axis, in the dtypes that JAX uses."""
+
+    @property
+    @abc.abstractmethod
+    def is_in_memory(self) -> bool:
+        """Whether all examples are arrays in memory."""
+
+    @abc.abstractmethod
+    def loaded(self, load: Callable[[RandomAccessSource], RandomAccessSource]) -> RandomAccessSource:
+        """The same source, with each source that it is made of replaced by what `load` returns for it."""
+
+
+class ArraySource(BatchSource):
     """Examples in memory: one array for each entry, whose first axis is the example."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -36,6 +60,15 @@ class ArraySource:
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` as one batch."""
         return {name: array.take(indices, axis=0) for name, array in self.arrays.items()}
+
+    @property
+    def is_in_memory(self) -> bool:
+        """True."""
+        return True
+
+    def loaded(self, load: Callable[[RandomAccessSource], RandomAccessSource]) -> RandomAccessSource:
+        """This source itself."""
+        return self
 
 
 class FirstExamples:
@@ -75,7 +108,7 @@ def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
 
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
     """The examples of any source at `indices`, stacked along a new first axis, in the dtypes that JAX uses."""
-    return source.take(indices) if isinstance(source, ArraySource) else _stack(_read(source, [int(i) for i in indices]))
+    return source.take(indices) if isinstance(source, BatchSource) else _stack(_read(source, [int(i) for i in indices]))
 
 
 def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
@@ -83,8 +116,10 @@ def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAcce
 
     Raises `UserError` if two reads of the same example differ.
     """
-    if isinstance(source, ArraySource) or not fits_in_memory(source, limit_bytes):
+    if not fits_in_memory(source, limit_bytes):
         return source
+    if isinstance(source, BatchSource):
+        return source.loaded(lambda part: load_into_memory(part, limit_bytes))
     check_reads_are_equal(source)
     arrays = {name: np.empty((len(source), *x.shape[1:]), x.dtype) for name, x in _stack([source[0]]).items()}
     for start in range(0, len(source), _READ_AT_ONCE):
@@ -117,7 +152,7 @@ def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
     """Whether the source is in memory already, or takes at most `limit_bytes` when it is decoded."""
-    if isinstance(source, ArraySource):
+    if isinstance(source, BatchSource) and source.is_in_memory:
         return True
     return len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) <= limit_bytes
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 import grain
 import numpy as np
 
-from trainer.data import IDS, ArraySource, augmented, take
+from trainer.data import IDS, BatchSource, augmented, take
+from trainer.data.mixture import order_of
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.optional import Augment
@@ -17,32 +18,6 @@ from trainer.optional import Augment
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _READ_BYTES = 1 << 20  # bytes: consecutive batches in memory are copied together up to this size
-
-
-class Order:
-    """The index of the example at each position of an endless sequence.
-
-    The source has `examples` examples. Their order in epoch e depends only on (seed, e).
-    """
-
-    def __init__(self, examples: int, seed: int) -> None:
-        self.examples, self.seed = examples, seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __call__(self, start: int, stop: int) -> np.ndarray:
-        """The indices of the examples at positions start … stop − 1, int64."""
-        first, last = start // self.examples, (stop - 1) // self.examples
-        epochs = [self._epoch(epoch) for epoch in range(first, last + 1)]
-        order = epochs[0] if first == last else np.concatenate(epochs)
-        return order[start - first * self.examples : stop - first * self.examples]
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        order = self._epochs.get(epoch)
-        if order is None:
-            order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.examples)
-            # Threads may read on both sides of an epoch's end, so the epochs beside this one are kept.
-            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: order}
-        return order
 
 
 @dataclass(eq=False, repr=False)
@@ -59,7 +34,7 @@ class Batches:
     augment: Augment | None = None  # changes each example; ignored if `seed` is None
 
     def __post_init__(self) -> None:
-        self.order = None if self.seed is None else Order(len(self.source), self.seed)
+        self.order = None if self.seed is None else order_of(self.source, self.seed)
         self.batch_positions = np.arange(self.batch_size) if self.local_positions is None else self.local_positions
 
     def __len__(self) -> int:
@@ -70,24 +45,20 @@ class Batches:
 
     def read(self, first: int, stop: int) -> Iterator[Batch]:
         """Batches first … stop − 1; reads all of them before it yields the first."""
-        start, end = first * self.batch_size, stop * self.batch_size
-        positions = np.arange(start, end)
+        positions = (np.arange(first, stop)[:, None] * self.batch_size + self.batch_positions).reshape(-1)
         if self.order is None:
             indices, mask = np.minimum(positions, len(self.source) - 1), positions < len(self.source)
         else:
-            indices, mask = self.order(start, end), np.ones(end - start)
-        indices, mask, positions = (
-            x.reshape(-1, self.batch_size)[:, self.batch_positions] for x in (indices, mask, positions)
-        )
-        batches = take(self.source, indices.reshape(-1))
+            indices, mask = self.order(positions), np.ones(len(positions))
+        batches = take(self.source, indices)
         if self.augment is not None and self.seed is not None:
-            batches = augmented(batches, self.augment, self.seed, positions.reshape(-1))
-        batches["mask"] = mask.astype(np.float32).reshape(-1)
+            batches = augmented(batches, self.augment, self.seed, positions)
+        batches["mask"] = mask.astype(np.float32)
         if self.with_ids:
-            batches[IDS] = indices.reshape(-1)
-        arrays = {name: array.reshape(*indices.shape, *array.shape[1:]) for name, array in batches.items()}
-        for i in range(len(indices)):
-            yield {name: array[i] for name, array in arrays.items()}
+            batches[IDS] = indices
+        size = len(self.batch_positions)
+        for start in range(0, len(positions), size):
+            yield {name: array[start : start + size] for name, array in batches.items()}
 
 
 def train_batches(
@@ -140,9 +111,10 @@ def split_ids(batch: Batch) -> tuple[np.ndarray | None, Batch]:
 
 def _read(batches: Batches, start: int, threads: int, workers: int, timeout_seconds: float = 300.0) -> Iterator[Batch]:
     """The batches from `start` on, read ahead unless they lie in memory."""
-    if isinstance(batches.source, ArraySource) and batches.augment is None:
+    source = batches.source
+    if isinstance(source, BatchSource) and source.is_in_memory and batches.augment is None:
         # Several batches at once: on CPUs every microsecond of Python is taken from the step.
-        batch_bytes = len(batches.batch_positions) * sum(x[:1].nbytes for x in batches.source.arrays.values())
+        batch_bytes = len(batches.batch_positions) * sum(x.nbytes for x in source.take(np.arange(1)).values())
         many = min(max(_READ_BYTES // batch_bytes, 1), 64)
         firsts = range(start, len(batches), many)
         return chain.from_iterable(batches.read(first, min(first + many, len(batches))) for first in firsts)
