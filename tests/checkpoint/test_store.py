@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from trainer import config
 from trainer.checkpoint import DataIdentity, Metadata, Store, leaves_of
@@ -120,6 +121,23 @@ def test_a_save_over_leftovers_of_a_killed_one_succeeds(store, tmp_path):
     (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     save(store, 1)
     assert store.steps() == [1]
+
+
+def test_a_killed_save_in_a_bucket_is_removed_and_its_step_can_be_saved_again(tmp_path, monkeypatch):
+    # Orbax tells a bucket by the beginning of the path. With another beginning, its own code for buckets writes to this
+    # disk: to the folder of the step itself, with the mark of completeness last.
+    monkeypatch.setattr("orbax.checkpoint._src.path.gcs_utils._GCS_PATH_PREFIX", (str(tmp_path),))
+    bucket = Store(epath.Path(tmp_path / "bucket"), config.Checkpoint())
+    save(bucket, 10, 20)
+    (tmp_path / "bucket" / "20" / "commit_success.txt").unlink()  # as if killed before its end
+    assert bucket.step_names() == bucket.steps() == [10]
+    bucket.close()
+    again = Store(epath.Path(tmp_path / "bucket"), config.Checkpoint())
+    again.remove_incomplete()
+    assert [path.name for path in (tmp_path / "bucket").iterdir()] == ["10"]
+    save(again, 20)
+    assert again.steps() == [10, 20]
+    again.close()
 
 
 def files(folder: Path) -> list[Path]:

@@ -213,10 +213,12 @@ class Store:
     def remove_incomplete(self) -> None:
         """Removes what killed saves and removals left behind; only the process that holds the workdir's lock may do so.
 
-        It leaves an incomplete save in a bucket of `gs://`, whose folder already has the name of its step.
+        In a bucket of `gs://` the folder of an incomplete save already has the name of its step, and would be in the
+        way when the run saves this step again.
         """
         for path in self._directory.iterdir() if self._directory.is_dir() else ():
-            if re.fullmatch(rf"\d+{re.escape(_TEMPORARY)}.*|\.removed-\d+-\w+", path.name):
+            is_left = re.fullmatch(rf"\d+{re.escape(_TEMPORARY)}.*|\.removed-\d+-\w+", path.name)
+            if is_left or (path.name.isdecimal() and not isinstance(path, Path) and not self._is_complete(path)):
                 path.rmtree() if isinstance(path, epath.Path) else shutil.rmtree(path)
 
     def _is_complete(self, path: AnyPath) -> bool:
