@@ -106,7 +106,7 @@ def test_the_hooks_of_the_page_follow_a_run(here, monkeypatch, capsys, data_dir)
 
 
 def test_the_augmentation_of_the_page_shifts_each_image_by_a_pixel(data_dir):
-    (block,) = DATA
+    (block,) = (block for block in DATA if "class Shifted" in block)
     names: dict = {"__name__": "shifted"}
     exec(block, names)
     experiment = names["Shifted"](data_dir=str(data_dir))
@@ -115,3 +115,11 @@ def test_the_augmentation_of_the_page_shifts_each_image_by_a_pixel(data_dir):
     (batch,) = batches
     rolled = {np.roll(source.arrays["image"][0], (i, j), (0, 1)).tobytes() for i in (-1, 0, 1) for j in (-1, 0, 1)}
     assert {image.tobytes() for image in batch["image"]} == rolled
+
+
+def test_the_mixture_of_the_page_has_the_proportions_that_it_says():
+    (block,) = (block for block in DATA if "Mixture(" in block)
+    names: dict = {}
+    exec(block, names)
+    batches = train_batches(names["mixture"], seed=0, batch_size=10, start=0, stop=20)
+    assert [int(batch["text"][:, 0].sum()) for batch in batches] == [3] * 20  # of code
