@@ -57,7 +57,6 @@ def train_program(
     program: Program, workdir: str | PathLike[str], progress: Progress, **options: Unpack["SessionOptions"]
 ) -> TrainState:
     """The loop; arguments, result and errors are those of `train`, for a program in place of its run."""
-    compile_ahead(program.train_step)
     from trainer.opening import open_session  # imports Orbax and Grain, for half a second, while XLA compiles
 
     with open_session(program, workdir, progress, **options) as session:
@@ -82,4 +81,4 @@ def agreed_program(run: config.Run, workdir: str | PathLike[str]) -> Program:
         lines = [config.to_json(run), f"workdir {os.fspath(workdir)}", *(f"{k} {v}" for k, v in versions().items())]
     distributed.check_same("the processes were not started alike", "\n".join(lines))
     with distributed.fail_fast(), distributed.collective_errors("the run"):
-        return build_program(run)
+        return build_program(run, compiles=True)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from trainer import config
-from trainer.compilation import Step, gc_paused
+from trainer.compilation import Step, compile_ahead, gc_paused
 from trainer.data import FirstExamples, batch_spec, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, RandomAccessSource
@@ -87,12 +87,13 @@ def is_logged(run: config.Run, step: Any) -> Any:
 
 
 @gc_paused()
-def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) -> Program:
-    """The program of a resolved run. The train step and each evaluation step are traced here, but not compiled.
+def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None, *, compiles: bool = False) -> Program:
+    """The program of a resolved run, whose train step and evaluation steps are traced here.
 
     Args:
       run: as `config.resolve` returns it.
       devices: the devices to compile for, which need not exist; by default `run.parallel` chooses from those of JAX.
+      compiles: whether XLA begins to compile the train step, in a thread, while the evaluation steps are traced.
 
     Raises:
       UserError: data that is not there, batches that do not divide over the devices, labels that do not cover the
@@ -164,7 +165,7 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None) 
         partial(strategy.init_state, init),
         Step(jitted, (abstract_state, strategy.abstract_batch(train_spec))),
     )
-    _check_steps(program)
+    _check_steps(program, compiles)
     return program
 
 
@@ -172,12 +173,14 @@ def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
     return None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor)
 
 
-def _check_steps(program: Program) -> None:
+def _check_steps(program: Program, compiles: bool) -> None:
     """Traces the train step and every evaluation step, and checks what they return."""
     run, state, strategy = program.run, program.state, program.strategy
     with model_errors(program.train_spec):
         after, _ = jax.eval_shape(program.train_step.jitted, state, strategy.abstract_batch(program.train_spec))
     check_same_shapes(state, after)
+    if compiles:
+        compile_ahead(program.train_step)
     best, known = run.checkpoint.best_metric, dict[str, float]()
     for name, one in program.evaluations.items():
         with model_errors(one.spec):
