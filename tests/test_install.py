@@ -84,6 +84,7 @@ from trainer import (
     Experiment,
     Group,
     HostError,
+    HuggingFaceSource,
     InitFrom,
     Interrupted,
     Loading,
@@ -94,6 +95,7 @@ from trainer import (
     Numerics,
     Optimizer,
     Parallel,
+    ParquetSource,
     Run,
     Schedule,
     TfdsSource,
@@ -125,6 +127,7 @@ assert_type(train(run, Path("run"), verbose=False, handle_signals=False), TrainS
 assert_type(replica_axis(), str | None)
 assert_type(Mean.of(jnp.ones(3), jnp.ones(3)).compute(), float)
 assert_type(len(ArraySource({"x": np.ones(3)})) + len(TfdsSource("mnist", "test", ("image",))), int)
+assert_type(len(ParquetSource("data", ("text",))) + len(HuggingFaceSource("data", ("text",))), int)
 assert_type(adabelief(1e-3), optax.GradientTransformationExtraArgs)
 assert_type(scale_by_belief(b1=0.5), optax.GradientTransformationExtraArgs)
 assert_type(from_optax(optax.adabelief(1e-3).init({})), ScaleByBeliefState)

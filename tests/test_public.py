@@ -23,6 +23,7 @@ NAMES = {
     *("Checkpoint", "Evaluation", "Group", "Loading", "Logging", "Optimizer", "Parallel", "Run", "Schedule", "setting"),
     *("Watch", "Numerics", "InitFrom", "HostError"),
     *("train", "evaluate", "TrainState", "Experiment", "Mean", "replica_axis", "ArraySource", "Mixture", "TfdsSource"),
+    *("ParquetSource", "HuggingFaceSource"),
     *("adabelief", "scale_by_belief", "from_optax", "load", "Trained", "take"),
     *("UserError", "NotPreparedError", "CollectiveError", "DivergedError", "Interrupted"),
 }

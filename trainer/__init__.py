@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from trainer.config import Parallel as Parallel, Run as Run, Schedule as Schedule, Watch as Watch
     from trainer.config import setting as setting
     from trainer.data import ArraySource as ArraySource, take as take
+    from trainer.data.hf import HuggingFaceSource as HuggingFaceSource
     from trainer.data.mixture import Mixture as Mixture
+    from trainer.data.parquet import ParquetSource as ParquetSource
     from trainer.data.tfds import TfdsSource as TfdsSource
     from trainer.distributed import Interrupted as Interrupted
     from trainer.errors import CollectiveError as CollectiveError, DivergedError as DivergedError
@@ -31,7 +33,9 @@ else:
         "trainer.config": "Checkpoint Evaluation Group InitFrom Loading Logging Numerics Optimizer Parallel Run "
         "Schedule Watch setting",
         "trainer.data": "ArraySource take",
+        "trainer.data.hf": "HuggingFaceSource",
         "trainer.data.mixture": "Mixture",
+        "trainer.data.parquet": "ParquetSource",
         "trainer.data.tfds": "TfdsSource",
         "trainer.distributed": "Interrupted",
         "trainer.errors": "CollectiveError DivergedError HostError NotPreparedError UserError",
