@@ -7,12 +7,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from trainer import config, train
 from trainer.commands import run as command
 from trainer.commands.arguments import load_config
-from trainer.data import ArraySource
+from trainer.data import ArraySource, batch_spec
 from trainer.data.stream import train_batches
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -115,6 +117,24 @@ def test_the_augmentation_of_the_page_shifts_each_image_by_a_pixel(data_dir):
     (batch,) = batches
     rolled = {np.roll(source.arrays["image"][0], (i, j), (0, 1)).tobytes() for i in (-1, 0, 1) for j in (-1, 0, 1)}
     assert {image.tobytes() for image in batch["image"]} == rolled
+
+
+def test_the_language_model_of_the_page_reads_the_first_bytes_of_parquet_files(tmp_path):
+    (block,) = (block for block in DATA if "ParquetSource(" in block)
+    names: dict = {"__name__": "stories"}
+    exec(block, names)
+    texts = [f"Once there were {i} bears. " + "They walked. " * (i % 9) for i in range(40)]
+    for first, split in ((0, "train"), (16, "train"), (32, "test")):
+        table = pa.table({"text": texts[first : first + 16], "number": range(len(texts[first : first + 16]))})
+        parquet.write_table(table, tmp_path / f"{split}-{first:05}.parquet", row_group_size=5)
+    experiment = names["Stories"](folder=str(tmp_path), width=16, layers=1, heads=2, mlp_width=16)
+    example = experiment.source("train")[20]
+    assert bytes(example["tokens"]).rstrip(b"\0").decode() == texts[20][:65]
+    assert example["targets"] == len(texts[20][:65]) - 1
+    batch, key = batch_spec(experiment.source("train"), 16), jax.random.key(0)
+    variables = jax.eval_shape(experiment.init, key, batch)
+    metrics, _ = jax.eval_shape(lambda v, b: experiment.loss(v, b, key=key, train=True), variables, batch)
+    assert "bits_per_byte" in metrics
 
 
 def test_the_mixture_of_the_page_has_the_proportions_that_it_says():
