@@ -1,4 +1,10 @@
-"""Language modelling: a decoder-only transformer that predicts each byte of a text from the bytes before it."""
+"""Language modelling: a decoder-only transformer that predicts each token of a text from the tokens before it.
+
+A batch has "tokens", [B, T + 1] of whole numbers, and either "targets", int [B], how many of the T targets of a row
+count from its first on, or "segments", [B, T + 1] of whole numbers: 1, 2, … for the documents packed into a row, 0 for
+padding. No document sees another, and the first token of a document is no target. An entry "bytes" [B] gives the bytes
+of text that the targets of a row stand for, by which bits per byte are counted; without it each target is a byte.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 import experiments.datasets  # noqa: F401 - registers this repository's data sets
+from experiments.attention import ATTENTIONS
 from experiments.remat import POLICIES
+from experiments.sampling import extend
 from experiments.transformer import Transformer
 from trainer.config import setting
 from trainer.data import ArraySource, tfds
@@ -52,36 +60,52 @@ def windows(texts: Sequence[bytes], length: int) -> dict[str, np.ndarray]:
     return {"tokens": np.concatenate(tokens), "targets": np.concatenate(targets).astype(np.int32)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # compiled once for each model
-def _continued(model: Transformer, temperature: float, variables: Variables, prompt: Array, keys: Array) -> Array:
+def counted(batch: Batch) -> Bool[Array, "examples length"]:
+    """Whether each target of a batch counts: those of windows up to "targets", those of packed rows by "segments"."""
+    if "segments" in batch:
+        segments = batch["segments"]
+        return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    rows, length = batch["tokens"].shape
+    places = jnp.arange(length - 1)
+    return places < batch["targets"][:, None] if "targets" in batch else jnp.ones((rows, length - 1), bool)
+
+
+def text_metrics(
+    losses: Float[Array, "examples length"], hits: Bool[Array, "examples length"], batch: Batch
+) -> dict[str, Mean]:
+    """Metrics "loss" in nats per target, "bits_per_byte" and "accuracy", over the targets that count."""
+    weights = batch["mask"][:, None] * counted(batch)
+    loss = Mean.of(losses, weights)
+    size = jnp.sum(batch["mask"] * batch["bytes"]) if "bytes" in batch else loss.weight
+    bits = Mean(loss.total / math.log(2), size)
+    return {"loss": loss, "bits_per_byte": bits, "accuracy": Mean.of(hits, weights)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once for each model
+def _continued(
+    model: Transformer, temperature: float, top_k: int | None, variables: Variables, prompt: Array, keys: Array
+) -> Array:
     """The tokens after each prompt, one for each key; `model` has a cache for all of them."""
 
-    def draw(logits: Array, key: Array) -> Array:
-        last = logits[:, -1]
-        return jnp.argmax(last, -1) if temperature == 0 else jax.random.categorical(key, last / temperature)
+    def forward(cache: Any, tokens: Array) -> tuple[Array, Any]:
+        return model.apply({**variables, **cache}, tokens, mutable=["cache"])
 
-    def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
-        cache, token = carry
-        logits, cache = model.apply({**variables, **cache}, token[:, None], mutable=["cache"])
-        token = draw(logits, key)
-        return (cache, token), token
-
-    logits, cache = model.apply(variables, prompt, mutable=["cache"])
-    first = draw(logits, keys[0])
-    _, rest = jax.lax.scan(step, (cache, first), keys[1:])
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    return extend(forward, {}, prompt, keys, temperature, top_k)
 
 
 @dataclasses.dataclass
 class LanguageModel:
-    """Cross-entropy of the next byte, on the texts of a TFDS data set."""
+    """Cross-entropy of the next token; here tokens are the bytes of the texts of a TFDS data set.
+
+    A subclass with another vocabulary replaces `encode`, `decode`, `source` and `prepare`.
+    """
 
     dataset: str = setting("shakespeare")
     """Name of a TFDS data set with a feature "text"; a split is read into memory."""
     data_dir: str | None = setting(None, may_change=True)
     """The folder of TFDS data sets; None for TFDS's default, TFDS_DATA_DIR or ~/tensorflow_datasets."""
     length: int = setting(64, minimum=1)
-    """Sequence length: the number of bytes to predict in a window."""
+    """Sequence length: the number of tokens to predict in a row."""
     vocab: int = setting(256, minimum=256)
     """Vocabulary size of the embedding. Bytes need 256; a larger one gives `plan` the sizes of published models."""
     width: int = setting(128, minimum=2)
@@ -90,6 +114,10 @@ class LanguageModel:
     """Number of blocks."""
     heads: int = setting(4, minimum=1)
     """Number of attention heads; each has width / heads units, an even number."""
+    kv_heads: int | None = setting(None, minimum=1)
+    """Number of heads of keys and values, each shared by heads / kv_heads heads of queries; None for `heads`."""
+    attention: str = setting("plain", choices=ATTENTIONS, may_change=True)
+    """Implementation of attention: `plain`, or `splash`, a kernel for TPUs; see `experiments.attention`."""
     mlp_width: int = setting(512, minimum=1)
     """Hidden units of the MLP."""
     activation: str = setting("gelu", choices=("gelu", "swiglu"))
@@ -104,24 +132,29 @@ class LanguageModel:
     remat: str = setting("none", choices=tuple(POLICIES))
     """The activations of each block that the backward pass keeps; see `experiments.remat`."""
     sample: int = setting(0, minimum=0, may_change=True)
-    """Bytes that are generated after each evaluation and reported as a text; 0 for none."""
+    """Tokens that are generated after each evaluation and reported as a text; 0 for none."""
 
     def _model(self, train: bool, cache: int = 0) -> Transformer:
+        kv_heads = self.kv_heads or self.heads
         if self.width % (2 * self.heads):
             raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even number of units")
+        if self.heads % kv_heads:
+            raise UserError(f"{self.heads} heads do not divide into {kv_heads} groups, one for each of the kv_heads")
         return Transformer(
-            self.vocab,
-            self.width,
-            self.layers,
-            self.heads,
-            self.mlp_width,
-            self.activation,
-            self.dropout,
-            self.dtype,
-            self.scan,
-            "none" if cache else self.remat,
-            train,
-            cache,
+            vocab=self.vocab,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=kv_heads,
+            mlp_width=self.mlp_width,
+            activation=self.activation,
+            attention=self.attention,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            scan=self.scan,
+            remat="none" if cache else self.remat,
+            train=train,
+            cache=cache,
         )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
@@ -131,47 +164,71 @@ class LanguageModel:
     def loss(
         self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
-        """Metrics "loss", the cross-entropy in nats per byte, "bits_per_byte", the same in bits, and "accuracy".
+        """Metrics "loss", the cross-entropy in nats per target, "bits_per_byte" and "accuracy".
 
-        Each target byte has weight 1; padding of a window or of a batch has weight 0.
+        Each target has weight 1; padding of a row or of a batch, and the first tokens of documents, have weight 0.
         """
+        losses, hits = self._scores(variables, batch, train=train, rngs={"dropout": key})
+        return text_metrics(losses, hits, batch), {}
+
+    def _scores(self, variables: Variables, batch: Batch, *, train: bool, **options: Any) -> tuple[Array, Array]:
+        """The cross-entropy of each target, and whether it is the likeliest token."""
         tokens = batch["tokens"].astype(jnp.int32)
-        logits = self._model(train).apply(variables, tokens[:, :-1], rngs={"dropout": key})
-        losses, hits = score(logits, tokens[:, 1:])
-        weights = batch["mask"][:, None] * (jnp.arange(self.length) < batch["targets"][:, None])
-        loss = Mean.of(losses, weights)
-        bits = Mean(loss.total / math.log(2), loss.weight)
-        return {"loss": loss, "bits_per_byte": bits, "accuracy": Mean.of(hits, weights)}, {}
+        segments = batch["segments"][:, :-1].astype(jnp.int32) if "segments" in batch else None
+        logits = self._model(train).apply(variables, tokens[:, :-1], segments, **options)
+        return score(logits, tokens[:, 1:])
 
     def predict(self, variables: Variables, batch: Batch) -> dict[str, Array]:
-        """ "log_likelihood", that of each window's target bytes in nats, and "targets", how many they are."""
-        tokens = batch["tokens"].astype(jnp.int32)
-        losses, _ = score(self._model(train=False).apply(variables, tokens[:, :-1]), tokens[:, 1:])
-        is_target = jnp.arange(self.length) < batch["targets"][:, None]
-        return {"log_likelihood": -jnp.sum(losses * is_target, axis=-1), "targets": batch["targets"]}
+        """ "log_likelihood" [B], the sum over the targets of each row, in nats, and "targets" [B], how many count."""
+        losses, _ = self._scores(variables, batch, train=False)
+        is_target = counted(batch)
+        return {"log_likelihood": -jnp.sum(losses * is_target, axis=-1), "targets": is_target.sum(axis=-1)}
 
     def generate(
+        self,
+        variables: Variables,
+        prompt: str,
+        length: int,
+        *,
+        key: Key[Array, ""],
+        temperature: float = 0.8,
+        top_k: int | None = None,
+    ) -> str:
+        """The prompt and the `length` tokens after it, as a text; see `continuations`."""
+        if not (tokens := self.encode(prompt)):
+            raise UserError("the prompt is empty; the model needs a token to begin with")
+        rows = jnp.asarray([tokens], jnp.int32)
+        found = self.continuations(variables, rows, length, key, temperature, top_k)
+        return self.decode([*tokens, *np.asarray(found[0]).tolist()])
+
+    def continuations(
         self,
         variables: Variables,
         prompt: Int[Array, "examples prompt"],
         count: int,
         key: Key[Array, ""],
         temperature: float = 0.8,
+        top_k: int | None = None,
     ) -> Int[Array, "examples count"]:
-        """`count` bytes after each prompt, drawn one after the other; with temperature 0 the likeliest.
+        """`count` tokens after each prompt, drawn one after the other; arguments are those of `sampling.extend`.
 
-        Keys and values of earlier positions are kept in a cache, so each byte costs one position.
+        Keys and values of earlier positions are kept in a cache, so each token costs one position.
         """
         model = self._model(train=False, cache=prompt.shape[1] + count)
-        return _continued(model, temperature, variables, prompt, jax.random.split(key, count))
+        return _continued(model, temperature, top_k, variables, prompt, jax.random.split(key, count))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text: its bytes in UTF-8."""
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens: those below 256 are its bytes; what is not UTF-8 is shown as replacement characters."""
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
         """A text that the model continues, if `sample` is not 0."""
         if self.sample:
-            start = b"The "
-            prompt = jnp.asarray([list(start)], jnp.int32)
-            found = self.generate(variables, prompt, self.sample, jax.random.key(step))
-            writer.text("sample", (start + bytes(np.asarray(found[0], np.uint8))).decode(errors="replace"))
+            writer.text("sample", self.generate(variables, "The ", self.sample, key=jax.random.key(step)))
 
     def source(self, split: str) -> ArraySource:
         """The windows of all texts of a split, in the order of the texts in the data set."""

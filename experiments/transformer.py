@@ -1,13 +1,14 @@
 """A decoder-only transformer in Linen, with rotary positions, logical axes on every kernel, and optional `nn.scan`."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from experiments.attention import attend
 from experiments.remat import remat
 
 
@@ -36,46 +37,70 @@ class Projection(nn.Module):
         return x @ kernel.astype(x.dtype)
 
 
+class Places(NamedTuple):
+    """Where the tokens of a batch stand.
+
+    Attributes:
+      positions: int32, in the token's document: [length], or [examples, length] if there are segments.
+      segments: int32 [examples, length], the number of the token's document in its row; None if a row is one document.
+    """
+
+    positions: Array
+    segments: Array | None
+
+
+def places(length: int, segments: Int[Array, "examples length"] | None = None) -> Places:
+    """The places of `length` tokens, counted from 0 in each row, or in each run of equal segments of a row."""
+    positions = jnp.arange(length)
+    if segments is None:
+        return Places(positions, None)
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    return Places(positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1), segments)
+
+
 class Attention(nn.Module):
-    """Causal attention with rotary positions.
+    """Causal attention with rotary positions, within documents; several query heads may share a key and a value head.
 
     With a cache, a call continues the sequences of the calls before: collection "cache" holds their keys and values,
     and how many positions they had.
     """
 
     heads: int
+    kv_heads: int  # divides `heads`
     gain: float
+    attention: str  # a name in `experiments.attention.ATTENTIONS`
     cache: int = 0  # positions that the cache has room for; 0 for no cache
 
     @nn.compact
-    def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length width"]:
-        """Each position attends to itself and to the positions before it."""
+    def __call__(
+        self, x: Float[Array, "examples length width"], places: Places
+    ) -> Float[Array, "examples length width"]:
+        """Each position attends to itself and to the positions before it in its document."""
         width = x.shape[-1]
+        head_dim = width // self.heads
         query, key, value = (
-            nn.with_logical_constraint(
-                Projection(width, ("embed", "heads"), name=name)(x).reshape(*x.shape[:2], self.heads, -1),
-                ("batch", "length", "heads", "head_dim"),
-            )
-            for name in ("query", "key", "value")
+            Projection(heads * head_dim, ("embed", "heads"), name=name)(x).reshape(*x.shape[:2], heads, head_dim)
+            for name, heads in (("query", self.heads), ("key", self.kv_heads), ("value", self.kv_heads))
         )
-        # Sums of products and the softmax are in float32.
         if self.cache:
             mixed = self._continued(query, key, value)
         else:
-            mixed = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
+            query, key = (rotary(x, places.positions) for x in (query, key))
+            mixed = attend(self.attention, query, key, value, places.segments)
         return Projection(width, ("heads", "embed"), self.gain, name="out")(mixed.reshape(x.shape))
 
     def _continued(self, query: Array, key: Array, value: Array) -> Array:
         """Attention to the positions in the cache too, to which the new ones are added."""
         first = self.variable("cache", "positions", lambda: jnp.zeros((), jnp.int32))
-        start, shape = first.value, (query.shape[0], self.cache, *query.shape[2:])
+        start, shape = first.value, (key.shape[0], self.cache, *key.shape[2:])
+        positions = start + jnp.arange(query.shape[1])
         kept = [self.variable("cache", name, jnp.zeros, shape, key.dtype) for name in ("keys", "values")]
-        for variable, new in zip(kept, (rotary(key, start), value), strict=True):
+        for variable, new in zip(kept, (rotary(key, positions), value), strict=True):
             variable.value = jax.lax.dynamic_update_slice_in_dim(variable.value, new, start, axis=1)
         first.value = start + query.shape[1]
-        sees = jnp.arange(self.cache) <= start + jnp.arange(query.shape[1])[:, None]
+        sees = jnp.arange(self.cache) <= positions[:, None]
         keys, values = (variable.value for variable in kept)
-        return jax.nn.dot_product_attention(rotary(query, start), keys, values, mask=sees[None, None])
+        return jax.nn.dot_product_attention(rotary(query, positions), keys, values, mask=sees[None, None])
 
 
 class MLP(nn.Module):
@@ -101,23 +126,23 @@ class Block(nn.Module):
     """Attention and MLP; each reads the normalised residual stream and adds to the stream."""
 
     heads: int
+    kv_heads: int
     mlp_width: int
     activation: str
     gain: float
+    attention: str
     dropout: float
     train: bool
     cache: int = 0
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "examples length width"], _: None
+        self, x: Float[Array, "examples length width"], places: Places
     ) -> tuple[Float[Array, "examples length width"], None]:
-        """The residual stream after the block, as `nn.scan` carries it: (x, None) in and out."""
-        layers = {
-            "attention": Attention(self.heads, self.gain, self.cache, name="attention"),
-            "mlp": MLP(self.mlp_width, self.activation, self.gain, name="mlp"),
-        }
-        for name, layer in layers.items():
+        """The residual stream after the block, as `nn.scan` carries it: (stream, None)."""
+        attention = Attention(self.heads, self.kv_heads, self.gain, self.attention, self.cache, name="attention")
+        mlp = MLP(self.mlp_width, self.activation, self.gain, name="mlp")
+        for name, layer in {"attention": lambda x: attention(x, places), "mlp": mlp}.items():
             y = layer(norm(f"{name}_norm", x.dtype)(x))
             y = nn.Dropout(self.dropout, deterministic=not self.train, name=f"{name}_dropout")(y)
             x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
@@ -131,8 +156,10 @@ class Transformer(nn.Module):
     width: int
     layers: int
     heads: int
+    kv_heads: int
     mlp_width: int
     activation: str
+    attention: str
     dropout: float
     dtype: str
     scan: bool
@@ -141,29 +168,41 @@ class Transformer(nn.Module):
     cache: int = 0  # see `Attention`
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "examples length"]) -> Float[Array, "examples length vocab"]:
-        """Logits, float32, of the token after each position."""
+    def __call__(
+        self, tokens: Int[Array, "examples length"], segments: Int[Array, "examples length"] | None = None
+    ) -> Float[Array, "examples length vocab"]:
+        """Logits, float32, of the token after each position; `segments` are those of `Places`."""
         fresh = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         table = nn.Embed(self.vocab, self.width, embedding_init=fresh, name="embed").embedding.astype(self.dtype)
         x = lookup(table, tokens) * math.sqrt(self.width)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
 
-        block = remat(Block, self.remat, scanned=self.scan)
-        # Each layer adds two results to the stream; with this gain its variance does not grow with the depth.
-        settings = (self.heads, self.mlp_width, self.activation, 1 / (2 * self.layers), self.dropout, self.train)
-        settings += (self.cache,)
+        block, where = remat(Block, self.remat, scanned=self.scan), places(tokens.shape[1], segments)
+        settings: dict[str, Any] = {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "mlp_width": self.mlp_width,
+            "activation": self.activation,
+            # Each layer adds two results to the stream; with this gain its variance does not grow with the depth.
+            "gain": 1 / (2 * self.layers),
+            "attention": self.attention,
+            "dropout": self.dropout,
+            "train": self.train,
+            "cache": self.cache,
+        }
         if self.scan:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
                 length=self.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scanned(*settings, name="layers")(x, None)
+            x, _ = scanned(**settings, name="layers")(x, where)
         else:
             for i in range(self.layers):
-                x, _ = block(*settings, name=f"layer_{i}")(x, None)
+                x, _ = block(**settings, name=f"layer_{i}")(x, where)
         x = norm("norm", x.dtype)(x)
         logits = jnp.einsum("rlw,vw->rlv", x, table, preferred_element_type=jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
@@ -202,15 +241,14 @@ def norm(name: str, dtype: Any) -> nn.RMSNorm:
 
 
 def rotary(
-    x: Float[Array, "examples length heads head_dim"], start: Int[Array, ""] | int = 0
+    x: Float[Array, "examples length heads head_dim"], positions: Int[Array, "*examples length"]
 ) -> Float[Array, "examples length heads head_dim"]:
     """Rotary embedding: at position t, rotates the pair (i, i + head_dim/2) by t · 10000 ** (−2i/head_dim) radians.
 
-    The dot product of two rotated vectors depends on the distance of their positions and not on the positions. `start`
-    is the position of the first.
+    The dot product of two rotated vectors depends on the distance of their positions and not on the positions.
     """
     half = x.shape[-1] // 2
-    angle = (start + jnp.arange(x.shape[1]))[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    angle = positions[..., None, None] * 10_000.0 ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -102,9 +102,14 @@ def reference_logits(params: Any, tokens: np.ndarray, activation: str) -> np.nda
             kernels = {name: value["kernel"] for name, value in layer["attention"].items()}
             y = norm(x, layer["attention_norm"]["scale"])
             added = np.zeros_like(x)
+            shared = HEADS * head_dim // kernels["key"].shape[1]  # heads of queries that share a head of keys
             for head in range(HEADS):
-                units = slice(head * head_dim, (head + 1) * head_dim)
-                query, key, value = (y @ kernels[name][:, units] for name in ("query", "key", "value"))
+                units, kv = (slice(n * head_dim, (n + 1) * head_dim) for n in (head, head // shared))
+                query, key, value = (
+                    y @ kernels["query"][:, units],
+                    y @ kernels["key"][:, kv],
+                    y @ kernels["value"][:, kv],
+                )
                 for t in range(len(row)):
                     scores = []
                     for s in range(t + 1):
@@ -126,9 +131,9 @@ def reference_logits(params: Any, tokens: np.ndarray, activation: str) -> np.nda
     return np.stack(result)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_metrics_are_those_of_a_float64_forward_pass_over_the_bytes_that_count(activation):
-    values, batch = variables(activation=activation), make_batch()
+@pytest.mark.parametrize(("activation", "kv_heads"), [("gelu", None), ("swiglu", 1)])
+def test_metrics_are_those_of_a_float64_forward_pass_over_the_bytes_that_count(activation, kv_heads):
+    values, batch = variables(activation=activation, kv_heads=kv_heads), make_batch()
     tokens = np.asarray(batch["tokens"])
     logits = reference_logits(values["params"], tokens[:, :-1], activation)
     batch["tokens"] = jnp.asarray(tokens).at[0, 1:4].set(logits[0, :3].argmax(-1).astype(np.uint8))  # three hits
@@ -142,7 +147,7 @@ def test_metrics_are_those_of_a_float64_forward_pass_over_the_bytes_that_count(a
             hits.append(logits[row, t].argmax() == target)
     assert 0 < sum(hits) < len(hits) == LENGTH + 3 + 1
 
-    _, metrics = run(values, batch, activation=activation)
+    _, metrics = run(values, batch, activation=activation, kv_heads=kv_heads)
     assert set(metrics) == {"loss", "bits_per_byte", "accuracy"}
     assert [float(mean.weight) for mean in metrics.values()] == [len(losses)] * 3
     np.testing.assert_allclose(metrics["loss"].total, sum(losses), rtol=1e-5)
@@ -177,13 +182,14 @@ def test_a_byte_changes_no_logit_before_it_and_every_one_from_it_on():
 def test_rotary_products_depend_on_the_distance_of_two_positions_alone():
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(np.tile(rng.normal(size=(1, 1, 3, 10)), (1, 9, 1, 1)), jnp.float32) for _ in range(2))
-    products = np.einsum("rthd,rshd->hts", rotary(x), rotary(y))
+    places = jnp.arange(9)
+    products = np.einsum("rthd,rshd->hts", rotary(x, places), rotary(y, places))
     for offset in range(-8, 9):
         diagonal = np.diagonal(products, offset, axis1=1, axis2=2)
         np.testing.assert_allclose(diagonal, np.tile(diagonal[:, :1], diagonal.shape[1]), rtol=1e-5, atol=1e-5)
     # No two distances give the same product, and a rotated vector keeps its length.
     assert len(np.unique(np.concatenate([products[0, 0], products[0, 1:, 0]]).round(4))) == 17
-    np.testing.assert_allclose(np.linalg.norm(rotary(x), axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(rotary(x, places), axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6)
 
 
 def test_a_scan_over_layers_is_the_same_function_as_a_loop():
@@ -269,8 +275,9 @@ def test_every_parameter_has_an_axis_name_for_each_dimension(scan, activation):
 
 
 def test_sharding_by_axis_rules_changes_no_number():
-    values, batch = variables(activation="swiglu"), make_batch()
-    model = task(activation="swiglu")
+    settings: dict[str, Any] = {"activation": "swiglu", "kv_heads": 1}  # one head of keys, two devices over heads
+    values, batch = variables(**settings), make_batch()
+    model = task(**settings)
     rules = [("batch", "data"), ("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"), ("embed", "data")]
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
@@ -287,7 +294,7 @@ def test_sharding_by_axis_rules_changes_no_number():
         sharded = jax.jit(jax.grad(loss, has_aux=True))
         assert str(sharded.trace(values).jaxpr).count("sharding_constraint") > 6 * LAYERS
         actual = sharded(jax.device_put(values, shardings))
-    expected = run(values, batch, activation="swiglu")
+    expected = run(values, batch, **settings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
@@ -302,6 +309,8 @@ def test_heads_that_do_not_divide_the_width_are_refused_in_one_line():
         task(heads=3).init(jax.random.key(0), make_batch())
     with pytest.raises(UserError, match="width 8 does not divide into 8 heads"):
         task(heads=8).init(jax.random.key(0), make_batch())
+    with pytest.raises(UserError, match="2 heads do not divide into 3 groups, one for each of the kv_heads"):
+        task(kv_heads=3).init(jax.random.key(0), make_batch())
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 64])
@@ -413,22 +422,31 @@ def test_the_checksum_in_the_docstring_is_the_one_that_is_checked():
     assert shakespeare.SHA256 in shakespeare.__doc__
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_bytes_that_are_generated_with_a_cache_are_the_likeliest_of_whole_forward_passes(scan):
-    values = stacked(variables()) if scan else variables()
+@pytest.mark.parametrize(("scan", "kv_heads"), [(False, 1), (True, None)])
+def test_bytes_that_are_generated_with_a_cache_are_the_likeliest_of_whole_forward_passes(scan, kv_heads):
+    values, model = variables(kv_heads=kv_heads), task(scan=scan, kv_heads=kv_heads)
     prompt = np.random.default_rng(2).integers(0, 256, (3, 4)).astype(np.int32)
-    found = task(scan=scan).generate(values, jnp.asarray(prompt), 8, jax.random.key(0), temperature=0.0)
+    found = model.continuations(
+        stacked(values) if scan else values, jnp.asarray(prompt), 8, jax.random.key(0), temperature=0.0
+    )
     tokens = prompt
     for _ in range(8):
-        logits = reference_logits(variables()["params"], tokens, "gelu")
+        logits = reference_logits(values["params"], tokens, "gelu")
         tokens = np.concatenate([tokens, logits[:, -1].argmax(-1)[:, None]], axis=1)
     np.testing.assert_array_equal(found, tokens[:, 4:])
+
+
+def test_the_cache_holds_the_shared_heads_alone():
+    cache = jax.eval_shape(
+        lambda: task(kv_heads=1)._model(train=False, cache=5).init(jax.random.key(0), jnp.zeros((3, 1), jnp.int32))
+    )["cache"]
+    assert cache["layer_0"]["attention"]["keys"].shape == (3, 5, 1, WIDTH // HEADS)
 
 
 def test_generated_bytes_follow_the_key():
     compiled: Any = _continued
     prompt, before = jnp.zeros((2, 1), jnp.int32), compiled._cache_size()
-    draws = [task().generate(variables(), prompt, 12, jax.random.key(seed), temperature=2.0) for seed in (0, 0, 1)]
+    draws = [task().continuations(variables(), prompt, 12, jax.random.key(seed), temperature=2.0) for seed in (0, 0, 1)]
     assert compiled._cache_size() == before + 1  # compiled once
     np.testing.assert_array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])

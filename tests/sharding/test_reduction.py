@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import source_info_util
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -319,3 +320,22 @@ def test_a_step_sums_in_float32_whatever_the_strategy_and_the_dtype_of_parameter
 def test_a_step_sums_in_bfloat16_where_that_is_asked_for(strategy):
     error = abs(norm_of_gradient(strategy, "bfloat16") / EXACT - 1)
     assert 1e-5 < error < 2**-7
+
+
+def test_kernels_of_pallas_and_bodies_of_shard_map_stay_as_they_are():
+    def double(x):
+        def kernel(read, write):
+            write[...] = 2 * read[pl.program_id(0)]
+
+        shape = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return pl.pallas_call(kernel, out_shape=shape, grid=(1,), interpret=True)(x)
+
+    def loss(kernel):
+        specs = {"in_specs": PartitionSpec(None, "data"), "out_specs": PartitionSpec("data"), "check_vma": False}
+        scale = jax.shard_map(double, **specs)(jnp.asarray(COTANGENT, jnp.bfloat16)[None])
+        return jnp.sum((jnp.asarray(INPUTS, jnp.bfloat16) @ kernel.astype(jnp.bfloat16)) * scale)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        found = jax.jit(with_float32_sums(jax.grad(loss)))(jnp.eye(WIDTH))
+    np.testing.assert_array_equal(found, INPUTS.T @ (2 * COTANGENT))

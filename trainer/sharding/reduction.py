@@ -21,6 +21,7 @@ _CONTRACTIONS = ("dot_general", "conv_general_dilated")
 # not rounded to 16 bits.
 _LINEAR = ("add_any", "reduce_sum", "scatter-add", "transpose", "reshape", "squeeze", "copy")
 _CAST = "convert_element_type"
+_OPAQUE = ("pallas_call", "shard_map")  # their bodies mean something only inside of them
 
 
 def with_float32_sums(gradient: Callable) -> Callable:
@@ -30,8 +31,8 @@ def with_float32_sums(gradient: Callable) -> Callable:
     return float32 if its 16-bit output is only moved, scaled, added up and cast to float32 on the way to results.
     The gradient of a parameter that the model casts comes from such an output. Operands and other operations stay, so
     activations keep their dtype, and every operation keeps its module name. The body of a loop, a branch or a
-    `jax.checkpoint` is rewritten separately: parameters must be cast inside it, as Linen modules do. The equations of a
-    function without a 16-bit operation stay as they are.
+    `jax.checkpoint` is rewritten separately: parameters must be cast inside it, as Linen modules do. Pallas kernels and
+    the bodies of `jax.shard_map` stay as they are, and so do the equations of a function without a 16-bit operation.
     """
 
     @functools.wraps(gradient)
@@ -90,6 +91,8 @@ def _rewrite(equation: core.JaxprEqn, operands: list[Any], *, wide: set[Any]) ->
         return [_in_float32(equation, operands)]
     if equation.primitive.name == _CAST and wide.intersection(_variables(equation.invars)):
         return operands  # in float32 already
+    if equation.primitive.name in _OPAQUE:
+        return _bind(equation, operands)
     return _bind(equation, operands, **{name: _rewritten_parameter(x) for name, x in equation.params.items()})
 
 
