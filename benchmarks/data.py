@@ -2,6 +2,7 @@
 
     python -m benchmarks.data                    # all tables
     python -m benchmarks.data --augment          # only this one
+    python -m benchmarks.data --wait --config=configs/shakespeare.py
 
 Sides that are compared are measured in turn, in rounds, in one process.
 """
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import header
+from benchmarks.reading import read_table
+from benchmarks.waiting import wait_table
 from trainer.data import ArraySource
 from trainer.data.order import Order
 from trainer.data.stream import Batches
@@ -77,7 +80,11 @@ def augment_table(options: argparse.Namespace) -> None:
 
 
 # A table for each option of the command line: `--augment` prints the first.
-TABLES: dict[str, Callable[[argparse.Namespace], None]] = {"augment": augment_table}
+TABLES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "augment": augment_table,
+    "read": read_table,
+    "wait": wait_table,
+}
 
 
 def main() -> None:
@@ -87,6 +94,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true", help=str(table.__doc__).partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="how often each side is measured")
     parser.add_argument("--steps", type=int, default=40, help="batches in a round")
+    parser.add_argument("--wait_steps", type=int, default=400, help="steps of a run of --wait")
+    parser.add_argument("--config", help="the config of --wait, whose data must be prepared")
     options = parser.parse_args()
     print(header())
     for name in [name for name in TABLES if getattr(options, name)] or TABLES:

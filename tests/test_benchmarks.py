@@ -1,13 +1,19 @@
-"""The header of the benchmarks' tables."""
+"""The header of the benchmarks' tables, and what the table of readers compares."""
 
 import datetime
+import itertools
+import multiprocessing
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import psutil
+import pytest
 
-from benchmarks import commit, cpu_model, header
+from benchmarks import commit, cpu_model, header, reading
 
 
 def git(folder: Path, *command: str) -> str:
@@ -37,3 +43,35 @@ def test_the_header_has_commit_date_versions_and_cpu():
     assert parts[2:4] == [f"Python {platform.python_version()}", f"jax {jax.__version__}"]
     assert [part.split()[0] for part in parts[4:]] == ["jaxlib", "optax", "flax"]
     assert second.startswith(f"{cpu_model()}, ")
+
+
+@pytest.mark.parametrize("kind", ["images", "tokens"])
+def test_every_way_to_read_gives_each_example_once_an_epoch(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(reading, "EXAMPLES", 4 * reading.BATCH)
+    (name, *_), arrays = reading.stored(kind), reading.stored(kind)
+    expected = sorted(example.tobytes() for example in arrays[name])
+    ways = {way: batches for way, batches in reading.readers(kind, str(tmp_path)).items() if "workers" not in way}
+    assert len(ways) >= 5
+    for way, batches in ways.items():
+        epoch = [np.asarray(batch[name]) for batch in itertools.islice(batches, 4)]
+        assert {len(batch) for batch in epoch} == {reading.BATCH}, way
+        assert sorted(example.tobytes() for batch in epoch for example in batch) == expected, way
+        getattr(batches, "close", lambda: None)()
+
+
+def test_the_cpu_time_is_that_of_this_process_and_its_workers():
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    try:
+        before = reading.settled()
+        times = [psutil.Process(pid).cpu_times() for pid in (None, worker.pid)]
+        assert times[1].user > 0
+        assert before == pytest.approx(sum(one.user + one.system for one in times), abs=0.1)
+        np.random.default_rng(0).random(10**7)
+        spent = psutil.Process().cpu_times()
+        assert reading.cpu_seconds() - before == pytest.approx(
+            spent.user + spent.system - times[0].user - times[0].system, abs=0.05
+        )
+    finally:
+        worker.kill()
+        worker.join()
