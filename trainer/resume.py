@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from trainer import config, distributed
 from trainer.checkpoint import DataIdentity, Metadata, Store, leaf_differences, leaves_of, version_changes
 from trainer.checkpoint.reading import restore_fitting
-from trainer.data import fingerprint
+from trainer.data.identity import fingerprint
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.files import DamagedError

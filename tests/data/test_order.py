@@ -104,3 +104,23 @@ def test_a_computed_order_looks_random():
             assert abs(np.corrcoef(found[:-lag], found[lag:])[0, 1]) < 4.5 / np.sqrt(size)
     # A permutation fills each row and column evenly, so it deviates less than independent draws, never more.
     assert stats.chisquare(places.ravel()).pvalue > 1e-4
+
+
+def test_blocks_stay_together_in_an_order_of_their_own_in_each_epoch():
+    order = first(Order(EXAMPLES, seed=3, block=4), 20 * EXAMPLES).reshape(20, EXAMPLES)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(EXAMPLES), (20, 1)))
+    np.testing.assert_array_equal(order[:, 20:], np.tile([20, 21, 22], (20, 1)))  # no whole block
+    blocks = order[:, :20].reshape(20, 5, 4)
+    np.testing.assert_array_equal(blocks, blocks[..., :1] + np.arange(4))
+    firsts = blocks[..., 0]
+    assert (firsts % 4 == 0).all()
+    assert len({tuple(epoch) for epoch in firsts}) > 15
+
+
+def test_a_position_among_blocks_is_reached_by_itself():
+    order = Order(10**9 + 1, seed=5, block=3)
+    positions = np.array([0, 5, 10**9, 10**9 + 1, 7 * 10**9])
+    together = order(positions)
+    np.testing.assert_array_equal(np.concatenate([order(positions[i : i + 1]) for i in range(5)]), together)
+    assert together[1] == together[1] // 3 * 3 + 2
+    assert together[2] == 10**9  # the second of the last two, which are no whole block

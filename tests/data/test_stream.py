@@ -45,7 +45,15 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@pytest.fixture(params=[ArraySource, ListSource], ids=["memory", "grain"])
+class FileSource(ArraySource):
+    """The same as arrays, read in threads many batches at a time."""
+
+    @property
+    def is_in_memory(self) -> bool:
+        return False
+
+
+@pytest.fixture(params=[ArraySource, ListSource, FileSource], ids=["memory", "grain", "batches"])
 def source(request: pytest.FixtureRequest) -> Any:
     return request.param(arrays())
 
@@ -93,6 +101,19 @@ def test_once_of_some_places_is_those_places_of_every_batch_and_of_its_mask(sour
 @pytest.mark.parametrize("threads", [1, 4])
 def test_reading_in_threads_gives_the_batches_of_memory_bit_for_bit(threads):
     assert_same(whole(ListSource(arrays()), threads=threads), whole(ArraySource(arrays())))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("start", [0, 3])
+def test_blocks_are_read_in_the_same_order_from_memory_and_in_threads(threads, start):
+    sources = [ArraySource(arrays()), FileSource(arrays())]
+    for source in sources:
+        source.block = 4
+    memory, read = (whole(source, threads=threads, start=start) for source in sources)
+    assert_same(read, memory)
+    numbers = np.concatenate([batch["number"] for batch in memory])
+    expected = Order(EXAMPLES, seed=0, block=4)(np.arange(start * BATCH, STEPS * BATCH))
+    np.testing.assert_array_equal(numbers, expected)
 
 
 def test_another_seed_streams_another_order_of_the_same_examples(source):

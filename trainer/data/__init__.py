@@ -1,7 +1,6 @@
 """Sources of examples: arrays in memory, and many examples of any source as one batch."""
 
 import abc
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,19 @@ from trainer.optional import Augment
 
 IDS = "example ids"  # the name of the array in a batch that holds the index in the source of each example
 _READ_AT_ONCE = 1024  # examples; large enough to hide the cost of a call, small compared with a data set
-_FINGERPRINTED = 64  # examples
-_READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
+READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
 
 
 class BatchSource(abc.ABC):
-    """A source that reads many examples as one batch, faster than one by one."""
+    """A source that reads many examples as one batch, faster than one by one.
+
+    Attributes:
+      block: consecutive examples that are read together. The order of a run keeps them together, see `Order`.
+      identity: a text that a resumed run must find as it was, such as the checksum of a tokenizer.
+    """
+
+    block: int = 1
+    identity: str = ""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -106,6 +112,11 @@ def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
     return source
 
 
+def block_of(source: RandomAccessSource) -> int:
+    """The number of consecutive examples that the order of a run keeps together."""
+    return source.block if isinstance(source, BatchSource) else 1
+
+
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
     """The examples of any source at `indices`, stacked along a new first axis, in the dtypes that JAX uses."""
     return source.take(indices) if isinstance(source, BatchSource) else _stack(_read(source, [int(i) for i in indices]))
@@ -159,7 +170,7 @@ def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
 
 def check_reads_are_equal(source: RandomAccessSource) -> None:
     """Reads the first examples of a source twice; raises `UserError` if the two reads differ."""
-    first, second = (_stack([source[i] for i in range(min(len(source), _READ_TWICE))]) for _ in range(2))
+    first, second = (_stack([source[i] for i in range(min(len(source), READ_TWICE))]) for _ in range(2))
     for name in first:
         if not np.array_equal(first[name], second[name], equal_nan=True):
             raise UserError(
@@ -167,19 +178,6 @@ def check_reads_are_equal(source: RandomAccessSource) -> None:
                 "which would freeze this randomness: give the experiment a method augment(example, rng), draw random "
                 "numbers in loss from batch['example_key'], or set loading.in_memory_bytes=0"
             )
-
-
-def fingerprint(source: RandomAccessSource) -> str | None:
-    """A hash of at most 64 examples, spread evenly over a source; None if two reads of one give different numbers."""
-    indices = np.unique(np.linspace(0, len(source) - 1, _FINGERPRINTED).astype(np.int64))
-    first, second = take(source, indices[:_READ_TWICE]), take(source, indices[:_READ_TWICE])
-    if any(first[name].tobytes() != second[name].tobytes() for name in first):
-        return None
-    digest = hashlib.sha256()
-    for name, array in sorted(take(source, indices).items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:32]
 
 
 def augmented(

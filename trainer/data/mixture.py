@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data import BatchSource, take
+from trainer.data import BatchSource, block_of, take
 from trainer.data.order import Order
+from trainer.data.streams import Streams
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 
@@ -35,6 +36,7 @@ class Mixture(BatchSource):
         self._sources = [source for source, _ in self.parts.values()]
         self._weights = _whole({name: weight for name, (_, weight) in self.parts.items()})
         self._begins = np.cumsum([0, *map(len, self._sources)])
+        self.identity = " ".join(one.identity for one in self._sources if isinstance(one, BatchSource) and one.identity)
 
     def __len__(self) -> int:
         return int(self._begins[-1])
@@ -70,7 +72,7 @@ class Mixture(BatchSource):
 
     def order(self, seed: int) -> "MixedOrder":
         """The order in which a run of a seed reads the examples."""
-        return MixedOrder([len(source) for source in self._sources], self._weights, seed)
+        return MixedOrder(self._sources, self._weights, seed)
 
     def _check(self, number: int, batch: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> None:
         expected, found = ({name: (x.dtype, x.shape[1:]) for name, x in arrays.items()} for arrays in (batch, own))
@@ -81,16 +83,18 @@ class Mixture(BatchSource):
 
 def order_of(source: RandomAccessSource, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """The order in which a run of a seed reads a source: a function from positions to indices, both int64 [n]."""
-    return source.order(seed) if isinstance(source, Mixture) else Order(len(source), seed)
+    if isinstance(source, Mixture | Streams):
+        return source.order(seed)
+    return Order(len(source), seed, block=block_of(source))
 
 
 class MixedOrder:
     """As `Order`, for the sources of a mixture."""
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[int], seed: int) -> None:
+    def __init__(self, sources: Sequence[RandomAccessSource], weights: Sequence[int], seed: int) -> None:
         self._weights = weights
-        self._orders = [Order(length, seed, stream) for stream, length in enumerate(lengths)]
-        self._begins = np.cumsum([0, *lengths])
+        self._orders = [Order(len(source), seed, i, block_of(source)) for i, source in enumerate(sources)]
+        self._begins = np.cumsum([0, *map(len, sources)])
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """The index in the mixture of the example at each of `positions`, both int64 [n]."""

@@ -14,11 +14,15 @@ class Order:
     Epoch e is the positions e·examples … (e + 1)·examples − 1 and has every example once, in an order of its own. Up to
     2^20 examples, all orders are equally likely, and those of three epochs at most are kept. Beyond, each index is
     computed from its position, for about 0.1 µs, and nothing is kept.
+
+    With `block` above 1, the order is one of blocks, each of that many consecutive examples, which stay together. The
+    examples after the last whole block end each epoch.
     """
 
-    def __init__(self, examples: int, seed: int, stream: int = 0) -> None:
+    def __init__(self, examples: int, seed: int, stream: int = 0, block: int = 1) -> None:
         """Different `stream` numbers give the same seed independent orders."""
-        self.examples, self._seed, self._stream = examples, seed, stream
+        self.examples, self._seed, self._stream, self._block = examples, seed, stream, block
+        self._blocks = examples // block
         self._epochs: dict[int, np.ndarray] = {}
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -31,11 +35,20 @@ class Order:
         return indices
 
     def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        if self.examples > _KEPT:
-            return permuted(places, self.examples, self._bits(epoch, stream=self._stream).random_raw(_ROUNDS))
+        if self._block == 1:
+            return self._blocks_in_epoch(epoch, places)
+        blocks, within = np.divmod(places, self._block)
+        whole = blocks < self._blocks
+        blocks[whole] = self._blocks_in_epoch(epoch, blocks[whole])
+        return blocks * self._block + within
+
+    def _blocks_in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The blocks at some places of the order of the whole blocks."""
+        if self._blocks > _KEPT:
+            return permuted(places, self._blocks, self._bits(epoch, stream=self._stream).random_raw(_ROUNDS))
         order = self._epochs.get(epoch)
         if order is None:
-            order = np.random.Generator(self._bits(epoch, stream=self._stream)).permutation(self.examples)
+            order = np.random.Generator(self._bits(epoch, stream=self._stream)).permutation(self._blocks)
             # Threads may read on both sides of an epoch's end, so the epochs beside this one are kept.
             self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: order}
         return order[places]

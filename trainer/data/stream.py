@@ -17,7 +17,7 @@ from trainer.optional import Augment
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_READ_BYTES = 1 << 20  # bytes: consecutive batches in memory are copied together up to this size
+_READ_BYTES = 1 << 20  # bytes: consecutive batches of a `BatchSource` are read together up to this size
 
 
 @dataclass(eq=False, repr=False)
@@ -113,16 +113,35 @@ def _read(batches: Batches, start: int, threads: int, workers: int, timeout_seco
     """The batches from `start` on, read ahead unless they lie in memory."""
     source = batches.source
     if isinstance(source, BatchSource) and source.is_in_memory and batches.augment is None:
-        # Several batches at once: on CPUs every microsecond of Python is taken from the step.
-        batch_bytes = len(batches.batch_positions) * sum(x.nbytes for x in source.take(np.arange(1)).values())
-        many = min(max(_READ_BYTES // batch_bytes, 1), 64)
-        firsts = range(start, len(batches), many)
-        return chain.from_iterable(batches.read(first, min(first + many, len(batches))) for first in firsts)
+        runs = _Runs(batches, start)
+        return chain.from_iterable(runs[i] for i in range(len(runs)))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    if isinstance(source, BatchSource) and batches.augment is None and not workers:
+        return chain.from_iterable(grain.MapDataset.source(_Runs(batches, start)).to_iter_dataset(options))
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
     if not workers:
         return iter(dataset)
     return read_in_workers(dataset, workers, timeout_seconds=timeout_seconds, first=start)
+
+
+class _Runs:
+    """Lists of consecutive batches from `start` on, of about `_READ_BYTES` each.
+
+    On CPUs every microsecond of Python is taken from the step, and one call for several batches costs little more.
+    """
+
+    def __init__(self, batches: Batches, start: int) -> None:
+        example_bytes = sum(array.nbytes for array in take(batches.source, np.arange(1)).values())
+        self._batches = batches
+        self._many = min(max(_READ_BYTES // (len(batches.batch_positions) * example_bytes), 1), 64)
+        self._firsts = range(start, len(batches), self._many)
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        first = self._firsts[index]
+        return list(self._batches.read(first, min(first + self._many, len(self._batches))))
 
 
 def prefetch(items: Iterable[_Item], launch: Callable[[_Item], _Result], depth: int = 2) -> Iterator[_Result]:
