@@ -1,4 +1,4 @@
-"""Image classification: a small strided CNN or an MLP, on any TFDS data set with "image" and "label"."""
+"""Image classification: convolutional networks and transformers, on any TFDS data set with "image" and "label"."""
 
 import dataclasses
 
@@ -9,124 +9,94 @@ import optax
 from jaxtyping import Array, Float, Key, UInt8
 
 import experiments.datasets  # noqa: F401 - registers this repository's data sets
+from experiments.augmentation import Augmentation, smooth
+from experiments.models import MODELS, UNSET, make_model
 from trainer.config import setting
 from trainer.data import tfds
-from trainer.experiment import Batch, Collections, RandomAccessSource, Variables, replica_axis
+from trainer.experiment import Batch, Collections, RandomAccessSource, Variables
 from trainer.metrics import Mean, Metrics
-
-
-class StridedCNN(nn.Module):
-    """3×3 convolutions with stride 2 (the first has stride 1 on images below 16 pixels), then a hidden layer.
-
-    It strides instead of pooling: on CPUs the gradient of max_pool makes such a network eight times slower.
-    """
-
-    widths: tuple[int, ...]
-    hidden: int
-    classes: int
-    dropout: float
-    batch_norm: bool
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "examples height width channels"], train: bool
-    ) -> Float[Array, "examples classes"]:
-        """Logits of images with values from 0 to 1."""
-        for i, width in enumerate(self.widths):
-            stride = 1 if i == 0 and x.shape[1] < 16 else 2
-            x = nn.Conv(
-                width, (3, 3), strides=stride, use_bias=not self.batch_norm, dtype=self.dtype, name=f"conv_{i}"
-            )(x)
-            if self.batch_norm:
-                x = nn.BatchNorm(not train, momentum=0.9, axis_name=replica_axis(), dtype=self.dtype, name=f"norm_{i}")(
-                    x
-                )
-            x = nn.relu(x)
-        x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
-
-
-class MLP(nn.Module):
-    """Dense layers with dropout between them."""
-
-    widths: tuple[int, ...]
-    classes: int
-    dropout: float
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "examples height width channels"], train: bool
-    ) -> Float[Array, "examples classes"]:
-        """Logits of images with values from 0 to 1."""
-        x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x))
-            x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout_{i}")(x)
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
 
 
 @dataclasses.dataclass
 class ImageClassification:
-    """Cross-entropy on images, scaled to [0, 1] and, while training, shifted at random."""
+    """Cross-entropy on images, scaled, normalised and, while training, augmented."""
 
     dataset: str = setting("digits")
-    """Name of a TFDS data set, such as "digits", "fashion_mnist_local" or "mnist"."""
+    """Name of a TFDS data set, such as "digits", "fashion_mnist_local" or "cifar10"."""
     data_dir: str | None = setting(None, may_change=True)
     """The folder of TFDS data sets; None for TFDS's default, TFDS_DATA_DIR or ~/tensorflow_datasets."""
     classes: int = setting(10, minimum=2)
     """Number of classes; labels are 0 … classes − 1."""
     max_value: float = setting(255.0, minimum=1)
     """The largest pixel value, which is scaled to 1."""
-    model: str = setting("cnn", choices=("cnn", "mlp"))
-    """`cnn` is StridedCNN, `mlp` is MLP."""
-    widths: tuple[int, ...] = setting((32, 64))
-    """Channels of the convolutions, or units of the dense layers."""
-    hidden: int = setting(128, minimum=1)
-    """Units of the CNN's hidden layer."""
+    mean: tuple[float, ...] = setting((0.0,))
+    """Mean of the scaled pixels, of all channels or one for each, which is subtracted."""
+    std: tuple[float, ...] = setting((1.0,))
+    """Standard deviation of the scaled pixels, likewise, by which they are divided."""
+    model: str = setting("cnn", choices=MODELS)
+    """`cnn` is a small strided CNN; the others are those of `experiments.models`. Each uses some of the settings from
+    here to `stem`; another that is given is an error."""
+    widths: tuple[int, ...] | None = setting(None)
+    """Channels of the convolutions of `cnn`, units of the layers of `mlp`, channels of each stage of VGG and ResNets,
+    growth of DenseNet; None for those of the named model, (32, 64) for `cnn` and `mlp`."""
+    blocks: tuple[int, ...] | None = setting(None)
+    """Convolutions of each stage of VGG, blocks of each stage of ResNets, layers of each block of DenseNet, blocks of a
+    ViT; None for those of the named model."""
+    hidden: int | None = setting(None, minimum=1)
+    """Units of a hidden layer of `cnn` or VGG; None for 128, and 512 or 4,096 for VGG."""
     dropout: float = setting(0.0, minimum=0, maximum=1)
     """Dropout rate while training, the share of units that are set to 0."""
     batch_norm: bool = setting(False)
-    """Whether the CNN has BatchNorm after each convolution."""
-    max_shift: int = setting(0, minimum=0)
-    """Training images are shifted by at most this many pixels along both axes and padded with zeros."""
+    """Whether `cnn` has BatchNorm after each convolution."""
+    stem: str = setting("cifar", choices=("cifar", "imagenet"))
+    """The first layers of ResNets and DenseNet: one convolution, or `imagenet`, which quarters the images' sides. For
+    VGG, whose images they are."""
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)  # of training images, on the device
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Dtype of the activations. Parameters, batch statistics and loss are always float32."""
 
     def _model(self) -> nn.Module:
-        if self.model == "mlp":
-            return MLP(self.widths, self.classes, self.dropout, self.dtype)
-        return StridedCNN(self.widths, self.hidden, self.classes, self.dropout, self.batch_norm, self.dtype)
+        given = {name: getattr(self, name) for name in UNSET}
+        return make_model(self.model, classes=self.classes, dtype=self.dtype, **given)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Fresh variables of the model."""
-        return self._model().init(key, self._scaled(batch["image"]), train=False)
+        """Fresh variables of the model, each kernel in a box with its logical axes."""
+        return self._model().init(key, self._normalised(self._scaled(batch["image"])), train=False)
 
     def loss(
         self, variables: Variables, batch: Batch, *, key: Key[Array, ""], train: bool
     ) -> tuple[Metrics, Collections]:
-        """Metrics "loss", the cross-entropy in nats, and "accuracy"."""
-        images = self._scaled(batch["image"])
-        if train and self.max_shift:
-            images = shift(images, batch["example_key"], self.max_shift)
+        """Metrics "loss", the cross-entropy in nats, and "accuracy".
+
+        In training the loss is that of mixed and smoothed targets, and a hit counts as much as its class has in the
+        mixture.
+        """
+        images, labels, augmentation = self._scaled(batch["image"]), batch["label"], self.augmentation
+        if train and augmentation != Augmentation():
+            keys = batch["example_key"]
+            images = augmentation.images(images, keys, jnp.asarray(self.mean))
+            if augmentation.softens:
+                images, labels = augmentation.mixed(images, jax.nn.one_hot(labels, self.classes), keys)
         logits, collections = self._model().apply(
             variables,
-            images,
+            self._normalised(images),
             train=train,
             rngs={"dropout": key},
             mutable=[name for name in variables if name != "params"] if train else [],
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
-        hits = jnp.argmax(logits, axis=-1) == batch["label"]
-        metrics = {"loss": Mean.of(losses, batch["mask"]), "accuracy": Mean.of(hits, batch["mask"])}
-        return metrics, collections
+        logits, likeliest = logits.astype(jnp.float32), jnp.argmax(logits, axis=-1)
+        if labels.ndim == 1:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            hits = likeliest == labels
+        else:
+            losses = optax.softmax_cross_entropy(logits, smooth(labels, augmentation.label_smoothing))
+            hits = jnp.take_along_axis(labels, likeliest[:, None], axis=-1)[:, 0]
+        return {"loss": Mean.of(losses, batch["mask"]), "accuracy": Mean.of(hits, batch["mask"])}, collections
 
     def predict(self, variables: Variables, batch: Batch) -> dict[str, Array]:
         """ "label", the class with the largest logit, and "probabilities" [B, classes]."""
-        logits = jnp.asarray(self._model().apply(variables, self._scaled(batch["image"]), train=False), jnp.float32)
+        images = self._normalised(self._scaled(batch["image"]))
+        logits = jnp.asarray(self._model().apply(variables, images, train=False), jnp.float32)
         return {"label": jnp.argmax(logits, axis=-1), "probabilities": jax.nn.softmax(logits)}
 
     def source(self, split: str) -> RandomAccessSource:
@@ -142,16 +112,7 @@ class ImageClassification:
     ) -> Float[Array, "examples height width channels"]:
         return images.astype(jnp.float32) / self.max_value
 
-
-def shift(
-    images: Float[Array, "examples height width channels"], keys: Key[Array, " examples"], most: int
-) -> Float[Array, "examples height width channels"]:
-    """Each image shifted by −most … most pixels along both axes, drawn from its own key, and padded with zeros."""
-    height, width = images.shape[1:3]
-    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
-
-    def crop(image: Float[Array, "h w channels"], key: Key[Array, ""]) -> Float[Array, "height width channels"]:
-        offset = jax.random.randint(key, (2,), 0, 2 * most + 1)
-        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, image.shape[-1]))
-
-    return jax.vmap(crop)(padded, keys)
+    def _normalised(
+        self, images: Float[Array, "examples height width channels"]
+    ) -> Float[Array, "examples height width channels"]:
+        return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)

@@ -20,6 +20,8 @@ install_import_hook(
         "trainer.experiment",
         "trainer.metrics.mean",
         "experiments.image_classification",
+        "experiments.augmentation",
+        "experiments.models",
         "experiments.language_model",
         "experiments.toy",
     ],

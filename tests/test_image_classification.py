@@ -1,20 +1,22 @@
-"""The image task: augmentation, loss, metrics and the outputs of its two models."""
+"""The image task: loss, metrics and the outputs of its two small models."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.image_classification import MLP, ImageClassification, StridedCNN
-from experiments.image_classification import shift as shift_eagerly
-from trainer.errors import NotPreparedError
+from experiments.augmentation import Augmentation, crop
+from experiments.image_classification import ImageClassification
+from experiments.models.cnn import StridedCNN
+from experiments.models.mlp import MLP
+from trainer.errors import NotPreparedError, UserError
 
-shift = jax.jit(shift_eagerly, static_argnums=2)
 EXAMPLES, HEIGHT, WIDTH, CHANNELS, CLASSES = 6, 7, 5, 2, 4
 MODELS = {
     "cnn": ImageClassification(model="cnn", classes=CLASSES, widths=(3, 4), hidden=5),
@@ -31,20 +33,6 @@ def keys(examples: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), examples)
 
 
-def shifted_by(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """The image shifted and padded with zeros, by NumPy."""
-    rolled = np.roll(image, (down, right), axis=(0, 1))
-    lines, columns = np.arange(HEIGHT) - down, np.arange(WIDTH) - right
-    inside = ((lines >= 0) & (lines < HEIGHT))[:, None] & ((columns >= 0) & (columns < WIDTH))
-    return np.where(inside[..., None], rolled, 0)
-
-
-def offsets(before: np.ndarray, after: np.ndarray, farthest: int) -> list[tuple[int, int]]:
-    """All shifts of up to `farthest` pixels that turn `before` into `after`."""
-    distances = range(-farthest, farthest + 1)
-    return [(y, x) for y in distances for x in distances if np.array_equal(shifted_by(before, y, x), after)]
-
-
 def make_batch(examples: int = EXAMPLES) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     return {
@@ -56,15 +44,15 @@ def make_batch(examples: int = EXAMPLES) -> dict[str, Any]:
 
 
 @functools.cache
-def compiled(settings: tuple[tuple[str, Any], ...], train: bool) -> Callable[..., Any]:
+def compiled(settings: str, train: bool) -> Callable[..., Any]:
     """The loss of a task with these settings, compiled once for all tests."""
-    task = ImageClassification(**dict(settings))
+    task = eval(settings)
     return jax.jit(lambda values, batch, key: task.loss(values, batch, key=key, train=train))
 
 
 def run(task: ImageClassification, values: Any, batch: Any, *, train: bool, seed: int = 0) -> tuple[Any, Any]:
     """Metrics and collections of a batch."""
-    return compiled(tuple(dataclasses.asdict(task).items()), train)(values, batch, jax.random.key(seed))
+    return compiled(repr(task), train)(values, batch, jax.random.key(seed))
 
 
 def total(task: ImageClassification, values: Any, batch: Any, *, train: bool, seed: int = 0) -> float:
@@ -74,52 +62,13 @@ def total(task: ImageClassification, values: Any, batch: Any, *, train: bool, se
 def variables(task: ImageClassification) -> dict[str, Any]:
     """Random values in the right shapes: no bias or statistic is 0 or 1, and variances are positive."""
     rng = np.random.default_rng(2)
-    shapes = jax.eval_shape(lambda: dict(task.init(jax.random.key(0), make_batch())))
+    shapes = jax.eval_shape(lambda: nn.unbox(dict(task.init(jax.random.key(0), make_batch()))))
 
     def made_up(path: Any, x: Any) -> jax.Array:
         values = rng.normal(size=x.shape) / np.sqrt(x.size / x.shape[-1])
         return jnp.asarray(np.abs(values) + 0.1 if path[0].key == "batch_stats" else values, x.dtype)
 
     return jax.tree_util.tree_map_with_path(made_up, shapes)
-
-
-def test_shift_by_nothing_is_the_identity():
-    before = images(EXAMPLES)
-    np.testing.assert_array_equal(shift(jnp.asarray(before), keys(EXAMPLES), 0), before)
-
-
-@pytest.mark.parametrize("most", [1, 2, 4])
-def test_each_image_is_moved_by_at_most_the_given_offset_and_zeros_come_in(most):
-    examples = 40
-    before = images(examples)
-    after = np.asarray(shift(jnp.asarray(before), keys(examples), most))
-    assert after.shape == before.shape
-    for one, other in zip(before, after, strict=True):
-        [(down, right)] = offsets(one, other, farthest=most + 1)
-        assert max(abs(down), abs(right)) <= most
-
-
-def test_all_offsets_of_both_axes_come_up_about_equally_often():
-    examples = 1800
-    before = np.tile(images(1), (examples, 1, 1, 1))
-    after = np.asarray(shift(jnp.asarray(before), keys(examples), 1))
-    counts = [
-        sum(np.array_equal(image, shifted_by(before[0], y, x)) for image in after)
-        for y in (-1, 0, 1)
-        for x in (-1, 0, 1)
-    ]
-    assert sum(counts) == examples
-    # 200 expected of each, with a standard deviation of 13.
-    assert min(counts) > 140
-    assert max(counts) < 260
-
-
-def test_an_images_move_depends_on_its_own_key_alone():
-    before, example_keys = jnp.asarray(images(EXAMPLES)), keys(EXAMPLES)
-    after = shift(before, example_keys, 2)
-    order = jnp.array([3, 0, 5, 1, 4, 2])
-    np.testing.assert_array_equal(shift(before[order], example_keys[order], 2), after[order])
-    np.testing.assert_array_equal(shift(before[2:3], example_keys[2:3], 2), after[2:3])
 
 
 def test_loss_and_accuracy_are_those_of_float64_numpy():
@@ -166,8 +115,8 @@ def test_a_model_gives_a_row_of_logits_for_each_image(model):
 def test_every_convolution_but_the_first_on_images_below_16_pixels_halves_them(pixels, seen_by_hidden):
     task = MODELS["cnn"]
     batch = {"image": jnp.zeros((1, pixels, pixels, 1), jnp.uint8)}
-    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))
-    assert shapes["params"]["hidden"]["kernel"].shape == (seen_by_hidden * task.widths[-1], task.hidden)
+    shapes = jax.eval_shape(lambda: nn.unbox(task.init(jax.random.key(0), batch)))
+    assert shapes["params"]["hidden"]["kernel"].shape == (seen_by_hidden * 4, task.hidden)
 
 
 @pytest.mark.parametrize("task", MODELS.values(), ids=MODELS)
@@ -207,7 +156,7 @@ def test_statistics_move_a_tenth_of_the_way_to_the_batchs():
         "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    seen = np.asarray(convolved, np.float64).reshape(-1, task.widths[0])
+    seen = np.asarray(convolved, np.float64).reshape(-1, 3)
     for name, target in (("mean", seen.mean(0)), ("var", seen.var(0))):
         expected = 0.9 * values["batch_stats"]["norm_0"][name] + 0.1 * target
         np.testing.assert_allclose(collections["batch_stats"]["norm_0"][name], expected, rtol=1e-5)
@@ -222,19 +171,61 @@ def test_dropout_acts_only_when_training_and_follows_the_steps_key(name):
     assert total(task, values, batch, train=False, seed=0) == total(task, values, batch, train=False, seed=1)
 
 
-def test_images_are_shifted_by_their_example_keys_when_training_only():
-    task, batch = dataclasses.replace(MODELS["mlp"], max_shift=2), make_batch()
-    without_shift = MODELS["mlp"]
+def test_images_are_cropped_by_their_example_keys_when_training_only():
+    task, batch = dataclasses.replace(MODELS["mlp"], augmentation=Augmentation(crop=2)), make_batch()
+    plain = MODELS["mlp"]
     values = variables(task)
     # Whole pixel values survive the way to float and back.
-    shifted = shift(batch["image"].astype(jnp.float32), batch["example_key"], 2).astype(jnp.uint8)
+    cropped = crop(batch["image"].astype(jnp.float32), batch["example_key"], 2).astype(jnp.uint8)
     trained = total(task, values, batch, train=True)
-    np.testing.assert_allclose(
-        trained, total(without_shift, values, {**batch, "image": shifted}, train=True), rtol=1e-6
-    )
+    np.testing.assert_allclose(trained, total(plain, values, {**batch, "image": cropped}, train=True), rtol=1e-6)
     assert abs(trained - total(task, values, {**batch, "example_key": keys(EXAMPLES, seed=1)}, train=True)) > 1e-3
     del batch["example_key"]  # an evaluation has none
-    assert total(task, values, batch, train=False) == total(without_shift, values, batch, train=False)
+    assert total(task, values, batch, train=False) == total(plain, values, batch, train=False)
+
+
+def test_the_loss_of_soft_targets_is_that_of_float64_numpy_and_hits_count_their_share():
+    soft = Augmentation(mixup=0.7, label_smoothing=0.1)
+    task, batch = dataclasses.replace(MODELS["mlp"], augmentation=soft), make_batch()
+    values = variables(task)
+    logits_of = jax.jit(lambda images: task._model().apply(values, images, train=False))
+    images, targets = soft.mixed(
+        batch["image"].astype(jnp.float32) / 255, jax.nn.one_hot(batch["label"], CLASSES), batch["example_key"]
+    )
+    logits, targets = np.asarray(logits_of(images), np.float64), np.asarray(targets, np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    losses = -((0.9 * targets + 0.1 / CLASSES) * log_probabilities).sum(1)
+    metrics, _ = run(task, values, batch, train=True)
+    np.testing.assert_allclose(float(metrics["loss"].total), losses.sum(), rtol=1e-5)
+    hits = targets[np.arange(EXAMPLES), logits.argmax(1)]
+    assert ((hits > 0) & (hits < 1)).any()
+    np.testing.assert_allclose(float(metrics["accuracy"].total), hits.sum(), rtol=1e-5)
+    plain, _ = run(MODELS["mlp"], values, batch, train=False)
+    evaluated, _ = run(task, values, batch, train=False)
+    assert float(evaluated["loss"].total) == float(plain["loss"].total)
+
+
+def test_pixels_are_normalised_by_channel():
+    task = dataclasses.replace(MODELS["mlp"], mean=(0.25, 0.5), std=(0.5, 0.125))
+    batch, values = make_batch(), variables(MODELS["mlp"])
+    by_hand = (np.asarray(batch["image"], np.float64) / 255 - [0.25, 0.5]) / [0.5, 0.125]
+    plain = dataclasses.replace(MODELS["mlp"], max_value=1.0)
+    expected = jax.jit(lambda images: plain._model().apply(values, images, train=False))(by_hand.astype(np.float32))
+    found = jax.jit(task.predict)(values, batch)["probabilities"]
+    np.testing.assert_allclose(found, jax.nn.softmax(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "vit_s16", "widths": (3,)}, "widths is .* which model 'vit_s16' does not use .it uses blocks, drop"),
+        ({"model": "resnet18", "blocks": (1, 1)}, r"blocks is \(1, 1\); model 'resnet18' has 4 of them"),
+        ({"model": "resnet50", "batch_norm": True}, "batch_norm is True, which model 'resnet50' does not use"),
+    ],
+)
+def test_a_setting_that_the_model_does_not_use_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        ImageClassification(**settings)._model()
 
 
 def test_a_split_is_its_images_and_labels_and_prepare_is_what_an_error_asks_for(data_dir, tmp_path):

@@ -115,7 +115,7 @@ from trainer import train
 
 run = get_config()
 run.total_steps, run.optimizer.schedule.run_steps = 2, 1000
-run.experiment.data_dir, run.experiment.model = {str(data_dir)!r}, "mlp"
+run.experiment.data_dir, run.experiment.model, run.experiment.hidden = {str(data_dir)!r}, "mlp", None
 assert int(train(run, {str(tmp_path / "run")!r}).step) == 2
 assert "tensorflow_datasets" in sys.modules
 assert "tensorflow" not in sys.modules

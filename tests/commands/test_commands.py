@@ -128,7 +128,7 @@ def from_the_root(monkeypatch):
 def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of three steps of a small MLP on digits, with checkpoints at 2 and 3."""
     run = load_config(str(ROOT / "configs/digits.py"))
-    run.experiment = dataclasses.replace(run.experiment, data_dir=str(data_dir), model="mlp", widths=(16,))
+    run.experiment = dataclasses.replace(run.experiment, data_dir=str(data_dir), model="mlp", widths=(16,), hidden=None)
     run.total_steps = 3
     run.optimizer.schedule.warmup, run.optimizer.schedule.final = 1, 1e-4
     run.evaluation, run.checkpoint = config.Evaluation(), config.Checkpoint(every_steps=2)
@@ -494,7 +494,9 @@ def test_dry_run_tries_the_first_steps_an_evaluation_a_save_and_a_restore_and_le
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    small = [f"--config.experiment.{field}" for field in (f"data_dir={data_dir}", "model=mlp", "widths=16,")]
+    small = [
+        f"--config.experiment.{field}" for field in (f"data_dir={data_dir}", "model=mlp", "widths=16,", "hidden=None")
+    ]
     arguments = [DIGITS, *small, "--config.logging.every_steps=1"]
     result = tried(output(capsys, "train", "--dry-run", *arguments, f"--workdir={tmp_path}/run"))
     assert contents(tmp_path) == {"tmp": None}
