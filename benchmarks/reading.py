@@ -134,24 +134,24 @@ def read_table(options: argparse.Namespace) -> None:
 
     Every way gives batches of the same examples in random order. The CPU time is that of the process and its workers,
     between two moments at which all that is read ahead is read: starting does not count, and every thread does. A
-    figure is that of the round with the least CPU time.
+    figure is that of all rounds together, as several batches may be read in one of them and used in the next.
     """
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("images", "tokens"):
             found = readers(kind, folder)
-            costs = dict.fromkeys(found, float("inf"))
+            costs = dict.fromkeys(found, 0.0)
             with ExitStack() as stack:
                 for batches in found.values():
                     next(batches)  # starts threads and workers
                     stack.callback(getattr(batches, "close", lambda: None))
-                for (name, batches), _ in itertools.product(found.items(), range(options.rounds)):
+                for name, batches in list(found.items()) * options.rounds:
                     began = settled()
                     for _ in itertools.islice(batches, options.steps):
                         pass
-                    costs[name] = min(costs[name], settled() - began)
-            print(f"{kind}, {options.steps} batches of {BATCH}")
+                    costs[name] += settled() - began
+            print(f"{kind}, {options.rounds} rounds of {options.steps} batches of {BATCH}")
             first, *_ = costs.values()
             for name, seconds in costs.items():
-                rate = options.steps * BATCH / seconds
+                rate = options.rounds * options.steps * BATCH / seconds
                 tokens = f", {rate * TOKENS / 1e6:8.2f} million tokens" if kind == "tokens" else ""
                 print(f"  {name:40} {rate:10,.0f} examples{tokens} per CPU-second, {first / seconds:.3f} of NumPy's")
