@@ -21,6 +21,7 @@ from trainer.data.tfds import TfdsSource, prepare
 from trainer.experiment import RandomAccessSource
 
 EXAMPLES, BATCH, TOKENS, WORKERS = 16384, 128, 1024, 2  # TOKENS are those to predict in an example
+SECONDS = 0.5  # of CPU time that a way to read has in a round, at least
 
 
 def stored(kind: str) -> dict[str, np.ndarray]:
@@ -139,19 +140,19 @@ def read_table(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("images", "tokens"):
             found = readers(kind, folder)
-            costs = dict.fromkeys(found, 0.0)
+            seconds, examples = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
             with ExitStack() as stack:
                 for batches in found.values():
                     next(batches)  # starts threads and workers
                     stack.callback(getattr(batches, "close", lambda: None))
                 for name, batches in list(found.items()) * options.rounds:
                     began = settled()
-                    for _ in itertools.islice(batches, options.steps):
-                        pass
-                    costs[name] += settled() - began
-            print(f"{kind}, {options.rounds} rounds of {options.steps} batches of {BATCH}")
-            first, *_ = costs.values()
-            for name, seconds in costs.items():
-                rate = options.rounds * options.steps * BATCH / seconds
+                    while cpu_seconds() - began < SECONDS:
+                        examples[name] += sum(BATCH for _ in itertools.islice(batches, options.steps))
+                    seconds[name] += settled() - began
+            print(f"{kind}, batches of {BATCH}")
+            rates = {name: examples[name] / seconds[name] for name in found}
+            first, *_ = rates.values()
+            for name, rate in rates.items():
                 tokens = f", {rate * TOKENS / 1e6:8.2f} million tokens" if kind == "tokens" else ""
-                print(f"  {name:40} {rate:10,.0f} examples{tokens} per CPU-second, {first / seconds:.3f} of NumPy's")
+                print(f"  {name:40} {rate:10,.0f} examples{tokens} per CPU-second, {rate / first:.4f} of NumPy's")
