@@ -3,8 +3,8 @@
     python -m benchmarks.flax_loop NAME STEPS EVERY [norm]        # in a folder with NAME.py and NAME_models.py
 
 It prints a line after the first step and after every EVERY steps. With "norm" the step also computes the norm of the
-gradient. The model, the loss and the data are those of the
-experiment in NAME.py; the state, the step, the optimizer, the order of the data and the loop are Flax's and Optax's.
+gradient. The model, the loss and the data are those of the experiment in NAME.py; the state, the step, the optimizer,
+the order of the data and the loop are Flax's and Optax's.
 """
 
 import importlib
