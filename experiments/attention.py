@@ -40,7 +40,8 @@ def attend(name: str, query: Heads, key: FewerHeads, value: FewerHeads, segments
       segments: the document of each position, in order along a row; None if a row is one document.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    batch_axes, _, head_axes, _ = nn.logical_to_mesh_axes(_AXES) or ()
+    spec: Any = nn.logical_to_mesh_axes(_AXES)
+    batch_axes, _, head_axes, _ = spec
     over = head_axes if isinstance(head_axes, tuple) else (head_axes,)
     shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in over if axis is not None)
     copies = shards // math.gcd(shards, key.shape[2])
@@ -80,7 +81,8 @@ def _splash(query: Array, key: Array, value: Array, segments: Array | None, *, i
     def one(query: Array, key: Array, value: Array, ids: Array | None) -> Array:
         return kernel(query, key, value, None if ids is None else splash_kernel.SegmentIds(ids, ids))
 
-    mixed = jax.vmap(one)(*(jnp.swapaxes(x, 1, 2) for x in padded), ids)
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in padded)
+    mixed = jax.vmap(one)(query, key, value, ids)
     return jnp.swapaxes(mixed, 1, 2)[:, :length]
 
 
@@ -88,9 +90,10 @@ def _kernel(length: int, heads: int, interpret: bool) -> Any:
     """The kernel for rows of `length`, a multiple of 128, and this many query heads."""
     block = next(size for size in _BLOCKS if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     return splash_kernel.make_splash_mha(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
-        block_sizes=splash_kernel.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash_kernel.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

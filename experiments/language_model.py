@@ -40,20 +40,25 @@ def score(
     return jax.nn.logsumexp(logits, axis=-1) - chosen, chosen >= logits.max(-1)
 
 
-def windows(texts: Sequence[bytes], length: int) -> dict[str, np.ndarray]:
-    """Cuts texts into windows of `length` + 1 bytes, so that every byte but a text's first is one window's target.
+def windows(texts: Sequence[bytes | np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Cuts texts into windows of `length` + 1 tokens, so that every token but a text's first is one window's target.
 
-    Consecutive windows of a text overlap by one byte. The last window of a text is padded with zeros.
+    Consecutive windows of a text overlap by one token. The last window of a text is padded with zeros.
+
+    Args:
+      texts: bytes, or tokens of one dtype.
+      length: the number of targets in a window.
 
     Returns:
-      "tokens", uint8 [windows, length + 1], and "targets", int32 [windows], the number of targets in each window,
-      1 … length. The targets of a window are the bytes after its first.
+      "tokens", uint8 for bytes, [windows, length + 1], and "targets", int32 [windows], the number of targets in each
+      window, 1 … length. The targets of a window are the tokens after its first.
     """
     tokens, targets = [], []
     for text in texts:
+        text = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text
         count = -(-max(len(text) - 1, 0) // length)
-        padded = np.zeros(count * length + 1, np.uint8)
-        padded[: len(text)] = np.frombuffer(text, np.uint8)
+        padded = np.zeros(count * length + 1, text.dtype)
+        padded[: len(text)] = text
         starts = length * np.arange(count)
         tokens.append(padded[starts[:, None] + np.arange(length + 1)])
         targets.append(np.minimum(len(text) - 1 - starts, length))

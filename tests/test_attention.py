@@ -53,9 +53,9 @@ def by_hand(query: Any, key: Any, value: Any, segments: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_is_that_of_a_float64_loop_over_positions_and_heads(name):
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 3]], 5, axis=1)
-    arguments = inputs(20, heads=4, kv_heads=2)
-    _, mixed = mixed_and_gradients(name)(*arguments, jnp.asarray(segments))
-    assert_close(mixed, by_hand(*arguments, segments))
+    query, key, value = inputs(20, heads=4, kv_heads=2)
+    _, mixed = mixed_and_gradients(name)(query, key, value, jnp.asarray(segments))
+    assert_close(mixed, by_hand(query, key, value, segments))
 
 
 @pytest.mark.parametrize(("kv_heads", "packed"), [(4, False), (2, True)])
@@ -115,7 +115,8 @@ def alone() -> dict[str, Any]:
 
 
 def task(**settings: Any) -> LanguageModel:
-    return LanguageModel(**{"length": LENGTH, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 16} | settings)
+    sizes: dict[str, Any] = {"length": LENGTH, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 16}
+    return LanguageModel(**sizes | settings)
 
 
 @functools.cache
