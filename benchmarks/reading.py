@@ -125,7 +125,7 @@ def settled() -> float:
     """`cpu_seconds`, once everything is read ahead and the threads and the workers wait."""
     before, after = 0.0, cpu_seconds()
     while after - before > 0.005:
-        time.sleep(0.1)
+        time.sleep(0.3)
         before, after = after, cpu_seconds()
     return after
 
@@ -143,7 +143,8 @@ def read_table(options: argparse.Namespace) -> None:
             seconds, examples = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
             with ExitStack() as stack:
                 for batches in found.values():
-                    next(batches)  # starts threads and workers
+                    for _ in itertools.islice(batches, 8 * WORKERS):  # all threads and workers run then
+                        pass
                     stack.callback(getattr(batches, "close", lambda: None))
                 for name, batches in list(found.items()) * options.rounds:
                     began = settled()
