@@ -1,10 +1,10 @@
-"""What an experiment may offer besides the protocol: data, augmentation, predictions, evaluations, reports."""
+"""What an experiment may offer besides the protocol: data, augmentation, predictions, texts, evaluations, reports."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment, Variables
@@ -69,6 +69,33 @@ class Predicts(Protocol):
         """Predictions by name, such as "label" or "probabilities", one for each example: arrays [B, …].
 
         It runs under `jax.jit`. `batch` has the entries of the data, and perhaps no mask.
+        """
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """An experiment whose model writes texts, for the command `generate`."""
+
+    def generate(
+        self,
+        variables: Variables,
+        prompt: str,
+        length: int,
+        *,
+        key: Key[Array, ""],
+        temperature: float,
+        top_k: int | None,
+    ) -> str:
+        """The prompt and what follows it, as one text.
+
+        Args:
+          variables: the parameters and the collections, on the devices.
+          prompt: the text to go on from; `UserError` if the model cannot begin with it.
+          length: how many tokens to draw.
+          key: from which they are drawn.
+          temperature: divides the logits; 0 for the likeliest token.
+          top_k: how many of the likeliest tokens are drawn from; None for all.
         """
         ...
 

@@ -607,6 +607,7 @@ GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
     [
         ("train", {"--dry-run", "--profile", *RESUME, "--check-determinism", "--trace", *GROUP}),
         ("evaluate", {"--step", "--split", *GROUP}),
+        ("generate", {"--prompt", "--length", "--temperature", "--top-k", "--seed", "--step"}),
         ("inspect", {"--probe", "--compile", "--verify"}),
         ("prepare", set()),
         ("rehearse", {"--processes", "--devices", "--command", "--profile", "--step"}),

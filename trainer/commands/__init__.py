@@ -24,6 +24,7 @@ _COMMANDS = {
     "train": "train a run, or continue it from its last checkpoint",
     "evaluate": "evaluate a checkpoint of a run on every example of a split",
     "predict": "write the predictions of a checkpoint for every example of a split",
+    "generate": "print the text that a checkpoint writes after a prompt",
     "export": "write the parameters or the predictions of a checkpoint for other programs",
     "inspect": "show the settings, the parameter table and the checkpoints of a run",
     "prepare": "write the data of a run to disk",
