@@ -1,10 +1,12 @@
 """Image classification: convolutional networks and transformers, on any TFDS data set with "image" and "label"."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, UInt8
 
@@ -13,6 +15,7 @@ from experiments.augmentation import Augmentation, smooth
 from experiments.models import MODELS, UNSET, make_model
 from trainer.config import setting
 from trainer.data import tfds
+from trainer.data.images import EncodedImages
 from trainer.experiment import Batch, Collections, RandomAccessSource, Variables
 from trainer.metrics import Mean, Metrics
 
@@ -116,3 +119,27 @@ class ImageClassification:
         self, images: Float[Array, "examples height width channels"]
     ) -> Float[Array, "examples height width channels"]:
         return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+
+
+@dataclasses.dataclass
+class EncodedImageClassification(ImageClassification):
+    """The same on photographs of many sizes, which are decoded and cropped on the host each time that they are read.
+
+    In training each is a random crop, in an evaluation its centre. `loading.workers` are processes that do it.
+    """
+
+    size: int = setting(224, minimum=1)
+    """Sides of the square image that the model gets, in pixels."""
+    shorter: int = setting(256, minimum=1)
+    """Pixels of an image's shorter side after an evaluation resized it; it then takes the centre of `size` pixels."""
+    smallest_crop: float = setting(0.08, above=0, maximum=1)
+    """The smallest share of an image's area in a random crop."""
+
+    def augment(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """The example with a random crop of its image, uint8 [size, size, 3]."""
+        return {**example, "image": example["image"].random_crop(rng, self.smallest_crop)}
+
+    def source(self, split: str) -> RandomAccessSource:
+        """The images, still encoded, and labels of a split."""
+        source = tfds.TfdsSource(self.dataset, split, ("image", "label"), self.data_dir, encoded=("image",))
+        return EncodedImages(source, self.size, self.shorter)

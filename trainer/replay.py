@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer import config
-from trainer.data import augmented, take
+from trainer.data import augmented, take_encoded
+from trainer.data.encoded import decoded
 from trainer.divergence import keys_of, read, read_state
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment
@@ -64,8 +65,10 @@ def replay(folder: AnyPath, run: config.Run | None = None) -> Replayed:
                 f"the data has {len(program.train_source):,} examples; the step used number {max(diverged.ids):,}"
             )
         state = read_state(folder, diverged, program.state)
-        batch = take(program.train_source, np.asarray(diverged.ids))
-        if (augment := augmentation(run.experiment)) is not None:
+        batch = take_encoded(program.train_source, np.asarray(diverged.ids))
+        if (augment := augmentation(run.experiment)) is None:
+            batch = decoded(batch)
+        else:
             first = (diverged.step - 1) * run.batch_size
             batch = augmented(batch, augment, run.seed, range(first, first + run.batch_size))
         inputs = _bad_inputs(batch, diverged.ids)

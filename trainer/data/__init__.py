@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer.data.encoded import Encoded, as_objects, check_same, decoded, is_encoded
 from trainer.errors import UserError
 from trainer.experiment import Experiment, RandomAccessSource
 from trainer.optional import Augment
@@ -35,7 +36,7 @@ class BatchSource(abc.ABC):
 
     @abc.abstractmethod
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples at `indices`, int64 [n], stacked along a new first axis, in the dtypes that JAX uses."""
+        """The examples at `indices`, int64 [n], as `take_encoded` has them."""
 
     @property
     @abc.abstractmethod
@@ -119,6 +120,11 @@ def block_of(source: RandomAccessSource) -> int:
 
 def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
     """The examples of any source at `indices`, stacked along a new first axis, in the dtypes that JAX uses."""
+    return decoded(take_encoded(source, indices))
+
+
+def take_encoded(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """As `take`; but `Encoded` entries are left so, in an array of objects."""
     return source.take(indices) if isinstance(source, BatchSource) else _stack(_read(source, [int(i) for i in indices]))
 
 
@@ -138,8 +144,8 @@ def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAcce
         parts = _stack(_read(source, list(range(start, stop))))
         _check_names(arrays, parts)
         for name, part in parts.items():
-            _check_same(name, "shapes", (arrays[name].shape[1:], part.shape[1:]))
-            _check_same(name, "dtypes", (arrays[name].dtype, part.dtype))
+            check_same(name, "shapes", (arrays[name].shape[1:], part.shape[1:]))
+            check_same(name, "dtypes", (arrays[name].dtype, part.dtype))
             arrays[name][start:stop] = part
     return ArraySource(arrays)
 
@@ -162,10 +168,11 @@ def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int
 
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
-    """Whether the source is in memory already, or takes at most `limit_bytes` when it is decoded."""
+    """Whether the source is in memory already, or takes at most `limit_bytes` there and has no `Encoded` entries."""
     if isinstance(source, BatchSource) and source.is_in_memory:
         return True
-    return len(source) * sum(array.nbytes for array in _stack([source[0]]).values()) <= limit_bytes
+    arrays = _stack([source[0]]).values()
+    return not any(map(is_encoded, arrays)) and len(source) * sum(array.nbytes for array in arrays) <= limit_bytes
 
 
 def check_reads_are_equal(source: RandomAccessSource) -> None:
@@ -195,7 +202,7 @@ def augmented(
         changed.append(augment({name: array[i] for name, array in examples.items()}, rng))
         if not isinstance(changed[-1], Mapping):
             raise UserError(f"augment returned a {type(changed[-1]).__name__}; a mapping from names is expected")
-    return _stack(changed)
+    return decoded(_stack(changed))
 
 
 def batch_spec(
@@ -203,8 +210,7 @@ def batch_spec(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch, the mask included; raises `UserError` if an entry is not numeric or is misnamed."""
     example = _stack([source[0]])
-    if augment is not None:
-        example = augmented(example, augment, 0, [0])
+    example = decoded(example) if augment is None else augmented(example, augment, 0, [0])
     for name, array in example.items():
         if not isinstance(name, str):
             raise UserError(f"entry {name!r} of the data is named by a {type(name).__name__}; a text is expected")
@@ -223,14 +229,16 @@ def _read(source: RandomAccessSource, indices: list[int]) -> Sequence[Mapping[st
 
 def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     def stack(name: str) -> np.ndarray:
+        if isinstance(examples[0][name], Encoded):
+            return as_objects(name, [example[name] for example in examples])
         try:
             arrays = [np.asarray(example[name]) for example in examples]
         except ValueError as error:  # a list of lists of different lengths
             raise UserError(f"entry {name!r} of the data is no array: {error}") from error
-        _check_same(name, "shapes", (array.shape for array in arrays))
+        check_same(name, "shapes", (array.shape for array in arrays))
         if len({array.dtype for array in arrays}) > 1:
             arrays = [_narrow(array) for array in arrays]
-            _check_same(name, "dtypes", (array.dtype for array in arrays))
+            check_same(name, "dtypes", (array.dtype for array in arrays))
         return _narrow(np.stack(arrays))
 
     for example in examples:
@@ -242,12 +250,6 @@ def _check_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     if first.keys() != other.keys():
         texts = [", ".join(map(str, example)) or "none" for example in (first, other)]
         raise UserError(f"the examples of the data have different entries: {texts[0]}; and {texts[1]}")
-
-
-def _check_same(name: str, kind: str, values: Iterable[Any]) -> None:
-    if len(found := set(values)) > 1:
-        texts = sorted(map(str, found))
-        raise UserError(f"entry {name!r} of the data has examples of different {kind}: {texts[0]}, {texts[1]}")
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data import BatchSource, block_of, take
+from trainer.data import BatchSource, block_of, take_encoded
 from trainer.data.order import Order
 from trainer.data.streams import Streams
 from trainer.errors import UserError
@@ -53,7 +53,7 @@ class Mixture(BatchSource):
         batch: dict[str, np.ndarray] = {}
         for number in np.unique(numbers):
             chosen = numbers == number
-            own = take(self._sources[number], indices[chosen] - self._begins[number])
+            own = take_encoded(self._sources[number], indices[chosen] - self._begins[number])
             if not batch:
                 batch = {name: np.empty((len(indices), *x.shape[1:]), x.dtype) for name, x in own.items()}
             self._check(int(number), batch, own)

@@ -9,7 +9,8 @@ from typing import TypeVar
 import grain
 import numpy as np
 
-from trainer.data import IDS, BatchSource, augmented, take
+from trainer.data import IDS, BatchSource, augmented, take, take_encoded
+from trainer.data.encoded import decoded
 from trainer.data.mixture import order_of
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
@@ -50,8 +51,10 @@ class Batches:
             indices, mask = np.minimum(positions, len(self.source) - 1), positions < len(self.source)
         else:
             indices, mask = self.order(positions), np.ones(len(positions))
-        batches = take(self.source, indices)
-        if self.augment is not None and self.seed is not None:
+        batches = take_encoded(self.source, indices)
+        if self.augment is None or self.seed is None:
+            batches = decoded(batches)
+        else:
             batches = augmented(batches, self.augment, self.seed, positions)
         batches["mask"] = mask.astype(np.float32)
         if self.with_ids:
