@@ -20,7 +20,7 @@ LAYERS = [
     {"opening"},
     {"divergence"},
     {"session"},
-    {"init_from", "moved"},
+    {"init_from", "moved", "sharing"},
     {"watch"},
     {"evaluation", "export", "prediction"},
     {"restore"},

@@ -109,7 +109,7 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None, 
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
     # `jax.jit` caches the trace, so the uses of `init_variables` below trace the model only once.
-    init_variables = jax.jit(lambda: experiment.init(init_key, zeros(train_spec)), inline=True)
+    init_variables = partial(jax.jit(lambda key: experiment.init(key, zeros(train_spec)), inline=True), init_key)
     boxed = abstract_params(experiment, init_variables, train_spec)
     strategy = build_strategy(run.parallel, boxed, devices)
     check_divides(run, strategy.batch_shards)

@@ -5,7 +5,6 @@ replica's share of the batch, and sums over `replica_axis` are written out.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -173,9 +172,15 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
 def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
     """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
 
-    @functools.partial(jax.jit, inline=True)  # so that it is traced once for both uses
     def measure(*arguments: Any) -> Metrics:
         return {name: Mean.single(value) for name, value in statistics(*arguments).items()}
 
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, *arguments))
-    return jax.lax.cond(condition, measure, lambda *_: nothing, *arguments)
+    # Traced once for both uses. (A jitted function would keep its constants inside, where `sharing` cannot see them.)
+    traced, shapes = jax.make_jaxpr(measure, return_shape=True)(*arguments)
+
+    def measured(*arguments: Any) -> Metrics:
+        values = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shapes), values)
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.cond(condition, measured, lambda *_: nothing, *arguments)

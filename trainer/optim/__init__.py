@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from trainer import config
@@ -43,6 +44,8 @@ def _group(
     weight_decay = schedules.get(f"{path}.decay_schedule", group.weight_decay) or None
     if o.decay == "corrected" and peak == 0:  # nothing moves, and learning rate / peak would be 0/0
         weight_decay = None
+    if isinstance(weight_decay, int | float):  # an array, which `fused.value_at` hides from XLA
+        weight_decay = jnp.asarray(weight_decay, float)
     name = group.optimizer or o.name
     if name not in config.FUSED_OPTIMIZERS:
         options = o.options if group.optimizer is None else group.options

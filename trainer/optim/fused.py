@@ -13,6 +13,7 @@ from jaxtyping import Array, Int32
 from trainer.optim.precision import (
     check_precision,
     global_norm,
+    opaque,
     rounded_update,
     rounding_bits,
     storage_dtype,
@@ -197,18 +198,21 @@ def update_scalars(
     scalars = {}
     for label in dict.fromkeys(label for label, _ in gradients):
         group: Any = groups[label]
-        decay = None if group.weight_decay is None else _value(group.weight_decay, count)
+        decay = None if group.weight_decay is None else value_at(group.weight_decay, count)
         # Bias corrections follow the updates of the group, schedules those of the run.
         t = jnp.asarray(optax.safe_increment(count if group.every == 1 else count // group.every))
         own = [g for other, g in gradients if other == label]
         clip = clip_all if group.clip_norm is None else _clip(own, group.clip_norm, clip_all)
         due = None if group.every == 1 else count % group.every == 0
-        corrections, rate = group.rule.bias_corrections(t), _value(group.learning_rate, count)
+        corrections, rate = group.rule.bias_corrections(t), value_at(group.learning_rate, count)
         scalars[label] = UpdateScalars(corrections, rate, decay, clip, due)
     return scalars
 
 
-def _value(number: Any, count: Int32[Array, ""]) -> Array:
+def value_at(number: Any, count: Int32[Array, ""]) -> Array:
+    """The value of a number, an array or a schedule after `count` updates."""
+    if isinstance(number, jax.Array) and not isinstance(number, jax.core.Tracer):
+        return opaque(number)
     return jnp.asarray(number(count) if callable(number) else number)
 
 

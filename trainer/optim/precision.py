@@ -208,3 +208,12 @@ def _avalanche(x: UInt32[Array, ""]) -> UInt32[Array, ""]:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
+
+
+def opaque(numbers: Any) -> Any:
+    """Numbers with which XLA computes as with arguments, whose values it does not know.
+
+    It would fold constants into each other, as x · 0.002 · 0.01 into x · 0.00002, and so round otherwise. With this,
+    `trainer.sharing` can make them arguments, and no bit of the results changes.
+    """
+    return lax.optimization_barrier(numbers)

@@ -191,7 +191,7 @@ def _update(
 ) -> tuple[Any, OtherState]:
     """The update of one label and its new state."""
     rate = group.learning_rate(count)
-    decay = group.weight_decay(count) if callable(group.weight_decay) else group.weight_decay
+    decay = None if group.weight_decay is None else fused.value_at(group.weight_decay, count)
     if group.clip_norm is not None:
         factor = group.clip_norm / jnp.maximum(global_norm(jax.tree.leaves(g)), group.clip_norm)
         g = jax.tree.map(lambda x: x * factor, g)
