@@ -20,8 +20,17 @@ from trainer.program import build_program
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 GOLDEN = ROOT / "tests" / "golden"
+SMALL_WORDS = {"width": 8, "hidden": 8, "length": 8, "vocab": 64}
 SMALL_DECODER = {"layers": 2, "width": 16, "heads": 2, "mlp_width": 32, "length": 256, "vocab": 256}
-SHRUNK = {"shakespeare": SMALL_DECODER, "lm_110m": SMALL_DECODER, "lm_1b": SMALL_DECODER}  # fields of the experiment
+SHRUNK: dict[str, dict[str, int]] = {  # fields of the experiment
+    "shakespeare": SMALL_DECODER,
+    "shakespeare_lstm": {"width": 8, "length": 256},
+    "lm_110m": SMALL_DECODER,
+    "lm_1b": SMALL_DECODER,
+    "ptb_lstm1": SMALL_WORDS,
+    "ptb_lstm2": SMALL_WORDS,
+    "ptb_lstm3": SMALL_WORDS,
+}
 LARGEST_LOSS = {"toy": 150}  # of the first step; by default that of a classifier which is not far off
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -46,11 +55,24 @@ def fashion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Text files in the format of the Penn Treebank: lines of words, with a space before and after each line."""
+    folder, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
+    kinds = ["<unk>", "N", *(f"word{i}" for i in range(40))]
+    for split, lines in (("train", 60), ("valid", 9), ("test", 9)):
+        texts = (" ".join(rng.choice(kinds, rng.integers(1, 20))) for _ in range(lines))
+        (folder / f"ptb.{split}.txt").write_text("".join(f" {text} \n" for text in texts))
+    return str(folder / "ptb.{split}.txt")
+
+
 @pytest.fixture
-def run(path: Path, data_dir: Path, fashion_dir: Path) -> config.Run:
+def run(path: Path, data_dir: Path, fashion_dir: Path, words: str) -> config.Run:
     """The config's run at its full length and size, reading the tests' data if it reads any."""
     run = config.resolve(load_config(str(path)))
     experiment: Any = run.experiment
+    if getattr(experiment, "files", None):
+        experiment.files = words
     if hasattr(experiment, "data_dir"):
         experiment.data_dir = str(fashion_dir if experiment.dataset == "fashion_mnist_local" else data_dir)
         experiment.prepare()
@@ -102,6 +124,7 @@ def test_parameters_decay_as_the_labels_say(shrunk):
 )
 def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     run = shrunk
+    run.optimizer.schedule.run_steps = run.optimizer.schedule.run_steps or run.total_steps  # its times stay
     run.total_steps = 1
     run.parallel.devices = 1
     run.batch_size = 4 * run.microbatches
