@@ -99,13 +99,9 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None, 
       UserError: data that is not there, batches that do not divide over the devices, labels that do not cover the
         parameters, a model and a batch that do not fit each other.
     """
-    experiment = run.experiment
+    experiment, numerics = run.experiment, run.numerics
     train_source = open_source(experiment, run.loading.split)
     train_spec = batch_spec(train_source, run.batch_size, augmentation(experiment))
-    evaluations = config.evaluations_in_steps(run, len(train_source))
-    sources = {run.loading.split: train_source}
-    for split in {e.split: None for e in evaluations.values()}:
-        sources[split] = sources.get(split) or open_source(experiment, split)
     # Two independent streams of keys, so that no step's key is that of the initial parameters.
     init_key, step_key = run_keys(run)
     # `jax.jit` caches the trace, so the uses of `init_variables` below trace the model only once.
@@ -130,33 +126,24 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None, 
         constrain_gradients=strategy.constrain_gradients,
         ema_decay=run.optimizer.ema_decay,
         frozen=jax.tree.map(lambda label: run.optimizer.groups[label].frozen, labels),
-        spike=_spike(run.numerics),
+        spike=None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor),
         statistics=build_statistics(groups, labels, run.optimizer.clip_norm),
         is_logged=partial(is_logged, run),
     )
 
     def init() -> TrainState:
         ema = run.optimizer.ema_decay is not None
-        may_drop = run.numerics.on_nonfinite == "skip" or settings.spike is not None
+        may_drop = numerics.on_nonfinite == "skip" or settings.spike is not None
         guard = new_guard() if may_drop else None
         return init_state(init_variables(), optimizer, ema=ema, guard=guard)
 
     abstract_state = strategy.abstract_state(init)
-
-    def evaluation(settings: config.Evaluation) -> EvalProgram:
-        source = sources[settings.split]
-        source = source if settings.max_examples is None else FirstExamples(source, settings.max_examples)
-        spec = batch_spec(source, settings.batch_size or run.batch_size)
-        step = partial(eval_step, experiment, strategy.axis_name, settings.ema)
-        arguments = (abstract_state, strategy.abstract_batch(spec))
-        return EvalProgram(settings, source, spec, Step(strategy.jit_eval(step, abstract_state), arguments))
-
     jitted = strategy.jit_train(partial(train_step, settings), abstract_state)
     program = Program(
         run,
         train_source,
         train_spec,
-        {name: evaluation(settings) for name, settings in evaluations.items()},
+        _evaluations(run, train_source, strategy, abstract_state),
         param_table(params, labels, run.optimizer, strategy.specs),
         groups,
         optimizer,
@@ -169,8 +156,19 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None, 
     return program
 
 
-def _spike(numerics: config.Numerics) -> tuple[float, float] | None:
-    return None if numerics.spike_quantile is None else (numerics.spike_quantile, numerics.spike_factor)
+def _evaluations(
+    run: config.Run, train_source: RandomAccessSource, strategy: Strategy, state: TrainState
+) -> dict[str, EvalProgram]:
+    sources, found = {run.loading.split: train_source}, {}
+    for name, settings in config.evaluations_in_steps(run, len(train_source)).items():
+        if settings.split not in sources:
+            sources[settings.split] = open_source(run.experiment, settings.split)
+        source = sources[settings.split]
+        source = source if settings.max_examples is None else FirstExamples(source, settings.max_examples)
+        spec = batch_spec(source, settings.batch_size or run.batch_size)
+        jitted = strategy.jit_eval(partial(eval_step, run.experiment, strategy.axis_name, settings.ema), state)
+        found[name] = EvalProgram(settings, source, spec, Step(jitted, (state, strategy.abstract_batch(spec))))
+    return found
 
 
 def _check_steps(program: Program, compiles: bool) -> None:

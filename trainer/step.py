@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
@@ -171,16 +172,9 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
 
 def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
     """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
-
-    def measure(*arguments: Any) -> Metrics:
-        return {name: Mean.single(value) for name, value in statistics(*arguments).items()}
-
     # Traced once for both uses. (A jitted function would keep its constants inside, where `sharing` cannot see them.)
-    traced, shapes = jax.make_jaxpr(measure, return_shape=True)(*arguments)
-
-    def measured(*arguments: Any) -> Metrics:
-        values = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
-        return jax.tree.unflatten(jax.tree.structure(shapes), values)
-
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.cond(condition, measured, lambda *_: nothing, *arguments)
+    measure = jax.make_jaxpr(lambda *x: {k: Mean.single(v) for k, v in statistics(*x).items()}, return_shape=True)
+    traced, shapes = measure(*arguments)
+    nothing = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
+    values = jax.lax.cond(condition, jaxpr_as_fun(traced), lambda *_: nothing, *jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(shapes), values)
