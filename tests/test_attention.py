@@ -66,6 +66,17 @@ def test_splash_has_the_results_and_the_gradients_of_plain_attention(kv_heads, p
     assert_close(mixed_and_gradients("splash")(*arguments), mixed_and_gradients("plain")(*arguments))
 
 
+def test_in_bfloat16_splash_is_as_near_to_float32_as_plain_attention():
+    exact = inputs(130, heads=2, kv_heads=1)
+    _, expected = mixed_and_gradients("plain")(*exact, None)
+    errors = {}
+    for name in ATTENTIONS:
+        _, mixed = mixed_and_gradients(name)(*(x.astype(jnp.bfloat16) for x in exact), None)
+        assert mixed.dtype == jnp.bfloat16
+        errors[name] = np.linalg.norm(mixed.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+    assert 1e-4 < errors["splash"] < 2 * errors["plain"] < 0.02  # bfloat16 has 8 bits of precision
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_heads_sharded_over_more_devices_than_there_are_key_heads_give_the_same(name):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -324,6 +324,7 @@ def run_of(files: str, steps: int = 6, **settings: Any) -> config.Run:
     return config.resolve(config.Run(total_steps=steps, **fields | settings))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_carries_the_same_state_bit_for_bit(files, tmp_path):
     whole = train(run_of(files), tmp_path / "whole", verbose=False)
     train(run_of(files, steps=3), tmp_path / "parts", verbose=False)
@@ -357,7 +358,10 @@ def losses_and_carry(files: str, place: str) -> tuple[list[float], Any]:
     return losses, jax.device_get(state.collections)
 
 
-@pytest.mark.parametrize("place", [name for name in PLACES if name != "one"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", ["fsdp", "pmap", "microbatches", pytest.param("tensor", marks=pytest.mark.exhaustive)]
+)
 def test_every_strategy_and_microbatches_carry_the_same_state(files, place):
     losses, carry = losses_and_carry(files, place)
     expected_losses, expected = losses_and_carry(files, "one")
