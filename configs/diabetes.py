@@ -8,20 +8,14 @@ Cost: 5 seconds of CPU time. Expected: test r2: 0.4637, the share of the varianc
 """
 
 from experiments.regression import Regression
-from trainer.config import Evaluation, Group, Logging, Optimizer, Run, Schedule
+from trainer.config import Evaluation, Group, Optimizer, Run, Schedule
 
 
 def get_config() -> Run:
     """An MLP with 64 hidden units for 300 steps of 64 patients, about 54 epochs."""
-    return Run(
-        experiment=Regression(hidden=64, dropout=0.3),
-        total_steps=300,
-        batch_size=64,
-        optimizer=Optimizer(
-            schedule=Schedule("cosine", peak=1e-3),
-            labels=((r".*/kernel", "decayed"), (r".*/bias", "plain")),
-            groups={"decayed": Group(weight_decay=0.1), "plain": Group()},
-        ),
-        evaluation=Evaluation(every_steps=50),
-        logging=Logging(every_steps=50),
-    )
+    labels = ((r".*/kernel", "decayed"), (r".*/bias", "plain"))
+    groups = {"decayed": Group(weight_decay=0.1), "plain": Group()}
+    optimizer = Optimizer(schedule=Schedule("cosine", peak=1e-3), labels=labels, groups=groups)
+    run = Run(Regression(hidden=64, dropout=0.3), total_steps=300, batch_size=64, optimizer=optimizer)
+    run.evaluation = Evaluation(every_steps=50)
+    return run

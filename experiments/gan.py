@@ -217,9 +217,11 @@ class GAN:
         metrics |= {"discriminator_loss": discriminator_losses, "loss": generator_losses + discriminator_losses}
         return {name: Mean.of(values, batch["mask"]) for name, values in metrics.items()}, {**statistics, **spectral}
 
-    def generate(self, variables: Variables, count: int, key: Key[Array, ""]) -> UInt8[Array, "count h w channels"]:
-        """Images of `count` latents drawn from the key, with values from 0 to 255."""
-        return _generated(self._networks(), count, self.latent, variables, key)
+    def generate(
+        self, variables: Variables, count: int, key: Key[Array, ""], first: int = 0
+    ) -> UInt8[Array, "count h w channels"]:
+        """The images number `first` to `first` + `count` − 1 of a key, with values from 0 to 255."""
+        return _generated(self._networks(), count, self.latent, variables, key, first)
 
     def evaluate(self, name: str, variables: Variables, batches: Iterator[Batch]) -> dict[str, float] | None:
         """The metric of an evaluation named "samples": "frechet_fashion_cnn", which is no FID; see `classifier`.
@@ -232,8 +234,8 @@ class GAN:
             return {}
         features = load_features(self.classifier, _replicated(variables))
         real, fake = list[np.ndarray](), list[np.ndarray]()
-        for i, batch in enumerate(batches):
-            images = self.generate(variables, len(batch["mask"]), jax.random.fold_in(jax.random.key(0), i))
+        for batch in batches:
+            images = self.generate(variables, len(batch["mask"]), jax.random.key(0), sum(map(len, real)))
             found = process_allgather((features(batch["image"]), features(images), batch["mask"]), tiled=True)
             real.append(found[0][found[2] > 0])
             fake.append(found[1][found[2] > 0])
@@ -257,8 +259,10 @@ class GAN:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once for each number of images
-def _generated(networks: Networks, count: int, latent: int, variables: Variables, key: Array) -> Array:
-    images: Any = networks.apply(variables, jax.random.normal(key, (count, latent)), False, method="generate")
+def _generated(networks: Networks, count: int, latent: int, variables: Variables, key: Array, first: Array) -> Array:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+    latents, _ = _draw(keys, latent)
+    images: Any = networks.apply(variables, latents, False, method="generate")
     return jnp.round((images + 1) * 127.5).astype(jnp.uint8)
 
 

@@ -170,7 +170,7 @@ def test_the_probe_is_the_ridge_regression_of_scikit_learn():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "pmap"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("pmap", marks=pytest.mark.exhaustive)])
 def test_the_evaluation_named_probe_is_that_of_the_frozen_features(tmp_path, strategy):
     run = make_run(
         2,

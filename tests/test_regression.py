@@ -15,7 +15,7 @@ TASK = Regression(hidden=5)
 def test_each_patient_is_in_one_split_and_the_training_split_is_standardised():
     train, test = (TASK.source(split).arrays for split in ("train", "test"))
     assert (len(train["y"]), len(test["y"])) == (354, 88)
-    table, progression = load_diabetes(return_X_y=True, scaled=False)
+    table, progression = (np.asarray(part) for part in load_diabetes(return_X_y=True, scaled=False))
     for name, whole in (("x", table), ("y", progression[:, None])):
         known, asked = (part[name].reshape(len(part[name]), -1).astype(np.float64) for part in (train, test))
         np.testing.assert_allclose(known.mean(0), 0, atol=1e-6)
