@@ -3,6 +3,7 @@
     python -m benchmarks.data                    # all tables
     python -m benchmarks.data --augment          # only this one
     python -m benchmarks.data --wait --config=configs/shakespeare.py
+    python -m benchmarks.data --jpeg --torch_python=ENVIRONMENT/bin/python
 
 Sides that are compared are measured in turn, in rounds, in one process.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import header
+from benchmarks.jpeg import jpeg_table
 from benchmarks.reading import read_table
 from benchmarks.waiting import wait_table
 from trainer.data import ArraySource
@@ -83,6 +85,7 @@ def augment_table(options: argparse.Namespace) -> None:
 TABLES: dict[str, Callable[[argparse.Namespace], None]] = {
     "augment": augment_table,
     "read": read_table,
+    "jpeg": jpeg_table,
     "wait": wait_table,
 }
 
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="batches in a round")
     parser.add_argument("--wait_steps", type=int, default=400, help="steps of a run of --wait")
     parser.add_argument("--config", help="the config of --wait, whose data must be prepared")
+    parser.add_argument("--torch_python", help="for --jpeg, an interpreter that has torch and torchvision")
     options = parser.parse_args()
     print(header())
     for name in [name for name in TABLES if getattr(options, name)] or TABLES:

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments.datasets.fashion_mnist_local import FOLDER_VARIABLE
+from tests import image_sets
 from trainer import config, train
 from trainer.commands.arguments import load_config
 from trainer.data import tfds
@@ -22,7 +23,16 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 GOLDEN = ROOT / "tests" / "golden"
 SMALL_WORDS = {"width": 8, "hidden": 8, "length": 8, "vocab": 64}
 SMALL_DECODER = {"layers": 2, "width": 16, "heads": 2, "mlp_width": 32, "length": 256, "vocab": 256}
-SHRUNK: dict[str, dict[str, int]] = {  # fields of the experiment
+SMALL_RESNET = {"widths": (4, 4, 4, 4), "blocks": (1, 1, 1, 1)}
+SMALL_CROPS = {"size": 32, "shorter": 36}
+SHRUNK: dict[str, dict[str, Any]] = {  # fields of the experiment
+    "cifar10_densenet121": {"widths": (4,), "blocks": (1, 1, 1, 1)},
+    "cifar10_resnet34": SMALL_RESNET,
+    "cifar10_vgg11": {"widths": (4, 4, 4, 4, 4), "hidden": 8},
+    "fashion_mnist_resnet18": SMALL_RESNET,
+    "imagenet_resnet18": SMALL_RESNET | SMALL_CROPS,
+    "imagenet_resnet50": SMALL_RESNET | SMALL_CROPS,
+    "imagenet_vit_s16": {"blocks": (1,)} | SMALL_CROPS,
     "shakespeare": SMALL_DECODER,
     "shakespeare_lstm": {"width": 8, "length": 256},
     "lm_110m": SMALL_DECODER,
@@ -31,6 +41,7 @@ SHRUNK: dict[str, dict[str, int]] = {  # fields of the experiment
     "ptb_lstm2": SMALL_WORDS,
     "ptb_lstm3": SMALL_WORDS,
 }
+EXHAUSTIVE = ("lm_1b", "cifar10_resnet34", "imagenet_resnet18")  # others train nearly the same step
 LARGEST_LOSS = {"toy": 150}  # of the first step; by default that of a classifier which is not far off
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -56,6 +67,15 @@ def fashion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder with small `cifar10` and `imagenet2012`, which have the features of TFDS's own."""
+    folder = tmp_path_factory.mktemp("tfds_images")
+    image_sets.cifar("cifar10", folder)
+    image_sets.imagenet(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Text files in the format of the Penn Treebank: lines of words, with a space before and after each line."""
     folder, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
@@ -67,14 +87,15 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def run(path: Path, data_dir: Path, fashion_dir: Path, words: str) -> config.Run:
+def run(path: Path, data_dir: Path, fashion_dir: Path, image_dir: Path, words: str) -> config.Run:
     """The config's run at its full length and size, reading the tests' data if it reads any."""
     run = config.resolve(load_config(str(path)))
     experiment: Any = run.experiment
     if getattr(experiment, "files", None):
         experiment.files = words
     if hasattr(experiment, "data_dir"):
-        experiment.data_dir = str(fashion_dir if experiment.dataset == "fashion_mnist_local" else data_dir)
+        folders = {"fashion_mnist_local": fashion_dir, "cifar10": image_dir, "imagenet2012": image_dir}
+        experiment.data_dir = str(folders.get(experiment.dataset, data_dir))
         experiment.prepare()
     return run
 
@@ -119,7 +140,7 @@ def test_parameters_decay_as_the_labels_say(shrunk):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.exhaustive if path.stem == "lm_1b" else ()) for path in CONFIGS],
+    [pytest.param(path, marks=pytest.mark.exhaustive if path.stem in EXHAUSTIVE else ()) for path in CONFIGS],
     ids=lambda path: path.stem,
 )
 def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
@@ -127,6 +148,7 @@ def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     run.optimizer.schedule.run_steps = run.optimizer.schedule.run_steps or run.total_steps  # its times stay
     run.total_steps = 1
     run.parallel.devices = 1
+    run.loading.workers = 0
     run.batch_size = 4 * run.microbatches
     run.evaluation.batch_size = 32
     if run.init_from is not None:  # from a tree of the same parameters
