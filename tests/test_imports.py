@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"commands"},
-    {"determinism", "loop", "plan", "prove", "replay"},
+    {"determinism", "loop", "plan", "prove", "replay", "sweep"},
     {"opening"},
     {"divergence"},
     {"session"},

@@ -14,7 +14,7 @@ from trainer.errors import HostError
 from trainer.observe.output import make_safe
 
 # Commands that go on when nobody can read what they print.
-_TRAINING = {"train", "rehearse"}
+_TRAINING = {"train", "rehearse", "sweep"}
 
 
 def main() -> None:

@@ -126,12 +126,16 @@ class Workdir:
             return []
         return found if isinstance(found, list) else []
 
-    def write(self, run: config.Run, table_text: str, accepted: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Keeps the resolved run, the changes that were accepted, and the table of parameters. Raises `HostError`."""
+    def write(self, run: config.Run, table_text: str | None, accepted: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Keeps the resolved run, the changes that were accepted, and the table of parameters if it is known.
+
+        Raises `HostError`.
+        """
         kept = json.loads(config.to_json(run)) | ({"$accepted": list(accepted)} if accepted else {})
         for file, text in ((self.config_file, json.dumps(kept, indent=2) + "\n"), (self.params_file, table_text)):
             try:
-                write_text(file, text)
+                if text is not None:
+                    write_text(file, text)
             except OSError as error:
                 raise host_error(file, error) from error
 

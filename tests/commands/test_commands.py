@@ -605,11 +605,19 @@ GROUP = {"--coordinator", "--process", "--processes", "--wait", "--heartbeat"}
 @pytest.mark.parametrize(
     ("command", "own"),
     [
-        ("train", {"--dry-run", "--profile", *RESUME, "--check-determinism", "--trace", *GROUP}),
+        (
+            "train",
+            {"--dry-run", "--profile", *RESUME, "--check-determinism", "--trace", "--until", "--compile-once", *GROUP},
+        ),
         ("evaluate", {"--step", "--split", *GROUP}),
         ("generate", {"--prompt", "--length", "--temperature", "--top-k", "--seed", "--step"}),
         ("inspect", {"--probe", "--compile", "--verify"}),
         ("prepare", set()),
+        (
+            "sweep",
+            {"--grid", "--random", "--trials", "--search-seed", "--metric", "--mode", "--halving", "--first-rung"}
+            | {"--jobs", "--cell", "--compile-once", "--report"},
+        ),
         ("rehearse", {"--processes", "--devices", "--command", "--profile", "--step"}),
     ],
 )

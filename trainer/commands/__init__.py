@@ -28,6 +28,7 @@ _COMMANDS = {
     "export": "write the parameters or the predictions of a checkpoint for other programs",
     "inspect": "show the settings, the parameter table and the checkpoints of a run",
     "prepare": "write the data of a run to disk",
+    "sweep": "train a run with each combination of some settings, and compare the results",
     "rehearse": "train in several processes on this machine, as hosts of a pod would",
     "prove-resume": "kill and relaunch a run at random moments, and compare it with an undisturbed one",
     "replay": "execute a step that diverged again, and name where its numbers stop being finite",

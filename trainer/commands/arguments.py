@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.errors import UserError, did_you_mean
@@ -107,7 +108,7 @@ def resolve_arguments(options: argparse.Namespace, overrides: Sequence[str]) -> 
     config.check_types(run)
     if source := getattr(options, "init_from", None):
         run.init_from = dataclasses.replace(run.init_from or config.InitFrom(source), source=source)
-    return Arguments(config.resolve(_override(run, overrides)), workdir, options)
+    return Arguments(config.resolve(override(run, overrides)), workdir, options)
 
 
 def _kept_run(workdir: "Workdir") -> "Run | None":
@@ -116,8 +117,11 @@ def _kept_run(workdir: "Workdir") -> "Run | None":
     return kept_run(workdir)
 
 
-def _override(run: "Run", overrides: Sequence[str]) -> "Run":
-    """The run with the settings given on the command line, in their order."""
+def override(run: "Run", overrides: Sequence[str]) -> "Run":
+    """Gives the run the settings of flags such as `--config.seed=1`, in their order, and returns it.
+
+    Raises `UserError` for an unknown field, with the nearest, and a value of the wrong type.
+    """
     from trainer import config
 
     given: dict[str, list[str | None]] = {}
@@ -170,9 +174,21 @@ def load_config(text: str) -> Any:
 
     Raises `UserError` if there is no such file, if it has no `get_config`, or for an error inside the file.
     """
+    return _call(_import(text), text, "get_config")
+
+
+def load_config_and_sweep(text: str) -> tuple[Any, Any]:
+    """As `load_config`, and likewise the result of `get_sweep`; None if the file has no such function."""
+    module = _import(text)
+    sweep = _call(module, text, "get_sweep") if callable(getattr(module, "get_sweep", None)) else None
+    return _call(module, text, "get_config"), sweep
+
+
+def _import(text: str) -> ModuleType:
+    """The module of a config file, without the argument after a colon."""
     from trainer import config
 
-    name, colon, argument = text.partition(":")
+    name = text.partition(":")[0]
     path = Path(name)
     try:
         is_file = path.is_file()
@@ -187,11 +203,19 @@ def load_config(text: str) -> Any:
     module = config.import_file(path)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"config file {name!r} has no function get_config")
-    arguments = [argument] if colon else []
+    return module
+
+
+def _call(module: ModuleType, text: str, function: str) -> Any:
+    """The result of a function of a config file, which receives what follows a colon in `text`."""
+    from trainer import config
+
+    name, colon, argument = text.partition(":")
+    arguments, call = [argument] if colon else [], getattr(module, function)
     try:
-        inspect.signature(module.get_config).bind(*arguments)
+        inspect.signature(call).bind(*arguments)
     except TypeError as error:
         takes = "no argument" if colon else "an argument, as in --config=FILE:argument"
-        raise UserError(f"get_config in {name!r} takes {takes}") from error
-    with config.user_errors(f"get_config in {name!r}"):
-        return module.get_config(*arguments)
+        raise UserError(f"{function} in {name!r} takes {takes}") from error
+    with config.user_errors(f"{function} in {name!r}"):
+        return call(*arguments)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.commands.arguments import Arguments, add_group_options
 from trainer.errors import DivergedError, UserError
@@ -17,6 +17,7 @@ from trainer.observe.progress import Progress
 
 if TYPE_CHECKING:  # imports JAX
     from trainer.config import Run
+    from trainer.opening import SessionOptions
     from trainer.program import EvalProgram
 
 DESCRIPTION = "Trains a run. The same command on the same workdir continues it from its last checkpoint."
@@ -40,6 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     twice = "only make the first N steps twice, and name the first metric and parameter that differ; exit code 1 if any"
     parser.add_argument("--check-determinism", metavar="N", type=int, help=twice)
+    until = "end after this step, which is evaluated and saved; the command without it goes on from there"
+    parser.add_argument("--until", metavar="STEP", type=int, help=until)
+    once = "make seed, values of schedules and weight decays arguments of the compiled step, so that runs which differ "
+    once += "only in these find it in the compilation cache; no bit of a result changes"
+    parser.add_argument("--compile-once", action="store_true", help=once)
     add_group_options(parser)
 
 
@@ -50,7 +56,7 @@ def main(arguments: Arguments) -> int:
     or if `--check-determinism` finds a difference.
     """
     from trainer.distributed import collective_errors, is_primary
-    from trainer.loop import train
+    from trainer.loop import agreed_program, train, train_program
     from trainer.observe.trace import NoTrace, Trace
 
     options = arguments.options
@@ -70,16 +76,25 @@ def main(arguments: Arguments) -> int:
             workdir = arguments.required_workdir()
             if options.from_step is not None and not workdir.has_checkpoint():
                 raise UserError(f"--from-step is {options.from_step}, but workdir {workdir.path} holds no checkpoint")
+            if options.until is not None and options.until > arguments.run.total_steps:
+                raise UserError(f"--until is {options.until}; the run has {arguments.run.total_steps} steps")
         path = workdir.path
         trace.phase("compile", 0)
-        train(
-            arguments.run,
-            path,
-            trace=trace,
-            profile=None if options.profile is None else parse_profile(options.profile),
-            accept_changes=options.accept_changes,
-            from_step=options.from_step,
-        )
+        session: SessionOptions = {
+            "trace": trace,
+            "profile": None if options.profile is None else parse_profile(options.profile),
+            "accept_changes": options.accept_changes,
+            "from_step": options.from_step,
+            "hooks": [] if options.until in (None, arguments.run.total_steps) else [_Until(options.until)],
+        }
+        if options.compile_once:
+            from trainer.sharing import share
+
+            train_program(
+                share(agreed_program(arguments.run, path)), path, Progress(arguments.run.total_steps), **session
+            )
+        else:
+            train(arguments.run, path, **session)
     except DivergedError as error:
         if is_primary():
             print(f"error: {error}", file=sys.stderr)
@@ -90,6 +105,19 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
+class _Until:
+    """A hook that ends the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, event: Any) -> None:
+        if event.step >= self.step:
+            event.stop(f"--until={self.step}")
+
+    on_start = on_step
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raises `UserError` for flags that have no effect together, and for those that are out of range."""
     if options.dry_run and options.check_determinism is not None:
@@ -97,12 +125,14 @@ def _check(options: argparse.Namespace) -> None:
     for trial in ("dry_run", "check_determinism"):
         if getattr(options, trial) in (None, False):
             continue
-        for name in ("profile", "accept_changes", "from_step", "trace"):
+        for name in ("profile", "accept_changes", "from_step", "trace", "until", "compile_once"):
             if getattr(options, name) not in (None, False):
                 flags = [f"--{flag.replace('_', '-')}" for flag in (trial, name)]
                 raise UserError(f"{flags[0]} tries the run without its workdir, where {flags[1]} does nothing")
     if options.from_step is not None and options.from_step < 1:
         raise UserError(f"--from-step is {options.from_step}; the step of a checkpoint is expected, 1 or more")
+    if options.until is not None and options.until < 1:
+        raise UserError(f"--until is {options.until}; a step is expected, 1 or more")
     if options.profile is not None:
         parse_profile(options.profile)
     place = Path(options.trace or ".")

@@ -16,4 +16,5 @@ from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Eval
 from trainer.config.settings import InitFrom as InitFrom, Loading as Loading, Logging as Logging
 from trainer.config.settings import Numerics as Numerics, Optimizer as Optimizer, Parallel as Parallel, Run as Run
 from trainer.config.settings import Schedule as Schedule, Watch as Watch
+from trainer.config.sweep import Sweep as Sweep
 from trainer.config.optimizer import FUSED_OPTIMIZERS as FUSED_OPTIMIZERS, Transform as Transform, setting as setting
