@@ -43,8 +43,7 @@ def test_the_kernel_takes_at_most_a_quarter_of_the_temporaries_of_plain_attentio
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-@pytest.mark.parametrize("strategy", ["fsdp_tensor", "pmap"])
+@pytest.mark.parametrize(("strategy", "topology"), [("fsdp_tensor", "v5e:2x2"), ("pmap", "v6e:2x2")])
 def test_both_steps_of_a_decoder_with_the_kernel_compile(strategy, topology):
     there = make_topology(topology)
     shapes = {"layers": 2, "length": 256, "width": 256, "heads": 4, "kv_heads": 1, "mlp_width": 256, "vocab": 256}
