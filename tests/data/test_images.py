@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(folder: Path, **settings: Any) -> EncodedImageClassification:
-    defaults = {"dataset": "imagenet2012", "data_dir": str(folder), "classes": 1000, "size": SIZE, "shorter": 20}
-    return EncodedImageClassification(**{"widths": (4,), "hidden": 8} | defaults | settings)
+    defaults: dict[str, Any] = {"dataset": "imagenet2012", "data_dir": str(folder), "classes": 1000}
+    defaults |= {"size": SIZE, "shorter": 20, "widths": (4,), "hidden": 8}
+    return EncodedImageClassification(**defaults | settings)
 
 
 def original(data: bytes) -> np.ndarray:
@@ -144,9 +146,10 @@ def test_random_crops_lie_inside_with_the_area_and_shape_asked_for(monkeypatch):
 def test_the_same_crops_come_from_threads_and_workers_and_other_ones_in_each_epoch(folder):
     experiment = task(folder)
     source = experiment.source("train")
-    settings = {"seed": 3, "batch_size": 8, "start": 0, "stop": 4, "augment": experiment.augment}
+    settings: dict[str, Any] = {"seed": 3, "batch_size": 8, "start": 0, "stop": 4, "augment": experiment.augment}
     batches = list(train_batches(source, threads=1, **settings))
-    for other in ({"threads": 4}, {"workers": 2, "threads": 1}):
+    others: tuple[dict[str, Any], ...] = ({"threads": 4}, {"workers": 2, "threads": 1})
+    for other in others:
         for found, expected in zip(train_batches(source, **settings | other), batches, strict=True):
             assert found.keys() == expected.keys() == {"image", "label", "mask"}
             for name in found:
@@ -180,7 +183,9 @@ def test_a_mixture_leaves_images_encoded(folder):
     mixed = Mixture(parts)
     batch = next(train_batches(mixed, seed=0, batch_size=8, start=0, stop=1, augment=experiment.augment))
     assert batch["image"].shape == (8, SIZE, SIZE, 3)
-    assert load_into_memory(mixed, 1 << 40).take(np.arange(2))["image"].dtype == object  # pyrefly: ignore
+    in_memory = load_into_memory(mixed, 1 << 40)
+    assert isinstance(in_memory, Mixture)
+    assert in_memory.take(np.arange(2))["image"].dtype == object
 
 
 def test_images_of_several_sizes_without_a_crop_are_refused_by_name():
@@ -223,6 +228,27 @@ def test_a_run_on_photographs_trains_and_resumes_bit_for_bit(folder, tmp_path):
 
 def params(state: Any) -> list[Any]:
     return [layer[name] for _, layer in sorted(state.params.items()) for name in sorted(layer)]
+
+
+def test_the_experiment_of_the_documentation_reads_a_folder_of_photographs(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Photographs" in block)
+    names: dict[str, Any] = {"__name__": "photographs"}
+    exec(block, names)
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        file = tmp_path / "train" / ("cat", "dog")[i % 2] / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image_sets.encoded(image_sets.smooth(rng, 40 + i, 60 - i), "JPEG"))
+    experiment = names["Photographs"](folder=str(tmp_path), size=28)
+    source = experiment.source("train")
+    (batch,) = train_batches(source, seed=0, batch_size=6, start=0, stop=1, augment=experiment.augment)
+    assert (batch["image"].shape, batch["image"].dtype) == ((6, 28, 28, 3), np.uint8)
+    assert sorted(batch["label"]) == [0, 0, 0, 1, 1, 1]
+    (centres,) = eval_batches(source, 6)
+    assert [source[i]["label"] for i in range(6)] == list(centres["label"])
+    assert source[0]["image"].shorter == 32
+    assert (centres["image"] != batch["image"]).any((1, 2, 3)).all()
 
 
 def test_files_that_a_user_has_to_fetch_and_tensorflow_are_asked_for_in_one_line(tmp_path):
