@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks import header
 from benchmarks.jpeg import jpeg_table
 from benchmarks.reading import read_table
+from benchmarks.tokens import tokens_table
 from benchmarks.waiting import wait_table
 from trainer.data import ArraySource
 from trainer.data.order import Order
@@ -85,6 +86,7 @@ def augment_table(options: argparse.Namespace) -> None:
 TABLES: dict[str, Callable[[argparse.Namespace], None]] = {
     "augment": augment_table,
     "read": read_table,
+    "tokens": tokens_table,
     "jpeg": jpeg_table,
     "wait": wait_table,
 }

@@ -3,8 +3,8 @@
     python -m benchmarks.relaunch [--rounds=3] [--config=FILE --config.any.field=value …]
 
 In each round, in turn: a cold launch with an empty cache, and a warm relaunch that restores its checkpoint. The times
-are those of the real command, from its start to the line of the first step. By default: `configs/lm_110m.py` at a tenth
-of its width, on one device.
+are those of the real command, from its start to the line of the first step. By default: `configs/shakespeare.py` with a
+decoder of twelve layers, on one device.
 """
 
 import argparse
@@ -18,13 +18,18 @@ from pathlib import Path
 from benchmarks import header
 
 DECODER = (
-    "--config=configs/lm_110m.py",
-    "--config.experiment.width=72",  # twelve heads of 6
+    "--config=configs/shakespeare.py",
+    "--config.experiment.sample=0",
+    "--config.experiment.dtype=bfloat16",
+    "--config.experiment.layers=12",
+    "--config.experiment.heads=12",
+    "--config.experiment.width=72",
     "--config.experiment.mlp_width=288",
     "--config.experiment.vocab=3264",
     "--config.experiment.length=128",
     "--config.batch_size=8",
-    "--config.parallel.strategy=data",
+    "--config.evaluation.batch_size=8",
+    "--config.optimizer.clip_norm=1.0",
     "--config.optimizer.schedule.warmup=2",
     "--config.optimizer.schedule.run_steps=1000",
 )

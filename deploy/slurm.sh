@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run with one process on each node; JAX finds the processes by Slurm's own variables:
-#   sbatch --nodes=4 deploy/slurm.sh --config=configs/lm_110m.py --workdir=/shared/runs/lm_110m
+#   sbatch --nodes=4 deploy/slurm.sh --config=configs/linux_110m.py --workdir=/shared/runs/linux_110m
 #SBATCH --job-name=belief
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

@@ -96,16 +96,15 @@ class Layout(NamedTuple):
 
 
 def to_record(rows: Rows) -> np.ndarray:
-    """The rows of a record as bytes, uint8.
+    """The rows of a record as bytes, uint8, as machines with the low byte first have them in memory.
 
-    In this order, little-endian: for each place at which the segment changes, row, column and the segment from there on
+    In this order: for each place at which the segment changes, row, column and the segment from there on
     (int32 [changes, 3]); the number of changes (int32); "bytes"; "tokens". A row begins with segment 1.
     """
     segments = rows["segments"].astype(np.int32)
     row, column = np.nonzero(np.diff(segments, axis=1, prepend=1))
-    changes = np.stack([row, column, segments[row, column]], axis=1).astype("<i4")
-    tokens = rows["tokens"].astype(rows["tokens"].dtype.newbyteorder("<"))
-    parts = (changes, np.array([len(changes)], "<i4"), rows["bytes"].astype("<i4"), tokens)
+    changes = np.stack([row, column, segments[row, column]], axis=1).astype(np.int32)
+    parts = (changes, np.array([len(changes)], np.int32), rows["bytes"].astype(np.int32), rows["tokens"])
     return np.frombuffer(b"".join(part.tobytes() for part in parts), np.uint8)
 
 
@@ -146,19 +145,20 @@ class PackedSource(BatchSource):
     def _read(self, number: int, places: np.ndarray, rows: Rows) -> None:
         """Fills `rows` with those at `places` of a record."""
         record, stored = self._records[number], self._layout.rows_of(number)
-        tokens = rows["tokens"].dtype.newbyteorder("<")
-        end = len(record) - stored * (self._layout.length + 1) * tokens.itemsize
-        kept = np.frombuffer(record, tokens, offset=end).reshape(stored, -1)
+        row_bytes = (self._layout.length + 1) * rows["tokens"].itemsize
+        end = len(record) - stored * row_bytes
+        # Bytes, because NumPy copies numbers at odd addresses slowly.
+        kept = np.frombuffer(record, np.uint8, offset=end).reshape(stored, row_bytes)
         first, last = int(places[0]), int(places[-1])
         is_run = last - first == len(places) - 1 and (np.diff(places) == 1).all()
         chosen = slice(first, last + 1) if is_run else places
-        rows["tokens"][:] = kept[chosen]
+        rows["tokens"].view(np.uint8)[:] = kept[chosen]
         end -= 4 * stored
-        rows["bytes"][:] = np.frombuffer(record, "<i4", stored, offset=end)[chosen]
+        rows["bytes"][:] = np.frombuffer(record, np.int32, stored, offset=end)[chosen]
         changes = int.from_bytes(record[end - 4 : end], "little")
         if not changes:
             return
-        segments, flat = rows["segments"], np.frombuffer(record, "<i4", 3 * changes, end - 4 - 12 * changes).tolist()
+        segments, flat = rows["segments"], np.frombuffer(record, np.int32, 3 * changes, end - 4 - 12 * changes).tolist()
         here = None if is_run else {place: np.flatnonzero(places == place) for place in set(places.tolist())}
         for row, column, segment in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
             if here is None:

@@ -10,7 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments.datasets.fashion_mnist_local import FOLDER_VARIABLE
+from experiments.packed_language_model import PackedLanguageModel
 from tests import image_sets
+from tests.text.kernel_tree import write_archive
 from trainer import config, train
 from trainer.commands.arguments import load_config
 from trainer.data import tfds
@@ -23,6 +25,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 GOLDEN = ROOT / "tests" / "golden"
 SMALL_WORDS = {"width": 8, "hidden": 8, "length": 8, "vocab": 64}
 SMALL_DECODER = {"layers": 2, "width": 16, "heads": 2, "mlp_width": 32, "length": 256, "vocab": 256}
+SMALL_PACKED = SMALL_DECODER | {"vocab": 400}
 SMALL_RESNET = {"widths": (4, 4, 4, 4), "blocks": (1, 1, 1, 1)}
 SMALL_CROPS = {"size": 32, "shorter": 36}
 SHRUNK: dict[str, dict[str, Any]] = {  # fields of the experiment
@@ -35,13 +38,15 @@ SHRUNK: dict[str, dict[str, Any]] = {  # fields of the experiment
     "imagenet_vit_s16": {"blocks": (1,)} | SMALL_CROPS,
     "shakespeare": SMALL_DECODER,
     "shakespeare_lstm": {"width": 8, "length": 256},
-    "lm_110m": SMALL_DECODER,
-    "lm_1b": SMALL_DECODER,
+    "linux_6m": SMALL_PACKED,
+    "linux_110m": SMALL_PACKED,
+    "linux_1b": SMALL_PACKED,
+    "linux_8b": SMALL_PACKED | {"kv_heads": 1, "attention": "plain"},
     "ptb_lstm1": SMALL_WORDS,
     "ptb_lstm2": SMALL_WORDS,
     "ptb_lstm3": SMALL_WORDS,
 }
-EXHAUSTIVE = ("lm_1b", "cifar10_resnet34", "imagenet_resnet18")  # others train nearly the same step
+EXHAUSTIVE = ("linux_110m", "linux_1b", "cifar10_resnet34", "imagenet_resnet18")  # others train nearly the same step
 LARGEST_LOSS = {"toy": 150}  # of the first step; by default that of a classifier which is not far off
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -86,8 +91,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "ptb.{split}.txt")
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small archive in the place of the kernel's."""
+    return str(write_archive(tmp_path_factory.mktemp("kernel") / "linux.tar.xz"))
+
+
 @pytest.fixture
-def run(path: Path, data_dir: Path, fashion_dir: Path, image_dir: Path, words: str) -> config.Run:
+def run(path: Path, data_dir: Path, fashion_dir: Path, image_dir: Path, words: str, kernel: str) -> config.Run:
     """The config's run at its full length and size, reading the tests' data if it reads any."""
     run = config.resolve(load_config(str(path)))
     experiment: Any = run.experiment
@@ -96,6 +107,8 @@ def run(path: Path, data_dir: Path, fashion_dir: Path, image_dir: Path, words: s
     if hasattr(experiment, "data_dir"):
         folders = {"fashion_mnist_local": fashion_dir, "cifar10": image_dir, "imagenet2012": image_dir}
         experiment.data_dir = str(folders.get(experiment.dataset, data_dir))
+        if hasattr(experiment, "archive"):
+            experiment.archive = kernel
         experiment.prepare()
     return run
 
@@ -105,6 +118,8 @@ def shrunk(path: Path, run: config.Run) -> config.Run:
     """The same with a model that fits this machine."""
     for name, value in SHRUNK.get(path.stem, {}).items():
         setattr(run.experiment, name, value)
+    if isinstance(run.experiment, PackedLanguageModel):  # rows of another length and vocabulary
+        run.experiment.prepare()
     return run
 
 

@@ -165,7 +165,7 @@ def test_commands_that_are_shown_are_understood(command, monkeypatch):
 
 
 def test_commands_are_found_in_all_three_places():
-    shown = ["prepare", "plan", "prepare", "train", "prepare", "train"]
+    shown = ["prepare", "plan", "train", "train"]
     assert [command[0] for command in commands()] == [*shown, "train", "train"]
 
 

@@ -60,7 +60,8 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
                 rate, decay = scalars.learning_rate, scalars.weight_decay
                 if group.rule.nu_center is not None:
                     beliefs = (jnp.sum(_belief(group, scalars, *leaf[1:], state.count)) for leaf in own)
-                    found[f"belief/{label}"] = sum(beliefs, jnp.zeros(())) / sum(p.size for *_, p in own)
+                    count = float(sum(p.size for *_, p in own))  # XLA takes no int of more than 31 bits
+                    found[f"belief/{label}"] = sum(beliefs, jnp.zeros(())) / count
             found[f"update_ratio/{label}"] = moved / jnp.where(weights == 0, 1.0, weights)
             if several_rates:
                 found[f"learning_rate/{label}"] = rate
