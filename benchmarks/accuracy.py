@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy [configs/digits.py …]
 
 Each config is trained and evaluated by the README's commands, in a folder of its own. The data sets must be prepared.
-About five minutes on two cores for all three. The exit code is 1 if a promise is not kept.
+About twenty minutes on two cores for all. The exit code is 1 if a promise is not kept.
 """
 
 import re
@@ -19,7 +19,8 @@ from trainer.observe import table
 # The metric, what is promised, and whether more is better.
 PROMISES = {
     "configs/digits.py": ("accuracy", 0.97, True),
-    "configs/fashion_mnist.py": ("accuracy", 0.905, True),
+    "configs/fashion_mnist.py": ("accuracy", 0.91, True),
+    "configs/fashion_mnist_resnet18.py": ("accuracy", 0.93, True),
     "configs/shakespeare.py": ("bits_per_byte", 2.5, False),
 }
 

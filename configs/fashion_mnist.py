@@ -4,7 +4,7 @@
     python -m trainer prepare --config=configs/fashion_mnist.py
     python -m trainer train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-Cost: about a minute on 2 CPU cores. Expected: 91 % test accuracy after 5 epochs.
+Cost: about a minute on 2 CPU cores. Expected: 91.6 to 91.9 % test accuracy after 5 epochs.
 """
 
 from experiments.image_classification import ImageClassification
