@@ -1,6 +1,7 @@
 """`sweep`: real cells that are really killed, stopped and shared, and a table of their results."""
 
 import csv
+import logging
 import os
 import re
 import signal
@@ -16,9 +17,13 @@ import pytest
 from tests import xla_flags
 from trainer import train
 from trainer.commands import run
-from trainer.commands.arguments import load_config
+from trainer.commands.arguments import load_config, override
+from trainer.config import Sweep
 from trainer.lock import began
 from trainer.prove.compare import newest_step, read_state, state_differences
+from trainer.sweep.cells import make_cells
+from trainer.sweep.results import Results
+from trainer.sweep.workdirs import write_settings
 
 ROOT = Path(__file__).parents[2]
 PEAK = "optimizer.schedule.peak"
@@ -168,9 +173,85 @@ def test_a_cell_that_diverges_is_reported_and_the_others_go_on(tmp_path):
     assert "diverged/" in (tmp_path / "out" / "experiment.explode_at=1" / "log.txt").read_text()
 
 
-def test_the_report_of_a_sweep_that_has_not_begun_changes_nothing(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder for a config, in the root of the repository."""
     monkeypatch.chdir(ROOT)
-    config = config_file(tmp_path, steps=4, every=2)
-    assert run(["sweep", config, f"--workdir={tmp_path / 'out'}", "--grid=seed=0,1", "--report"]) == 0
+    return tmp_path
+
+
+def test_runs_of_other_seeds_and_rates_are_compiled_once(here, caplog):
+    keys = []
+    for seed, peak in ((0, "1e-2"), (1, "3e-3")):
+        given = ["train", config_file(here, steps=3, every=3), f"--workdir={here / str(seed)}", "--compile-once"]
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, logger="jax._src.compiler"):
+            assert run([*given, f"--config.seed={seed}", f"--config.{PEAK}={peak}"]) == 0
+        keys.append(set(re.findall(r"jit_(?:init|train_step)-[0-9a-f]{16,}", caplog.text)))
+    assert len(keys[0]) == 2
+    assert keys[0] == keys[1]
+
+
+def test_the_report_of_a_sweep_that_has_not_begun_changes_nothing(here, capsys):
+    assert (
+        run(["sweep", config_file(here, steps=4, every=2), f"--workdir={here}/out", "--grid=seed=0,1", "--report"]) == 0
+    )
     assert "2 open" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
+    assert [path.name for path in here.iterdir()] == ["config.py"]
+
+
+GET_SWEEP = """
+
+def get_sweep(size):
+    return Sweep(grid={"seed": (0, 1), "experiment.examples": (int(size),)}, metric="test/accuracy", mode="max")
+"""
+
+
+def test_the_config_file_gives_what_the_flags_may_replace(here, capsys):
+    config = config_file(here, steps=4, every=2, more=GET_SWEEP).replace("config.py", "config.py:48")
+    (here / "config.py").write_text((here / "config.py").read_text().replace("get_config()", "get_config(size)"))
+    given = ["sweep", config, f"--workdir={here}/out", "--report"]
+    assert run(given) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^experiment.examples +seeds +test/accuracy +steps +cells$", shown, re.MULTILINE)
+    assert "2 open" in shown
+    assert run([*given, "--grid=seed=0,1,2", f"--grid={PEAK}=1,2", "--metric=test/loss", "--mode=min"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"^experiment.examples +{PEAK} +seeds +test/loss", shown, re.MULTILINE)
+    assert shown.count("3 open") == 2
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a mistake."""
+    assert run(["sweep", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("error: ")
+
+
+def test_a_config_file_whose_sweep_is_none_is_one_line(here, capsys):
+    config = config_file(here, steps=4, every=2, more='\n\ndef get_sweep():\n    return {"seed": (0, 1)}\n')
+    found = error_of(capsys, config, f"--workdir={here}/out")
+    assert found == f"get_sweep in '{here}/config.py' returned a dict; a Sweep is expected\n"
+
+
+def test_cells_that_have_begun_keep_their_settings(here, capsys):
+    given = [config_file(here, steps=4, every=2), f"--workdir={here}/out", "--grid=seed=0,1"]
+    cells, _ = make_cells(load_config(str(here / "config.py")), Sweep(grid={"seed": "0,1"}), override)
+    results = Results(here / "out", "test/loss", "min")
+    write_settings(cells, results)
+    assert run(["sweep", *given, "--report", "--config.batch_size=8"]) == 0  # nothing has begun
+    (results.workdir(cells[1]) / "checkpoints" / "2").mkdir(parents=True)
+    before = (results.workdir(cells[0]) / "config.json").read_bytes()
+    assert run(["sweep", *given, "--report", "--config.logging.every_steps=2"]) == 0  # changes no update
+    capsys.readouterr()
+    found = error_of(capsys, *given, "--config.batch_size=8")
+    assert found.startswith(f"workdir {here}/out/seed=0 holds a run with other settings: batch_size was 16, is 8; ")
+    assert found.endswith("; choose another --workdir for the sweep\n")
+    assert (results.workdir(cells[0]) / "config.json").read_bytes() == before
+
+
+def test_the_workdir_of_a_run_is_no_folder_for_a_sweep(here, capsys):
+    (here / "config.json").write_text("{}")
+    found = error_of(capsys, config_file(here, steps=4, every=2), f"--workdir={here}", "--grid=seed=0,1")
+    assert found == f"--workdir={here} is the workdir of a run; a sweep needs a folder of its own\n"

@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # these import JAX
     from trainer.config import Sweep
     from trainer.sweep.cells import Cell
     from trainer.sweep.results import Results
-    from trainer.workdir import Workdir
 
 DESCRIPTION = (
     "Trains a run with each combination of some settings, each in a workdir of its own in --workdir, and compares the "
@@ -62,6 +61,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from trainer.sweep.cells import make_cells
     from trainer.sweep.halving import check_halving, targets
     from trainer.sweep.results import Results, exit_code, metric_and_mode
+    from trainer.sweep.workdirs import check_workdirs, write_settings
 
     run, kept = load_config_and_sweep(options.config)
     sweep = _sweep(options, kept)
@@ -79,7 +79,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return targets(cells, results.value, results.mode, sweep.halving, sweep.first_rung)
 
     chosen = cells if options.cell is None else [cells[options.cell]]
-    _check_workdirs(cells, results)
+    check_workdirs(cells, results)
     if not options.report:
         if again:
             print(f"{again} draws gave cells that are there already")
@@ -87,7 +87,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             f"{len(cells)} cells in {results.folder}, {len(chosen)} for this process, {options.jobs} at a time",
             flush=True,
         )
-        _write_settings(chosen, results)
+        write_settings(chosen, results)
         _train(options, chosen, results, steps)
     _show(cells, results, steps())
     return exit_code([failure for cell in chosen if (failure := _failure(results, cell, steps()[cell.name]))])
@@ -170,50 +170,9 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _check_workdirs(cells: "Sequence[Cell]", results: "Results") -> None:
-    """Raises `UserError` if cells have begun with other settings than these."""
-    from trainer import config
-    from trainer.workdir import Workdir
-
-    places = [(cell, Workdir(results.workdir(cell))) for cell in cells]
-    if not any(place.has_checkpoint() for _, place in places):
-        return  # nothing is lost by other settings
-    for cell, place in places:
-        place.check()
-        kept = _kept(place)
-        changes = [] if kept is None else config.changes(kept, cell.run)
-        if changed := [change.text for change in changes if not change.harmless]:
-            raise UserError(f"{place.other_settings(cell.run, changed)}; choose another --workdir for the sweep")
-
-
-def _write_settings(cells: "Sequence[Cell]", results: "Results") -> None:
-    """Makes the workdir of each cell, with its settings, so that a config file that is edited later changes nothing."""
-    from trainer import config
-    from trainer.workdir import Workdir
-
-    for cell in cells:
-        place = Workdir(results.workdir(cell))
-        try:
-            results.workdir(cell).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"nothing can be written in {results.folder}: {error.strerror or error}") from error
-        kept = _kept(place)
-        if kept is None or config.changes(kept, cell.run):
-            place.write(cell.run, None, place.accepted())
-
-
-def _kept(place: "Workdir") -> Any:
-    """The JSON of the run in a workdir; None if there is none, or if it is damaged and to be written again."""
-    from trainer.files import DamagedError
-
-    try:
-        return place.kept()
-    except DamagedError:
-        return None
-
-
 def _train(options: argparse.Namespace, cells: "Sequence[Cell]", results: "Results", steps: Any) -> None:
     """Trains the cells; raises KeyboardInterrupt if a signal came."""
+    from trainer.sweep.cells import constants
     from trainer.sweep.pool import Pool
 
     flags = ["--compile-once"] if options.compile_once else []
@@ -224,19 +183,13 @@ def _train(options: argparse.Namespace, cells: "Sequence[Cell]", results: "Resul
         stop = [] if until == cell.run.total_steps else [f"--until={until}"]
         return [sys.executable, "-m", "trainer", "train", f"--workdir={results.workdir(cell)}", *stop, *flags]
 
-    alike = _compiles_alike if options.compile_once else None
+    alike = constants if options.compile_once else None
     with Pool(results, command, options.jobs, lambda text: print(text, flush=True), alike) as pool:
         pool.run(cells, steps)
     if pool.signum is not None:
         error = KeyboardInterrupt("the cells that ran are saved; the same command goes on")
         error.signum = pool.signum  # pyrefly: ignore[missing-attribute] - read for the exit code
         raise error
-
-
-def _compiles_alike(cell: "Cell") -> object:
-    """The settings that are constants of the program; `trainer.sharing` makes arguments of the others."""
-    shared = ("seed", ".peak", ".final", ".weight_decay")
-    return tuple((path, value) for path, value in cell.settings.items() if not path.endswith(shared))
 
 
 def _failure(results: "Results", cell: "Cell", step: int) -> Any:

@@ -17,6 +17,7 @@ from trainer.observe.progress import Progress
 
 if TYPE_CHECKING:  # imports JAX
     from trainer.config import Run
+    from trainer.files import AnyPath
     from trainer.opening import SessionOptions
     from trainer.program import EvalProgram
 
@@ -56,7 +57,7 @@ def main(arguments: Arguments) -> int:
     or if `--check-determinism` finds a difference.
     """
     from trainer.distributed import collective_errors, is_primary
-    from trainer.loop import agreed_program, train, train_program
+    from trainer.loop import train
     from trainer.observe.trace import NoTrace, Trace
 
     options = arguments.options
@@ -88,11 +89,7 @@ def main(arguments: Arguments) -> int:
             "hooks": [] if options.until in (None, arguments.run.total_steps) else [_Until(options.until)],
         }
         if options.compile_once:
-            from trainer.sharing import share
-
-            train_program(
-                share(agreed_program(arguments.run, path)), path, Progress(arguments.run.total_steps), **session
-            )
+            _train_shared(arguments.run, path, session)
         else:
             train(arguments.run, path, **session)
     except DivergedError as error:
@@ -103,6 +100,18 @@ def main(arguments: Arguments) -> int:
         return 0
     print(f"done: {path} has checkpoints/, metrics.jsonl, tensorboard/, config.json and params.txt")
     return 0
+
+
+def _train_shared(run: "Run", path: "AnyPath", session: "SessionOptions") -> None:
+    """As `train`, with the program that all runs share which differ only in numbers."""
+    from trainer.compilation import compile_ahead
+    from trainer.loop import train_program
+    from trainer.program import build_program
+    from trainer.sharing import share
+
+    program = share(build_program(run))
+    compile_ahead(program.train_step)
+    train_program(program, path, Progress(run.total_steps), **session)
 
 
 class _Until:
