@@ -16,12 +16,14 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from pydantic import ValidationError
 
 from tests import xla_flags
-from trainer.commands.arguments import make_parser, parse_flags, resolve_arguments
+from trainer.commands.arguments import load_config, make_parser, override, parse_flags, resolve_arguments
+from trainer.config import Sweep
 from trainer.observe.log import read_rows
+from trainer.sweep.cells import make_cells
 
 ROOT = Path(__file__).parents[1]
 JOBSET = yaml.safe_load((ROOT / "deploy" / "jobset.yaml").read_text())
-SLURM = ROOT / "deploy" / "slurm.sh"
+SLURM, SLURM_SWEEP = ROOT / "deploy" / "slurm.sh", ROOT / "deploy" / "slurm_sweep.sh"
 DOC = (ROOT / "docs" / "tpu.md").read_text()
 POD = ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec")
 CONTAINER = (*POD, "containers", 0)
@@ -169,16 +171,17 @@ def test_commands_are_found_in_all_three_places():
     assert [command[0] for command in commands()] == [*shown, "train", "train"]
 
 
-def test_slurm_script_is_bash():
-    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+@pytest.mark.parametrize("script", [SLURM, SLURM_SWEEP], ids=lambda path: path.stem)
+def test_slurm_script_is_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 # Slurm's programs, as far as the script uses them: `srun` gives each task the variables of a Slurm step.
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --wait=120 ] && shift
-export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=${TASKS:-2}
 code=0
-for SLURM_PROCID in 0 1; do
+for SLURM_PROCID in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_LOCALID=$SLURM_PROCID SLURM_PROCID=$SLURM_PROCID "$@" > "$OUT/$SLURM_PROCID.log" 2>&1 & tasks[SLURM_PROCID]=$!
 done
 for task in "${tasks[@]}"; do wait "$task" || code=$?; done
@@ -187,9 +190,11 @@ exit "$code"
 SCONTROL = '#!/usr/bin/env bash\necho "$@" > "$OUT/scontrol.log"\n'
 
 
-def run_script(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    folder: Path, *arguments: str, script: Path = SLURM, **variables: str
+) -> subprocess.CompletedProcess[str]:
     programs = folder / "programs"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
@@ -200,7 +205,7 @@ def run_script(folder: Path, *arguments: str, **variables: str) -> subprocess.Co
         **variables,
     }
     return subprocess.run(
-        ["bash", str(SLURM), *arguments],
+        ["bash", str(script), *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -223,6 +228,52 @@ def test_slurm_script_queues_the_job_again_only_after_a_saved_sigterm(tmp_path, 
     assert (tmp_path / "scontrol.log").exists() == queued
     if queued:
         assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
+
+
+def array_command() -> list[str]:
+    """The arguments in the comment of the array's script."""
+    (line,) = re.findall(r"^#   sbatch --array=0-5 deploy/slurm_sweep\.sh (.*)$", SLURM_SWEEP.read_text(), re.MULTILINE)
+    return line.split()
+
+
+def test_command_of_the_array_has_a_cell_for_each_job(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sweep = importlib.import_module("trainer.commands.sweep")
+    parser = make_parser("sweep", sweep.DESCRIPTION)
+    sweep.add_options(parser)
+    options, overrides = parse_flags(parser, ["--cell=5", *array_command()])
+    run = load_config(options.config)
+    cells, _ = make_cells(run, Sweep(grid=dict(text.split("=", 1) for text in options.grid)), override)
+    assert (len(cells), options.cell, overrides) == (6, 5, [])
+
+
+@pytest.mark.parametrize(("code", "queued"), [(143, True), (1, False)])
+def test_job_of_an_array_trains_its_cell_and_is_queued_again_after_a_saved_sigterm(tmp_path, code, queued):
+    folder = tmp_path / "python"
+    folder.mkdir()
+    (folder / "python").write_text(f'#!/usr/bin/env bash\necho "$@"\nexit {code}\n')
+    (folder / "python").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "programs"), str(folder), os.environ["PATH"]])
+    variables = {"PATH": path, "TASKS": "1", "SLURM_ARRAY_TASK_ID": "3"}
+    result = run_script(tmp_path, "--config=a.py", "--workdir=a folder", script=SLURM_SWEEP, **variables)
+    assert result.returncode == code
+    assert (tmp_path / "0.log").read_text() == "-m trainer sweep --cell=3 --config=a.py --workdir=a folder\n"
+    assert (tmp_path / "scontrol.log").exists() == queued
+
+
+@pytest.mark.slow
+def test_jobs_of_an_array_train_a_cell_each_and_the_last_one_sees_all(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from tests.tasks import make_run\n\ndef get_config():\n    return make_run(3)\n"
+    )
+    given = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'out'}", "--grid=seed=0,1"]
+    variables = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=2), "TASKS": "1"}
+    for index in ("0", "1"):
+        result = run_script(tmp_path, *given, script=SLURM_SWEEP, SLURM_ARRAY_TASK_ID=index, **variables)
+        log = (tmp_path / "0.log").read_text()
+        assert result.returncode == 0, log
+        assert f"seed={index}: at step 3 after" in log
+        assert ("1 done, 1 open" if index == "0" else "2 done") in log
 
 
 @pytest.mark.slow
