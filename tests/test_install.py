@@ -98,6 +98,7 @@ from trainer import (
     ParquetSource,
     Run,
     Schedule,
+    Sweep,
     TfdsSource,
     Trained,
     TrainState,
@@ -135,6 +136,7 @@ assert_type(evaluate("run", step="best", split="train"), dict[str, float])
 assert_type(load("run", "best"), Trained)
 assert_type(len(Mixture({"a": (ArraySource({"x": np.ones(3)}), 0.5)})), int)
 assert_type(take(ArraySource({"x": np.ones(3)}), np.arange(2)), dict[str, np.ndarray])
+assert_type(Sweep(grid={"seed": (0, 1), "batch_size": "32,64"}, halving=3).trials, int)
 mistakes: tuple[type[UserError], ...] = (UserError, NotPreparedError)
 collective: tuple[type[CollectiveError], ...] = (DivergedError, Interrupted)
 

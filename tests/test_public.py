@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Other names are added here when they are made public; none is taken away.
 NAMES = {
     *("Checkpoint", "Evaluation", "Group", "Loading", "Logging", "Optimizer", "Parallel", "Run", "Schedule", "setting"),
-    *("Watch", "Numerics", "InitFrom", "HostError"),
+    *("Watch", "Numerics", "InitFrom", "HostError", "Sweep"),
     *("train", "evaluate", "TrainState", "Experiment", "Mean", "replica_axis", "ArraySource", "Mixture", "TfdsSource"),
     *("ParquetSource", "HuggingFaceSource"),
     *("adabelief", "scale_by_belief", "from_optax", "load", "Trained", "take"),

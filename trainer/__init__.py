@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     # isort: off
     from trainer.config import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group, InitFrom as InitFrom
     from trainer.config import Loading as Loading, Logging as Logging, Numerics as Numerics, Optimizer as Optimizer
-    from trainer.config import Parallel as Parallel, Run as Run, Schedule as Schedule, Watch as Watch
-    from trainer.config import setting as setting
+    from trainer.config import Parallel as Parallel, Run as Run, Schedule as Schedule, Sweep as Sweep
+    from trainer.config import Watch as Watch, setting as setting
     from trainer.data import ArraySource as ArraySource, take as take
     from trainer.data.hf import HuggingFaceSource as HuggingFaceSource
     from trainer.data.mixture import Mixture as Mixture
@@ -31,7 +31,7 @@ else:
     # Makes each import above when its name is first used: importing JAX takes a second, and `--help` need not wait.
     _EXPORTS = {
         "trainer.config": "Checkpoint Evaluation Group InitFrom Loading Logging Numerics Optimizer Parallel Run "
-        "Schedule Watch setting",
+        "Schedule Sweep Watch setting",
         "trainer.data": "ArraySource take",
         "trainer.data.hf": "HuggingFaceSource",
         "trainer.data.mixture": "Mixture",
