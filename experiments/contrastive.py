@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jaxtyping import Array, Float, Float64, Key, Num, UInt8
+from jaxtyping import Array, Float, Float64, Int, Key, UInt8
 
 import experiments.datasets  # noqa: F401 - registers this repository's data sets
 from experiments.augmentation import flip, random_resized_crop
@@ -112,8 +112,8 @@ class Contrastive:
     """The smallest share of the image's area in the random crop that makes a view."""
     jitter: float = setting(0.4, minimum=0, below=1)
     """A view's brightness and contrast are multiplied by random numbers from 1 − jitter to 1 + jitter."""
-    ridge: float = setting(1e-3, above=0, may_change=True)
-    """Added to the diagonal of the correlation matrix of the features when the probe is fitted."""
+    penalty: float = setting(1e-3, above=0, may_change=True)
+    """Half of it times the sum of the probe's squared weights is added to the cross-entropy when the probe is fitted."""
 
     def _model(self) -> SimCLR:
         return SimCLR(self.widths, self.projection)
@@ -154,22 +154,21 @@ class Contrastive:
     def evaluate(self, name: str, variables: Variables, batches: Iterator[Batch]) -> dict[str, float] | None:
         """The metric of an evaluation named "probe": "accuracy", that of a linear classifier of the frozen features.
 
-        It is fitted by least squares to all images of the split "train" and their labels.
+        It is fitted to all images of the split "train" and their labels.
         """
         if name != "probe":
             return None
-        known, labels = self._encoded(variables)
-        weights = fit_probe(known, np.eye(self.classes)[labels], self.ridge)
+        weights = fit_probe(*self._encoded(variables), self.classes, self.penalty)
         hits = count = 0
         for batch in batches:
             features, label, mask = process_allgather(
                 (_features(self._model(), variables, batch["image"]), batch["label"], batch["mask"]), tiled=True
             )
-            right = probe(weights, features.astype(np.float64)).argmax(-1) == label
+            right = probe(weights, features).argmax(-1) == label
             hits, count = hits + int(right[mask > 0].sum()), count + int(mask.sum())
         return {"accuracy": hits / count}
 
-    def _encoded(self, variables: Variables) -> tuple[Float64[np.ndarray, "n features"], Num[np.ndarray, " n"]]:
+    def _encoded(self, variables: Variables) -> tuple[Float[np.ndarray, "n features"], Int[np.ndarray, " n"]]:
         """Features and labels of the split "train"; every process reads all of it."""
         source, found = self.source("train"), []
         for start in range(0, len(source), _BLOCK):
@@ -177,7 +176,7 @@ class Contrastive:
             features: Any = process_allgather(_features(self._model(), variables, batch["image"]), tiled=True)
             found.append((features, batch["label"]))
         features, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return features.astype(np.float64), labels
+        return features, labels
 
     def source(self, split: str) -> RandomAccessSource:
         """The images and labels of a split."""
@@ -208,19 +207,39 @@ def jittered(
 
 
 def fit_probe(
-    features: Float64[np.ndarray, "n features"], targets: Float64[np.ndarray, "n classes"], ridge: float
+    features: Float[np.ndarray, "n features"], labels: Int[np.ndarray, " n"], classes: int, penalty: float
 ) -> Float64[np.ndarray, "features_and_1 classes"]:
-    """The weights, and in the last row the biases, of a ridge regression of the targets on standardised features."""
-    mean, std = features.mean(0), features.std(0)
-    std = np.where(std == 0, 1, std)
-    x, base = (features - mean) / std, targets.mean(0)
-    correlations = x.T @ x / len(x) + ridge * np.eye(x.shape[1])
-    weights = np.linalg.solve(correlations, x.T @ (targets - base) / len(x)) / std[:, None]
-    return np.concatenate([weights, (base - mean @ weights)[None]])
+    """The weights, and in the last row the biases, of a logistic regression of the labels on whitened features.
+
+    Whitened features are uncorrelated with variance 1, so that L-BFGS converges in tens of iterations; directions with
+    less than a millionth of the largest variance are left out. Weights of whitened features are penalised, biases not.
+    """
+    from scipy.optimize import minimize  # slow to import, and only needed here
+
+    mean = features.mean(0, dtype=np.float64)
+    variances, directions = np.linalg.eigh(np.cov(features, rowvar=False))
+    kept = variances > 1e-6 * variances[-1]
+    whitening = directions[:, kept] / np.sqrt(variances[kept])
+    x = (features - mean).astype(features.dtype) @ whitening.astype(features.dtype)
+    targets = np.eye(classes, dtype=x.dtype)[labels]
+
+    def objective(flat: np.ndarray) -> tuple[np.floating, np.ndarray]:
+        weights = flat.reshape(-1, classes).astype(x.dtype)
+        logits = x @ weights[:-1] + weights[-1]
+        logits -= logits.max(1, keepdims=True)
+        sums = np.exp(logits).sum(1, keepdims=True)
+        loss = np.mean(np.log(sums[:, 0]) - (logits * targets).sum(1), dtype=np.float64)
+        errors = (np.exp(logits) / sums - targets) / len(x)
+        gradient = np.concatenate([x.T @ errors + penalty * weights[:-1], errors.sum(0)[None]])
+        return loss + penalty / 2 * np.square(flat[:-classes]).sum(), gradient.ravel().astype(np.float64)
+
+    found = minimize(objective, np.zeros((x.shape[1] + 1) * classes), jac=True, method="L-BFGS-B")
+    weights = found.x.reshape(-1, classes)
+    return np.concatenate([whitening @ weights[:-1], [weights[-1] - mean @ whitening @ weights[:-1]]])
 
 
 def probe(
-    weights: Float64[np.ndarray, "features_and_1 classes"], features: Float64[np.ndarray, "n features"]
+    weights: Float64[np.ndarray, "features_and_1 classes"], features: Float[np.ndarray, "n features"]
 ) -> Float64[np.ndarray, "n classes"]:
-    """The predictions of `fit_probe` for features."""
+    """The logits of `fit_probe`'s regression for features."""
     return features @ weights[:-1] + weights[-1]
