@@ -113,7 +113,7 @@ class Contrastive:
     jitter: float = setting(0.4, minimum=0, below=1)
     """A view's brightness and contrast are multiplied by random numbers from 1 − jitter to 1 + jitter."""
     penalty: float = setting(1e-3, above=0, may_change=True)
-    """Half of it times the sum of the probe's squared weights is added to the cross-entropy when the probe is fitted."""
+    """Half of it times the sum of the probe's squared weights is added to the cross-entropy that fits the probe."""
 
     def _model(self) -> SimCLR:
         return SimCLR(self.widths, self.projection)
