@@ -5,8 +5,8 @@
 
 Cost: 9 minutes of CPU time, 0.1 seconds a step. Expected: shirts, trousers, shoes and bags in
 runs/gan_fashion/reports/5000/samples.png. With `--config.experiment.classifier=runs/fashion_mnist@best`, a workdir of
-configs/fashion_mnist.py, also `samples frechet_fashion_cnn: 46.3353`; training images have 0.4, noise 288. For an SN-GAN
-see docs/experiments.md.
+configs/fashion_mnist.py, also `samples frechet_fashion_cnn: 46.3353`; training images have 0.4, noise 288.
+docs/experiments.md says how to train an SN-GAN.
 """
 
 from experiments.gan import GAN

@@ -22,7 +22,7 @@ class OneByOne:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"x": np.float32(self.begin + index), "pair": np.full(2, index, np.int32)}
+        return {"x": np.array(self.begin + index, np.float32), "pair": np.full(2, index, np.int32)}
 
 
 def memory(source: OneByOne) -> ArraySource:
@@ -124,7 +124,7 @@ def test_another_seed_draws_other_examples_in_the_same_proportions():
 
 def test_weights_count_only_relative_to_each_other():
     source = PARTS["b"][0]
-    pairs = [(1, 3), (0.25, 0.75), (2, 6), (np.float32(0.5), 1.5)]
+    pairs: list[tuple] = [(1, 3), (0.25, 0.75), (2, 6), (np.float32(0.5), 1.5)]
     orders = [order_of(Mixture({"a": (source, a), "b": (source, b)}), 0)(np.arange(100)) for a, b in pairs]
     for one, other in itertools.pairwise(orders):
         np.testing.assert_array_equal(one, other)
