@@ -101,10 +101,11 @@ class Pool:
         for child in self._children:  # there are some if an error ended the sweep
             child.process.terminate()
         for child in self._children:
-            with child.claim, suppress(subprocess.TimeoutExpired):
-                child.process.wait(_END_SECONDS)
-            child.process.kill()
-            child.process.wait()
+            with child.claim:
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(_END_SECONDS)
+                child.process.kill()
+                child.process.wait()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
 

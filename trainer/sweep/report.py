@@ -107,7 +107,7 @@ def _comparison(groups: Sequence[Group], results: Results) -> list[str]:
     if not compared:
         return ["no cell has been evaluated"]
     best, *others = [group for group in compared if group.step == compared[0].step]
-    lines = [f"best: {best.name}: {results.metric} {best.summary} ({_seeds(best.summary)}, mean ± standard deviation)"]
+    lines = [f"best: {best.name}: {results.metric} {best.summary} ({_seeds(best.summary)})"]
     if not others:
         return lines
     second = others[0]
@@ -121,7 +121,7 @@ def _comparison(groups: Sequence[Group], results: Results) -> list[str]:
 
 
 def _seeds(summary: Summary) -> str:
-    return f"{summary.count} seed{'s' * (summary.count != 1)}"
+    return "1 seed" if summary.count == 1 else f"mean ± standard deviation of {summary.count} seeds"
 
 
 def csv_text(found: Sequence[Outcome]) -> str:
