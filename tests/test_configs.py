@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,30 @@ def test_table_of_parameters_is_the_reviewed_one(path, run, request):
 
 def test_every_golden_belongs_to_a_config():
     assert [file.stem for file in sorted(GOLDEN.glob("*.txt"))] == [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize("header", ["experiment", "config"])
+def test_the_page_of_experiments_lists_all_of_them(header, request):
+    page = ROOT / "docs" / "experiments.md"
+    files = CONFIGS
+    if header == "experiment":
+        files = [
+            file for file in sorted((ROOT / "experiments").glob("*.py")) if "def source(self, split" in file.read_text()
+        ]
+    rows = []
+    for file in files:
+        text = str(ast.get_docstring(ast.parse(file.read_text())))
+        cells = [f"`{file.stem}`", text.splitlines()[0].removesuffix(".")]
+        if cost := re.search(r"Cost: (.*?)[.;]?\s*(?:[.;]\s|$)", text, re.DOTALL):
+            cells.append(" ".join(cost[1].split()))
+        rows.append(f"| {' | '.join(cells)} |\n")
+    pattern = rf"(.*?\n\| {header} \|[^\n]*\n[|-]+\n)((?:\|[^\n]*\n)*)(.*)"
+    parts = re.fullmatch(pattern, page.read_text(), re.DOTALL)
+    assert parts is not None
+    if request.config.getoption("--update-goldens"):
+        page.write_text(parts[1] + "".join(rows) + parts[3])
+        return
+    assert parts[2] == "".join(rows), "pytest tests/test_configs.py --update-goldens"
 
 
 @each_config
