@@ -3,7 +3,7 @@
     python -m trainer prepare --config=configs/simclr_fashion.py
     python -m trainer train --config=configs/simclr_fashion.py --workdir=runs/simclr_fashion
 
-Cost: about 5 minutes of CPU time, 0.2 seconds a step. Expected: probe accuracy: 0.8530. The features of the same
+Cost: about 3.5 minutes on 2 CPU cores, 0.14 seconds a step. Expected: probe accuracy: 0.8530. The features of the same
 network, not trained, give 0.8094.
 """
 
