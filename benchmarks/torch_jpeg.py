@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import torch  # pyrefly: ignore[missing-import] - of another interpreter
-import torchvision  # pyrefly: ignore[missing-import]
+import torchvision  # pyrefly: ignore[missing-import] - of another interpreter
 from PIL import Image
-from torchvision.transforms import v2  # pyrefly: ignore[missing-import]
+from torchvision.transforms import v2  # pyrefly: ignore[missing-import] - of another interpreter
 
 
 class Photographs(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ of text that the targets of a row stand for, by which bits per byte are counted;
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,17 @@ def _continued(
         return model.apply({**variables, **cache}, tokens, mutable=["cache"])
 
     return extend(forward, {}, prompt, keys, temperature, top_k)
+
+
+def texts_of(dataset: str, split: str, data_dir: str | None) -> list[bytes]:
+    """All texts of a split of a TFDS data set."""
+    texts = tfds.TfdsSource(dataset, split, ("text",), data_dir)
+    return [example["text"] for example in texts.__getitems__(range(len(texts)))]
+
+
+def text_of(tokens: Iterable[int]) -> str:
+    """The text of tokens: those below 256 are its bytes; what is not UTF-8 is shown as replacement characters."""
+    return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
 @dataclasses.dataclass
@@ -227,8 +238,8 @@ class LanguageModel:
         return list(text.encode())
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens: those below 256 are its bytes; what is not UTF-8 is shown as replacement characters."""
-        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+        """The text of tokens, see `text_of`."""
+        return text_of(tokens)
 
     def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
         """A text that the model continues, if `sample` is not 0."""
@@ -237,9 +248,7 @@ class LanguageModel:
 
     def source(self, split: str) -> ArraySource:
         """The windows of all texts of a split, in the order of the texts in the data set."""
-        texts = tfds.TfdsSource(self.dataset, split, ("text",), self.data_dir)
-        examples = texts.__getitems__(range(len(texts)))
-        return ArraySource(windows([example["text"] for example in examples], self.length))
+        return ArraySource(windows(texts_of(self.dataset, split, self.data_dir), self.length))
 
     def prepare(self) -> None:
         """Writes the data set as ArrayRecord."""

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 import experiments.datasets  # noqa: F401 - registers this repository's data sets
-from experiments.language_model import score, text_metrics, windows
+from experiments.language_model import score, text_metrics, text_of, texts_of, windows
 from experiments.sampling import extend
 from experiments.transformer import lookup
 from experiments.words import Words, read_text
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the model computes for a piece.
+    """The results of the model for a piece.
 
     Attributes:
       logits: float32 [examples, length, vocab].
@@ -290,7 +290,7 @@ class LSTMLanguageModel:
         tokens += np.asarray(found[0]).tolist()
         if words is not None:
             return words.decode(tokens)
-        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+        return text_of(tokens)
 
     def source(self, split: str) -> ArraySource:
         """Of the training split, its pieces, in which each token but the first is a target once; else its streams."""
@@ -307,9 +307,8 @@ class LSTMLanguageModel:
         if (words := self._words()) is not None:
             tokens, sizes = words.encode(read_text(self.files or "", split)), words.sizes
         else:
-            texts = tfds.TfdsSource(self.dataset, split, ("text",), self.data_dir)
-            parts = [np.frombuffer(example["text"], np.uint8) for example in texts.__getitems__(range(len(texts)))]
-            tokens, sizes = np.concatenate(parts), np.ones(256, np.int32)
+            text = b"".join(texts_of(self.dataset, split, self.data_dir))
+            tokens, sizes = np.frombuffer(text, np.uint8), np.ones(256, np.int32)
         if len(sizes) > self.vocab:
             raise UserError(f"the text has {len(sizes):,} kinds of tokens; experiment.vocab is {self.vocab:,}")
         if len(tokens) < 2:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,11 +61,45 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(workdir, run, train(run, workdir, verbose=False))
 
 
+class Normalized(nn.Module):
+    """A layer whose statistics Flax names after its kernel, with slashes: "dense/kernel/u"."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.SpectralNorm(nn.Dense(3, name="dense"), name="norm")(x, update_stats=train)
+
+
+@dataclasses.dataclass
+class Spectral(Task):
+    """`Task` with spectral normalization."""
+
+    def init(self, key, batch):
+        return Normalized().init(key, batch["x"], train=False)
+
+    def loss(self, variables, batch, *, key, train):
+        mutable = ["batch_stats"] if train else []
+        logits, collections = Normalized().apply(variables, batch["x"], train=train, mutable=mutable)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return {"loss": Mean.of(losses, batch["mask"])}, collections
+
+    def predict(self, variables, batch):
+        return {"logits": Normalized().apply(variables, batch["x"], train=False)}
+
+
 def assert_equal(found: Any, expected: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(jax.device_get(expected))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_variables_whose_names_have_slashes_come_back_as_they_were(tmp_path):
+    run = make_run(4, experiment=Spectral(), parallel=config.Parallel(devices=1))
+    state = train(run, tmp_path / "run", verbose=False)
+    found = load(tmp_path / "run")
+    assert_equal(found.variables, {"params": state.params, **state.collections})
+    assert "dense/kernel/u" in found.variables["batch_stats"]["norm"]
+    assert found.predict(take(found.experiment.source("test"), np.arange(2)))["logits"].shape == (2, 3)
 
 
 def test_the_variables_are_those_of_the_run_on_one_device(trained):

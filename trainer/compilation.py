@@ -86,7 +86,7 @@ def use_cache(folder: str | None) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and jax.config.jax_compilation_cache_dir is not None:  # pyrefly: ignore[missing-attribute]
+    if folder is None and jax.config.jax_compilation_cache_dir is not None:  # pyrefly: ignore[missing-attribute] - JAX adds it
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "belief-trainer"
     place = Path(folder) if folder is not None else cache / f"compiled-{_cpu()}"
@@ -109,7 +109,7 @@ def use_cache(folder: str | None) -> None:
 @contextmanager
 def no_cache() -> Iterator[None]:
     """While entered, nothing is read from the cache: JAX cannot read a program for devices that are not here."""
-    was = jax.config.jax_enable_compilation_cache  # pyrefly: ignore[missing-attribute]
+    was = jax.config.jax_enable_compilation_cache  # pyrefly: ignore[missing-attribute] - JAX adds it
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # else JAX keeps to what it found at its first compilation
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, check_leaves, scores
-from trainer.data import load_into_memory
+from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Batch, RandomAccessSource

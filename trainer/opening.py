@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
 from trainer.checkpoint import Store, scores
-from trainer.data import load_all_into_memory
+from trainer.data.memory import load_all_into_memory
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, UserError
 from trainer.experiment import RandomAccessSource

@@ -1,4 +1,4 @@
-"""What an experiment may offer besides the protocol: data, augmentation, predictions, texts, evaluations, reports."""
+"""Optional methods of an experiment: data, augmentation, predictions, texts, evaluations, reports."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable

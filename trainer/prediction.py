@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer import config, distributed
-from trainer.data import batch_spec, load_into_memory, open_source
+from trainer.data import batch_spec, open_source
+from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
 from trainer.program import zeros

@@ -12,7 +12,6 @@ import numpy as np
 
 from trainer import config
 from trainer.data import augmented, take_encoded
-from trainer.data.encoded import decoded
 from trainer.divergence import keys_of, read, read_state
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment
@@ -26,7 +25,7 @@ from trainer.rules import path_of
 
 @dataclasses.dataclass
 class Found:
-    """What is not finite in one execution of a step; None and empty where all is finite."""
+    """The numbers that are not finite in one execution of a step; None and empty where all are."""
 
     module: str | None = None  # the first Linen module, in the order in which calls end
     loss: float | None = None
@@ -65,12 +64,11 @@ def replay(folder: AnyPath, run: config.Run | None = None) -> Replayed:
                 f"the data has {len(program.train_source):,} examples; the step used number {max(diverged.ids):,}"
             )
         state = read_state(folder, diverged, program.state)
-        batch = take_encoded(program.train_source, np.asarray(diverged.ids))
-        if (augment := augmentation(run.experiment)) is None:
-            batch = decoded(batch)
-        else:
-            first = (diverged.step - 1) * run.batch_size
-            batch = augmented(batch, augment, run.seed, range(first, first + run.batch_size))
+        batch, first = (
+            take_encoded(program.train_source, np.asarray(diverged.ids)),
+            (diverged.step - 1) * run.batch_size,
+        )
+        batch = augmented(batch, augmentation(run.experiment), run.seed, range(first, first + run.batch_size))
         inputs = _bad_inputs(batch, diverged.ids)
         batch |= {"mask": np.ones(len(diverged.ids), np.float32)}
         experiment, notes = _in_float32(run.experiment)

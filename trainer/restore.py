@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, scores
-from trainer.checkpoint.reading import restore_leaves
+from trainer.checkpoint.reading import read_keys, restore_leaves
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment, Variables
 from trainer.files import DamagedError
@@ -93,7 +93,8 @@ def load(
         for name, (z, b1) in averages.items():
             y = arrays[f"params/{name}"]
             arrays[f"params/{name}"] = ((y - (1 - arrays[b1]) * arrays[z]) / arrays[b1]).astype(y.dtype)
-        return _variables({path: x for path, x in arrays.items() if not path.startswith("opt_state/")}, metadata)
+        kept_arrays = {path: x for path, x in arrays.items() if not path.startswith("opt_state/")}
+        return _variables(kept_arrays, metadata, read_keys(store.path(metadata.step)))
 
     rows = {row["step"]: row for row in read_rows(folder.path / "metrics.jsonl")}
     with closing(Store(folder.checkpoints, run.checkpoint)) as store:
@@ -111,16 +112,16 @@ def run_of(folder: Workdir, run: config.Run | None) -> config.Run:
     return run
 
 
-def _variables(arrays: Mapping[str, jax.Array], metadata: Metadata) -> Variables:
+def _variables(arrays: Mapping[str, jax.Array], metadata: Metadata, keys: Mapping[str, tuple[str, ...]]) -> Variables:
     """The variables whose leaves have these paths in a state; EMA params in the dtypes of the parameters."""
-    params, collections = {}, {}
+    found = {}
     for path, x in arrays.items():
-        kind, _, name = path.partition("/")
+        kind, *names = keys[path]
         if kind == "collections":
-            collections[name] = x
+            found[tuple(names)] = x
         else:
-            params[name] = x.astype(metadata.leaves[f"params/{name}"].dtype)
-    return {"params": unflatten_dict(params, sep="/"), **unflatten_dict(collections, sep="/")}
+            found["params", *names] = x.astype(metadata.leaves[f"params/{path.partition('/')[2]}"].dtype)
+    return {"params": {}, **unflatten_dict(found)}
 
 
 def schedule_free_averages(metadata: Metadata) -> dict[str, tuple[str, str]]:

@@ -47,7 +47,7 @@ class LinuxSource(PartwiseBuilder):
             builder=self,
             description=_DESCRIPTION,
             features=tfds.features.FeaturesDict({"path": text, "text": text}),
-            homepage="https://packages.debian.org/linux-source-6.1",
+            homepage="https://www.kernel.org",
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
         )

@@ -34,7 +34,7 @@ class Partial:
         self.commit("identity", identity)
 
     def entry(self, step: str) -> Any:
-        """What `commit` was given for a step; None if the step is not made."""
+        """The entry that `commit` was given for a step; None if the step is not made."""
         try:
             return json.loads((self.folder / (step + _ENTRY)).read_text())
         except FileNotFoundError:

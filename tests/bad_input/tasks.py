@@ -83,7 +83,7 @@ class InitWithEmptyParams(Task):
 
 
 class InitTakesNoBatch(Task):
-    def init(self, key):  # pyrefly: ignore[bad-override]
+    def init(self, key):  # pyrefly: ignore[bad-override] - the mistake
         return {}
 
 
@@ -169,7 +169,7 @@ class MetricOfNamesThatAreNumbers(Task):
 
 
 class LossTakesNoKey(Task):
-    def loss(self, variables, batch, *, train):  # pyrefly: ignore[bad-override]
+    def loss(self, variables, batch, *, train):  # pyrefly: ignore[bad-override] - the mistake
         return {"loss": self.mean(variables, batch)}, {}
 
 
@@ -352,7 +352,7 @@ class SourceOfScalars(Task):
 
 class SourceNumbersItsEntries(Task):
     def source(self, split):
-        return ArraySource(dict(enumerate(self.arrays(split).values())))  # pyrefly: ignore[bad-argument-type]
+        return ArraySource(dict(enumerate(self.arrays(split).values())))  # pyrefly: ignore[bad-argument-type] - the mistake
 
 
 class SourceRefuses(Task):

@@ -236,7 +236,7 @@ def test_class_inside_a_class_is_found_again():
 def test_types_as_text_that_cannot_be_found_are_one_line():
     @dataclasses.dataclass
     class Hidden(Task):
-        depth: "Nowhere" = 2  # noqa: F821 # pyrefly: ignore[unknown-name]
+        depth: "Nowhere" = 2  # noqa: F821 # pyrefly: ignore[unknown-name] - the mistake
 
     with pytest.raises(UserError, match=r"Hidden has a field of a type that cannot be found: name 'Nowhere'"):
         config.resolve(make_run(experiment=Hidden()))

@@ -19,9 +19,10 @@ from pyarrow import parquet
 from experiments.language_model import LanguageModel
 from tests.data.make_saved import FOLDER, ROWS, row
 from trainer import config, train
-from trainer.data import ArraySource, batch_spec, load_into_memory, take
+from trainer.data import ArraySource, batch_spec, take
 from trainer.data.arrow import ArrowSource
 from trainer.data.hf import HuggingFaceSource
+from trainer.data.memory import load_into_memory
 from trainer.data.parquet import ParquetSource
 from trainer.data.stream import eval_batches, train_batches
 from trainer.errors import UserError

@@ -13,8 +13,9 @@ from PIL import Image
 from experiments.image_classification import EncodedImageClassification, ImageClassification
 from tests import image_sets
 from trainer import config, train
-from trainer.data import ArraySource, batch_spec, fits_in_memory, load_into_memory, take
+from trainer.data import ArraySource, batch_spec, take
 from trainer.data.images import EncodedImage, EncodedImages
+from trainer.data.memory import fits_in_memory, load_into_memory
 from trainer.data.mixture import Mixture
 from trainer.data.stream import eval_batches, train_batches
 from trainer.data.tfds import TfdsSource, prepare

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from trainer import ArraySource, Mixture
-from trainer.data import load_all_into_memory, take
+from trainer.data import take
+from trainer.data.memory import load_all_into_memory
 from trainer.data.mixture import drawn_before, order_of
 from trainer.data.stream import eval_batches, train_batches
+from trainer.data.streams import Streams
 from trainer.errors import UserError
 
 
@@ -144,3 +146,9 @@ def test_sources_with_other_entries_are_named():
         mixture.take(np.arange(8))
     with pytest.raises(UserError, match="needs a source"):
         Mixture({})
+
+
+@pytest.mark.parametrize("source", [MIXTURES["read"], Streams({"x": np.zeros((2, 3))})])
+def test_a_source_with_an_order_of_its_own_is_refused(source):
+    with pytest.raises(UserError, match=r"source 'a' of the mixture is a (Mixture|Streams), whose own order"):
+        Mixture({"a": (source, 1.0)})

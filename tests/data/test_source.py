@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer.data import IDS, ArraySource, batch_spec, load_into_memory, take
+from trainer.data import IDS, ArraySource, batch_spec, take
+from trainer.data.memory import load_into_memory
 from trainer.errors import UserError
 
 EXAMPLES = 2500  # more than `load_into_memory` reads at once, and no multiple of that

@@ -20,7 +20,8 @@ from sklearn.datasets import load_digits
 from tensorboardX.record_writer import RecordWriter
 
 from experiments.datasets.fashion_mnist_local import DEFAULT_FOLDER, FOLDER_VARIABLE, read_idx
-from trainer.data import batch_spec, load_into_memory, take
+from trainer.data import batch_spec, take
+from trainer.data.memory import load_into_memory
 from trainer.data.tfds import TfdsSource, prepare
 from trainer.errors import NotPreparedError, UserError
 

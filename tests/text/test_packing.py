@@ -13,8 +13,8 @@ from experiments.packed_language_model import PackedLanguageModel
 from experiments.packing import Layout, PackedSource, pack, segment_dtype, to_record, token_dtype
 from experiments.tokenizer import BEGIN
 from tests.text.kernel_tree import files, settings, small_parts, write_archive
-from trainer.data import load_into_memory
 from trainer.data.identity import fingerprint
+from trainer.data.memory import load_into_memory
 from trainer.data.stream import Batches, eval_batches, train_batches
 from trainer.data.tfds import TfdsRecords
 from trainer.errors import NotPreparedError, UserError

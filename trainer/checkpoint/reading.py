@@ -89,6 +89,15 @@ def restore_leaves(
     return arrays
 
 
+def read_keys(place: AnyPath) -> dict[str, tuple[str, ...]]:
+    """The keys that lead to each array of a state, by its path: a key may have slashes of its own.
+
+    Errors are those of `read_metadata`.
+    """
+    leaves = _retry(lambda: jax.tree_util.tree_leaves_with_path(_tree(place), is_leaf=_is_leaf), place)
+    return {path_of(keys): tuple(path_of((key,)) for key in keys) for keys, _ in leaves}
+
+
 def restore_fitting(
     place: AnyPath, like: TrainState, metadata: Metadata, saved_paths: Mapping[str, str]
 ) -> dict[str, jax.Array]:

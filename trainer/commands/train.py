@@ -189,7 +189,7 @@ def _dry_run(run: "Run") -> str:
     import numpy as np
 
     from trainer import distributed
-    from trainer.data import check_reads_are_equal, fits_in_memory
+    from trainer.data.memory import check_reads_are_equal, fits_in_memory
     from trainer.loop import agreed_program, train_program
     from trainer.observe import table
 

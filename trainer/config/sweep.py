@@ -18,7 +18,7 @@ class Sweep:
     grid: Mapping[str, str | Sequence[Any]] = dataclasses.field(default_factory=dict)
     """Values by path, in a tuple or as the text of a flag, such as "1e-3,3e-3". Every combination is a cell."""
     random: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What to draw a value from, by path: "LOW:HIGH", "LOW:HIGH:log", or values to choose from, such as "32,64,128".
+    """Range or choices of random draws, by path: "LOW:HIGH", "LOW:HIGH:log", or values such as "32,64,128".
     A drawn number has 4 digits; that of an integer setting is an integer from LOW to HIGH."""
     trials: int = 1  # number of random draws; each is combined with the whole grid
     search_seed: int = 0  # seed of the draws; draw i does not depend on the number of draws, nor on the other paths

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.data.encoded import Encoded, as_objects, check_same, decoded, is_encoded
+from trainer.data.encoded import Encoded, as_objects, check_same, decoded
 from trainer.errors import UserError
 from trainer.experiment import Experiment, RandomAccessSource
 from trainer.optional import Augment
 
 IDS = "example ids"  # the name of the array in a batch that holds the index in the source of each example
-_READ_AT_ONCE = 1024  # examples; large enough to hide the cost of a call, small compared with a data set
 READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
 
 
@@ -92,7 +91,7 @@ class FirstExamples:
 
     def __getitems__(self, indices: list[int]) -> Sequence[Mapping[str, Any]]:
         """Many examples at once."""
-        return _read(self.source, indices)
+        return read_examples(self.source, indices)
 
 
 def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
@@ -125,72 +124,19 @@ def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarra
 
 def take_encoded(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
     """As `take`; but `Encoded` entries are left so, in an array of objects."""
-    return source.take(indices) if isinstance(source, BatchSource) else _stack(_read(source, [int(i) for i in indices]))
-
-
-def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
-    """`source` decoded into memory if `fits_in_memory`, else `source` itself.
-
-    Raises `UserError` if two reads of the same example differ.
-    """
-    if not fits_in_memory(source, limit_bytes):
-        return source
-    if isinstance(source, BatchSource):
-        return source.loaded(lambda part: load_into_memory(part, limit_bytes))
-    check_reads_are_equal(source)
-    arrays = {name: np.empty((len(source), *x.shape[1:]), x.dtype) for name, x in _stack([source[0]]).items()}
-    for start in range(0, len(source), _READ_AT_ONCE):
-        stop = min(start + _READ_AT_ONCE, len(source))
-        parts = _stack(_read(source, list(range(start, stop))))
-        _check_names(arrays, parts)
-        for name, part in parts.items():
-            check_same(name, "shapes", (arrays[name].shape[1:], part.shape[1:]))
-            check_same(name, "dtypes", (arrays[name].dtype, part.dtype))
-            arrays[name][start:stop] = part
-    return ArraySource(arrays)
-
-
-def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[RandomAccessSource]:
-    """Loads each source. A source that appears twice, or also as `FirstExamples(source, n)`, is decoded once."""
-    loaded: dict[int, RandomAccessSource] = {}
-
-    def one(source: RandomAccessSource) -> RandomAccessSource:
-        if isinstance(source, FirstExamples):
-            base = one(source.source)
-            if isinstance(base, ArraySource):
-                return ArraySource({name: array[: len(source)] for name, array in base.arrays.items()})
-            return FirstExamples(base, len(source))
-        if id(source) not in loaded:
-            loaded[id(source)] = load_into_memory(source, limit_bytes)
-        return loaded[id(source)]
-
-    return [one(source) for source in sources]
-
-
-def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:
-    """Whether the source is in memory already, or takes at most `limit_bytes` there and has no `Encoded` entries."""
-    if isinstance(source, BatchSource) and source.is_in_memory:
-        return True
-    arrays = _stack([source[0]]).values()
-    return not any(map(is_encoded, arrays)) and len(source) * sum(array.nbytes for array in arrays) <= limit_bytes
-
-
-def check_reads_are_equal(source: RandomAccessSource) -> None:
-    """Reads the first examples of a source twice; raises `UserError` if the two reads differ."""
-    first, second = (_stack([source[i] for i in range(min(len(source), READ_TWICE))]) for _ in range(2))
-    for name in first:
-        if not np.array_equal(first[name], second[name], equal_nan=True):
-            raise UserError(
-                f"entry {name!r} of the data differs each time an example is read; a split in memory is read once, "
-                "which would freeze this randomness: give the experiment a method augment(example, rng), draw random "
-                "numbers in loss from batch['example_key'], or set loading.in_memory_bytes=0"
-            )
+    return (
+        source.take(indices)
+        if isinstance(source, BatchSource)
+        else stack(read_examples(source, [int(i) for i in indices]))
+    )
 
 
 def augmented(
-    examples: Mapping[str, np.ndarray], augment: Augment, seed: int, positions: Iterable[Any]
+    examples: Mapping[str, np.ndarray], augment: Augment | None, seed: int, positions: Iterable[Any]
 ) -> dict[str, np.ndarray]:
-    """Stacked examples, each changed by `augment` with the generator of (seed, its position in the run)."""
+    """Stacked examples, decoded; `augment` changes each with the generator of (seed, its position in the run)."""
+    if augment is None:
+        return decoded(examples)
     # The counter keeps these numbers apart from those of the order of the examples. To reset one generator takes 1 µs,
     # to make another 8.
     bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, 1])
@@ -202,15 +148,15 @@ def augmented(
         changed.append(augment({name: array[i] for name, array in examples.items()}, rng))
         if not isinstance(changed[-1], Mapping):
             raise UserError(f"augment returned a {type(changed[-1]).__name__}; a mapping from names is expected")
-    return decoded(_stack(changed))
+    return decoded(stack(changed))
 
 
 def batch_spec(
     source: RandomAccessSource, batch_size: int, augment: Augment | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch, the mask included; raises `UserError` if an entry is not numeric or is misnamed."""
-    example = _stack([source[0]])
-    example = decoded(example) if augment is None else augmented(example, augment, 0, [0])
+    example = stack([source[0]])
+    example = augmented(example, augment, 0, [0])
     for name, array in example.items():
         if not isinstance(name, str):
             raise UserError(f"entry {name!r} of the data is named by a {type(name).__name__}; a text is expected")
@@ -222,13 +168,16 @@ def batch_spec(
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in example.items()}
 
 
-def _read(source: RandomAccessSource, indices: list[int]) -> Sequence[Mapping[str, Any]]:
+def read_examples(source: RandomAccessSource, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    """The examples at `indices`, read together if the source can."""
     many = getattr(source, "__getitems__", None)
     return many(indices) if many else [source[i] for i in indices]
 
 
-def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    def stack(name: str) -> np.ndarray:
+def stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The examples along a new first axis, in the dtypes that JAX uses; raises `UserError` if they do not fit."""
+
+    def entry(name: str) -> np.ndarray:
         if isinstance(examples[0][name], Encoded):
             return as_objects(name, [example[name] for example in examples])
         try:
@@ -242,11 +191,12 @@ def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         return _narrow(np.stack(arrays))
 
     for example in examples:
-        _check_names(examples[0], example)
-    return {name: stack(name) for name in examples[0]}
+        check_names(examples[0], example)
+    return {name: entry(name) for name in examples[0]}
 
 
-def _check_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def check_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless two examples have the same entries."""
     if first.keys() != other.keys():
         texts = [", ".join(map(str, example)) or "none" for example in (first, other)]
         raise UserError(f"the examples of the data have different entries: {texts[0]}; and {texts[1]}")

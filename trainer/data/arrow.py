@@ -1,5 +1,6 @@
 """Rows of Arrow tables as examples: the part that the sources of parquet and of Hugging Face's files share."""
 
+import abc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ except ImportError as error:
 Transform = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
-class ArrowSource:
+class ArrowSource(abc.ABC):
     """Rows by index, from tables of consecutive rows that a subclass reads.
 
     A row is a dict by column: a number or boolean is NumPy's, a list of numbers an array, and text (UTF-8) and binary
@@ -58,9 +59,9 @@ class ArrowSource:
                 examples[place] = example if self._transform is None else self._transform(example)
         return [examples[place] for place in range(len(wanted))]
 
+    @abc.abstractmethod
     def _table(self, number: int) -> Any:
         """The `pyarrow.Table` of that number, with the columns."""
-        raise NotImplementedError
 
 
 def check_columns(file: Path, schema: Any, columns: Sequence[str], before: list[Any] | None) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.data import read_examples
 from trainer.data.encoded import Encoded
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
@@ -100,8 +101,7 @@ class EncodedImages:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """Many examples at once."""
-        many = getattr(self._source, "__getitems__", None)
-        examples = many(indices) if many else [self._source[i] for i in indices]
+        examples = read_examples(self._source, indices)
         return [{**example, "image": EncodedImage(example["image"], self._size, self._shorter)} for example in examples]
 
 

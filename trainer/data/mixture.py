@@ -34,6 +34,10 @@ class Mixture(BatchSource):
         if not self.parts:
             raise UserError("a mixture needs a source: Mixture({name: (source, weight)})")
         self._sources = [source for source, _ in self.parts.values()]
+        for name, source in zip(self.parts, self._sources, strict=True):
+            if isinstance(source, Mixture | Streams):
+                kind = type(source).__name__
+                raise UserError(f"source {name!r} of the mixture is a {kind}, whose own order a mixture would not keep")
         self._weights = _whole({name: weight for name, (_, weight) in self.parts.items()})
         self._begins = np.cumsum([0, *map(len, self._sources)])
         self.identity = " ".join(one.identity for one in self._sources if isinstance(one, BatchSource) and one.identity)

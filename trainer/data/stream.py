@@ -10,7 +10,6 @@ import grain
 import numpy as np
 
 from trainer.data import IDS, BatchSource, augmented, take, take_encoded
-from trainer.data.encoded import decoded
 from trainer.data.mixture import order_of
 from trainer.data.workers import read_in_workers
 from trainer.experiment import Batch, RandomAccessSource
@@ -51,11 +50,8 @@ class Batches:
             indices, mask = np.minimum(positions, len(self.source) - 1), positions < len(self.source)
         else:
             indices, mask = self.order(positions), np.ones(len(positions))
-        batches = take_encoded(self.source, indices)
-        if self.augment is None or self.seed is None:
-            batches = decoded(batches)
-        else:
-            batches = augmented(batches, self.augment, self.seed, positions)
+        augment = None if self.seed is None else self.augment
+        batches = augmented(take_encoded(self.source, indices), augment, self.seed or 0, positions)
         batches["mask"] = mask.astype(np.float32)
         if self.with_ids:
             batches[IDS] = indices

@@ -117,7 +117,7 @@ def _data_source(builder: tfds.core.DatasetBuilder, name: str, split: str, **opt
     except NotImplementedError as error:
         raise UserError(
             f"data set {name!r} lies in {builder.data_dir} as {builder.info.file_format.name}, which has no random "
-            "access: delete it there and prepare it again"
+            "access: prepare it in another folder, with data_dir or TFDS_DATA_DIR"
         ) from error
     except ValueError as error:
         raise UserError(f"data set {name!r}, split {split!r}: {str(error).splitlines()[0]}") from error

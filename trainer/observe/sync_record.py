@@ -15,7 +15,7 @@ NAME = ".written.json"
 
 
 class SyncRecord(NamedTuple):
-    """What the last sync put on disk: rows of both files, and which of them are in event files."""
+    """Sizes of the files that the last sync put on disk: the two of rows, and the event files."""
 
     metrics: Prefix = Prefix()
     timing: Prefix = Prefix()
