@@ -71,6 +71,6 @@ def _tokenizer(name: str, data_dir: str | None) -> Tokenizer:
     if (found := hashlib.sha256(model).hexdigest()) != metadata["tokenizer"]:
         raise UserError(
             f"{folder / TOKENIZER} has SHA-256 {found}, but the rows beside it were made with "
-            f"{metadata['tokenizer']}: delete {folder} and prepare it again"
+            f"{metadata['tokenizer']}: move {folder} away and prepare it again"
         )
     return Tokenizer(model)
