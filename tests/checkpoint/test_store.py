@@ -1,7 +1,9 @@
 """Which checkpoints are kept, which are refused, and which errors are damage."""
 
+import gc
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -261,3 +263,38 @@ def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path):
     store = Store(tmp_path / "checkpoints", config.Checkpoint())
     with pytest.raises(HostError, match="checkpoint 1 cannot be written"):
         save(store, 1)
+
+
+# Orbax leaves coroutines of a failed save behind, which Python reports when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_that_a_thread_of_orbax_raises_late_neither_fails_the_next_save_nor_hides_the_first(
+    tmp_path, monkeypatch
+):
+    def point_to(target: Path) -> None:  # in one step, so that Orbax finds the one or the other
+        (tmp_path / "new").symlink_to(target)
+        (tmp_path / "new").rename(tmp_path / "run")
+
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "file").touch()
+    point_to(tmp_path / "disk")
+    store, is_away = Store(tmp_path / "run" / "checkpoints", config.Checkpoint()), threading.Event()
+    save(store, 1)
+    assert store._checkpointer is not None
+    orbax_metadata = type(store._checkpointer._metadata_store._store_impl)
+    write = orbax_metadata.write
+
+    def write_late(*args):
+        assert is_away.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(orbax_metadata, "write", write_late)
+    assert store.save(state(2), metadata(2))
+    point_to(tmp_path / "file")
+    is_away.set()
+    with pytest.raises(HostError, match="checkpoint 2 cannot be written"):
+        store.wait()
+    point_to(tmp_path / "disk")
+    save(store, 3)
+    assert store.steps() == [1, 3]
+    store.close()
+    gc.collect()

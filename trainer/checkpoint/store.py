@@ -6,7 +6,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,12 @@ class Store:
             options = ocp.AsyncOptions(create_directories_asynchronously=False)
             self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata.to_json()))
-        with self._write_errors(metadata.step):
-            self._checkpointer.save(self.path(metadata.step), args=items)
+        try:
+            with self._write_errors(metadata.step):
+                self._checkpointer.save(self.path(metadata.step), args=items)
+        except HostError:
+            self._close_checkpointer()
+            raise
         self._saving = threading.Thread(target=self._finish, args=(metadata.step,), name="end of a save")
         self._saving.start()
         return True
@@ -134,6 +138,20 @@ class Store:
                     self.remove_old()
         except BaseException as error:  # the main thread raises it in `raise_save_error`
             self._error = error
+            self._close_checkpointer()
+
+    def _close_checkpointer(self) -> None:
+        """Ends the threads of Orbax; the next save makes new ones.
+
+        After a failed save each of them may keep an error, which Orbax would raise, once, in the next save.
+        """
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is None:
+            return
+        for _ in range(8):
+            with suppress(OSError, RuntimeError, ValueError):
+                checkpointer.close()
+                return
 
     def remove_old(self) -> None:
         """Removes the checkpoints that the settings do not keep; never the newest one."""
@@ -175,8 +193,7 @@ class Store:
             if error is None:
                 raise
         finally:
-            if self._checkpointer is not None:
-                self._checkpointer.close()
+            self._close_checkpointer()
 
     @contextmanager
     def _write_errors(self, step: int) -> Iterator[None]:
