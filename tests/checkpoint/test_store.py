@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from trainer import config
 from trainer.checkpoint import DataIdentity, Metadata, Store, leaves_of
@@ -279,15 +280,13 @@ def test_an_error_that_a_thread_of_orbax_raises_late_neither_fails_the_next_save
     point_to(tmp_path / "disk")
     store, is_away = Store(tmp_path / "run" / "checkpoints", config.Checkpoint()), threading.Event()
     save(store, 1)
-    assert store._checkpointer is not None
-    orbax_metadata = type(store._checkpointer._metadata_store._store_impl)
-    write = orbax_metadata.write
+    write = orbax_metadata._MetadataStoreImpl.write
 
     def write_late(*args):
         assert is_away.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(orbax_metadata, "write", write_late)
+    monkeypatch.setattr(orbax_metadata._MetadataStoreImpl, "write", write_late)
     assert store.save(state(2), metadata(2))
     point_to(tmp_path / "file")
     is_away.set()
