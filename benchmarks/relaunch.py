@@ -35,9 +35,9 @@ DECODER = (
 )
 
 
-def launch(arguments: list[str]) -> float:
+def launch(arguments: list[str], steps: int = 1000) -> float:
     """Seconds from the start of the command to the line of its first step; it is killed four steps later."""
-    flags = ("--config.logging.every_steps=1", "--config.total_steps=1000", "--config.checkpoint.every_steps=2")
+    flags = ("--config.logging.every_steps=1", f"--config.total_steps={steps}", "--config.checkpoint.every_steps=2")
     command = [sys.executable, "-m", "trainer", "train", *arguments, *flags]
     began, lines, taken = time.perf_counter(), 0, 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -1,6 +1,10 @@
 """Packed rows: against a row by row reference, through records and back, and what prepare writes of a small tree."""
 
+import dataclasses
+import hashlib
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +12,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+import trainer
 from experiments.datasets import packed_text
 from experiments.packed_language_model import PackedLanguageModel
 from experiments.packing import Layout, PackedSource, pack, segment_dtype, to_record, token_dtype
-from experiments.tokenizer import BEGIN
+from experiments.tokenizer import BEGIN, train
 from tests.text.kernel_tree import files, settings, small_parts, write_archive
+from trainer.config import Evaluation, Group, Optimizer, Run, Schedule
 from trainer.data.identity import fingerprint
 from trainer.data.memory import load_into_memory
 from trainer.data.stream import Batches, eval_batches, train_batches
@@ -219,6 +225,33 @@ def test_a_tokenizer_that_did_not_make_the_rows_is_noticed(folder, tmp_path):
     finally:
         file.write_bytes(kept)
     assert len(copy.source("train")) == len(model(folder).source("train"))
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer(folder, tmp_path):
+    shutil.copytree(folder / "packed_text", tmp_path / "packed_text")
+    (file,) = tmp_path.glob("packed_text/*/*/tokenizer.model")
+    other = train([bytes(range(97, 123)) * 40, b"int main(void) " * 40], 400)
+    metadata = json.loads(file.with_name("metadata.json").read_text())
+    file.with_name("metadata.json").write_text(json.dumps(metadata | {"tokenizer": hashlib.sha256(other).hexdigest()}))
+    file.write_bytes(other)
+
+    def run(data_dir: Path) -> Run:
+        layers = {"layers": 1, "width": 8, "heads": 1, "mlp_width": 8}
+        experiment = PackedLanguageModel(data_dir=str(data_dir), vocab=400, length=16, **layers)
+        groups = {"matrices": Group(weight_decay=0.1), "rest": Group()}
+        labels = ((r".*/kernel", "matrices"), (r".*", "rest"))
+        return Run(
+            experiment=experiment,
+            total_steps=2,
+            batch_size=4,
+            optimizer=Optimizer(schedule=Schedule("constant", 1e-3), labels=labels, groups=groups),
+            evaluation=Evaluation(max_examples=8),
+        )
+
+    trainer.train(run(folder), tmp_path / "run", verbose=False)
+    with pytest.raises(UserError, match="trained on other examples: as many as then, but with other content"):
+        trainer.train(dataclasses.replace(run(tmp_path), total_steps=4), tmp_path / "run", verbose=False)
+    trainer.train(dataclasses.replace(run(folder), total_steps=4), tmp_path / "run", verbose=False)
 
 
 def test_what_is_not_there_is_said(folder, tmp_path):
