@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,6 @@ from benchmarks.relaunch import launch
 from experiments.regression import Regression
 from trainer.checkpoint import Store
 from trainer.config import Group, Loading, Optimizer, Run, Schedule
-from trainer.experiment import RandomAccessSource
 from trainer.optim.transforms import set_count
 from trainer.program import build_program
 from trainer.resume import kept_run
@@ -46,7 +46,7 @@ class Numbers:
 class Endless(Regression):
     """The MLP of `experiments.regression` on `Numbers`."""
 
-    def source(self, split: str) -> RandomAccessSource:
+    def source(self, split: str) -> Any:
         """All examples, for every split."""
         del split
         return Numbers()
@@ -77,8 +77,8 @@ def move(workdir: Path, step: int) -> None:
     metadata = store.metadata(newest)
     state = store.restore(program.state, newest, metadata)
     count = jnp.asarray(step, jnp.int32)
-    state = state.replace(step=count, opt_state=set_count(state.opt_state, program.groups, count))
-    store.save(state, dataclasses.replace(metadata, step=step))
+    opt_state = set_count(state.opt_state, program.groups, count)
+    store.save(dataclasses.replace(state, step=count, opt_state=opt_state), dataclasses.replace(metadata, step=step))
     store.close()
     for early in store.steps()[:-1]:
         shutil.rmtree(store.path(early))

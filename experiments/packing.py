@@ -115,6 +115,7 @@ class PackedSource(BatchSource):
         """Reads nothing yet; `records` are read by index, as often as rows of them are asked for."""
         self._records, self._layout = records, layout
         self.block, self.identity = layout.block, identity
+        self._newest = (-1, b"")  # the number of the record that was read last, and the record
 
     def __len__(self) -> int:
         return self._layout.rows
@@ -128,7 +129,10 @@ class PackedSource(BatchSource):
         return [{name: array[i] for name, array in rows.items()} for i in range(len(indices))]
 
     def take(self, indices: np.ndarray) -> Rows:
-        """The rows at `indices`, stacked. Rows of one record that follow each other here cost one read."""
+        """The rows at `indices`, stacked.
+
+        Rows of one record that follow each other here, or in the next call, cost one read.
+        """
         length, vocab, count = self._layout.length, self._layout.vocab, len(indices)
         rows = {
             "tokens": np.empty((count, length + 1), token_dtype(vocab)),
@@ -144,7 +148,9 @@ class PackedSource(BatchSource):
 
     def _read(self, number: int, places: np.ndarray, rows: Rows) -> None:
         """Fills `rows` with those at `places` of a record."""
-        record, stored = self._records[number], self._layout.rows_of(number)
+        newest = self._newest  # other threads may replace it
+        record = newest[1] if newest[0] == number else self._records[number]
+        self._newest, stored = (number, record), self._layout.rows_of(number)
         row_bytes = (self._layout.length + 1) * rows["tokens"].itemsize
         end = len(record) - stored * row_bytes
         # Bytes, because NumPy copies numbers at odd addresses slowly.

@@ -243,7 +243,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer(folder, tmp_path):
         return Run(
             experiment=experiment,
             total_steps=2,
-            batch_size=4,
+            batch_size=8,
             optimizer=Optimizer(schedule=Schedule("constant", 1e-3), labels=labels, groups=groups),
             evaluation=Evaluation(max_examples=8),
         )
