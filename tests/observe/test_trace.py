@@ -88,6 +88,20 @@ def test_a_trace_that_cannot_be_written_or_read_is_one_line(tmp_path):
         read_trace(tmp_path)
 
 
+def test_a_full_disk_is_a_fault_of_the_machine_at_any_line(tmp_path):
+    trace = Trace(tmp_path)
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), trace._file)
+    for write in (lambda: trace.phase("step", 3), lambda: trace.saved(3)):
+        with pytest.raises(HostError, match=r"process_0\.jsonl cannot be written: No space left on device"):
+            write()
+    trace.close()
+    (tmp_path / "process_0.jsonl").unlink()
+    (tmp_path / "process_0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(HostError, match=r"process_0\.jsonl cannot be written: No space left on device"):
+        Trace(tmp_path)
+
+
 def test_no_trace_has_every_method_of_a_trace():
     methods = {name: inspect.signature(f) for name, f in vars(Trace).items() if inspect.isfunction(f)}
     public = {name: signature for name, signature in methods.items() if not name.startswith("_")}

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import numpy as np
 
 from trainer import distributed
 from trainer.errors import HostError, UserError
-
-PHASES = ("compile", "restore", "data", "step", "evaluate", "save")
 
 
 class Trace:
@@ -25,17 +24,23 @@ class Trace:
     is_on = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Makes the folder. The number in the file's name is that of this process; raises `HostError`."""
-        file = Path(folder) / f"process_{distributed.index()}.jsonl"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise HostError(f"{file} cannot be written: {error.strerror}") from error
+        """Makes the folder. The number in the file's name is that of this process.
+
+        Raises `HostError` if the file cannot be written, as does every method that writes a line.
+        """
+        self._path = Path(folder) / f"process_{distributed.index()}.jsonl"
+        with self._write_errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._write({"launch": os.getpid()})
 
     def phase(self, name: str, step: int) -> None:
-        """Writes the line that says: the main thread enters a phase, one of `PHASES`, of the update `step` (from 1)."""
+        """Writes the line that says: the main thread enters a phase of an update.
+
+        Args:
+          name: "restore", "compile", "data", "step", "device", "evaluate" or "save".
+          step: the update, counted from 1; 0 for "restore", and for "compile" where it makes a fresh state.
+        """
         self._write({"phase": name, "step": step})
 
     def saving(self, step: int) -> None:
@@ -69,8 +74,17 @@ class Trace:
         os.close(self._file)
 
     def _write(self, line: dict[str, Any]) -> None:
-        text = json.dumps({**line, "time": round(time.monotonic(), 6)}) + "\n"
-        os.write(self._file, text.encode())  # one call, so that lines of two threads do not mix
+        data = (json.dumps({**line, "time": round(time.monotonic(), 6)}) + "\n").encode()
+        with self._write_errors():
+            while data:  # one call, so that lines of two threads do not mix; on a disk that fills up the second fails
+                data = data[os.write(self._file, data) :]
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HostError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
 class NoTrace:
