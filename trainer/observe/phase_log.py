@@ -1,4 +1,4 @@
-"""The trace of a training: a line for each phase, batch, save and restore, which another process can follow."""
+"""The phase log of a training: a line for each phase, batch, save and restore, which another process can follow."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from trainer import distributed
 from trainer.errors import HostError, UserError
 
 
-class Trace:
+class PhaseLog:
     """Appends to `FOLDER/process_<i>.jsonl`; each line is in the file as soon as the method that writes it returns.
 
     Each launch begins with a line that has its process id, so one folder can hold several launches.
@@ -67,7 +67,7 @@ class Trace:
 
         All processes call it together.
         """
-        self._write({"restored": step, "sums": sums_of(state)})
+        self._write({"restored": step, "digests": digests_of(state)})
 
     def close(self) -> None:
         """Closes the file."""
@@ -87,8 +87,8 @@ class Trace:
             raise HostError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
-class NoTrace:
-    """The trace of a run that nobody follows: every method does nothing."""
+class NoPhaseLog:
+    """The phase log of a run that nobody follows: every method does nothing."""
 
     is_on = False
 
@@ -111,7 +111,7 @@ class NoTrace:
         """Does nothing."""
 
 
-def sums_of(tree: Any) -> dict[str, str]:
+def digests_of(tree: Any) -> dict[str, str]:
     """The SHA-256 of the bytes of each array of a tree, by path.
 
     Arrays that are sharded over several processes are gathered, one at a time, so all processes must call it.
@@ -121,16 +121,16 @@ def sums_of(tree: Any) -> dict[str, str]:
 
     from trainer.rules import path_of
 
-    sums = {}
+    digests = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        sums[path_of(keys)] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
-    return sums
+        digests[path_of(keys)] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+    return digests
 
 
 class Follower:
-    """Reads a trace while it grows."""
+    """Reads a file of a phase log while it grows."""
 
     def __init__(self, file: Path) -> None:
         """The file need not exist yet."""
@@ -150,14 +150,14 @@ class Follower:
             yield _parse(self._file, line)
 
 
-def read_trace(folder: Path) -> list[Sequence[dict[str, Any]]]:
+def read_phase_log(folder: Path) -> list[Sequence[dict[str, Any]]]:
     """The lines of each process, in the order of their numbers; raises `UserError` if there are none.
 
     A process that was killed in the middle of a line, as on a full disk, leaves it incomplete: it is left out.
     """
     files = sorted(folder.glob("process_*.jsonl"), key=lambda file: int(file.stem.rpartition("_")[2]))
     if not files:
-        raise UserError(f"{folder} holds no trace")
+        raise UserError(f"{folder} holds no phase log")
     return [list(Follower(file).new_lines()) for file in files]
 
 
