@@ -14,7 +14,7 @@ from trainer.commands.arguments import load_config
 from trainer.data import ArraySource
 from trainer.experiment import RandomAccessSource
 from trainer.loop import train
-from trainer.observe.trace import NoTrace
+from trainer.observe.phase_log import NoPhaseLog
 
 WARM = 20  # steps before the measurement: compilation, and buffers that fill up
 
@@ -31,7 +31,7 @@ class BenchmarkTask(ImageClassification):
         return on_disk("images", self.folder) if self.folder else ArraySource(stored("images"))
 
 
-class Phases(NoTrace):
+class Phases(NoPhaseLog):
     """The seconds that the training loop spends in each phase after the step `WARM`."""
 
     def __init__(self) -> None:

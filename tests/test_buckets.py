@@ -72,6 +72,37 @@ def test_resuming_in_a_bucket_leaves_the_files_of_a_folder(tmp_path):
     assert len(list((bucket / "tensorboard").glob("events*"))) == 2  # the earlier one is not copied anew
 
 
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_rows_in_a_bucket_that_cannot_be_read_at_a_resume_stay_and_are_continued_once_they_can(
+    tmp_path, monkeypatch, on_error
+):
+    bucket, file = epath.Path(tmp_path / "bucket"), tmp_path / "bucket" / "metrics.jsonl"
+    metrics(bucket, [1, 2, 3])
+    before, said = file.read_bytes(), []
+
+    def fail(_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bucket), "read_bytes", fail)
+        if on_error == "stop":
+            with pytest.raises(HostError, match=r"bucket/\S+ cannot be read: Input/output error; nothing was removed"):
+                MetricsLog(bucket, 2)
+            return
+        log = MetricsLog(bucket, 2, on_error=on_error, report=said.append)
+        log.write(3, {"train/loss": 0.25}, {"examples_per_second": 5.0})
+        log.sync()
+        assert file.read_bytes() == before
+    assert any("metrics.jsonl cannot be read: Input/output error; its rows are kept in memory" in line for line in said)
+    log.write(4, {"train/loss": 0.2}, {"examples_per_second": 5.0})
+    log.close()
+    losses = {row["step"]: row["train/loss"] for row in read_rows(epath.Path(file))}
+    assert losses == {1: 1.0, 2: 0.5, 3: 0.25, 4: 0.2}
+    assert [row["step"] for row in read_rows(bucket / "timing.jsonl")] == [1, 2, 3, 4]
+    events = shown(tmp_path / "bucket" / "tensorboard")
+    assert {step: value for (tag, step), value in events.items() if tag == "train/loss"} == pytest.approx(losses)
+
+
 def test_a_mirror_of_a_folder_is_the_folder_and_one_of_a_bucket_is_gone_when_it_is_closed(tmp_path):
     assert Mirror(tmp_path).folder == tmp_path
     mirror = Mirror(epath.Path(tmp_path / "bucket"))

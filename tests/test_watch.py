@@ -14,7 +14,7 @@ import pytest
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.distributed import Interrupted
-from trainer.observe.trace import Follower
+from trainer.observe.phase_log import Follower
 from trainer.watch import Watch
 
 ROOT = Path(__file__).parents[1]

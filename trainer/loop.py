@@ -35,7 +35,7 @@ def train(
       handle_signals: whether SIGINT, SIGTERM and SIGHUP save the state before they end the run.
       accept_changes: whether a run in `workdir` goes on although settings that change its updates differ.
       from_step: the checkpoint to go on from; None for the newest. Later ones are moved aside.
-      trace: a `trainer.observe.trace.Trace` that records each phase and batch; none by default.
+      trace: a `trainer.observe.phase_log.PhaseLog` that records each phase and batch; none by default.
       hooks: objects whose methods are called while the run goes on, see `trainer.hooks.Hook`.
 
     Returns:

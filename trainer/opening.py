@@ -14,17 +14,17 @@ from trainer.errors import DivergedError, UserError
 from trainer.experiment import RandomAccessSource
 from trainer.hooks import Hooks
 from trainer.observe.log import MetricsLog, NoLog
+from trainer.observe.phase_log import NoPhaseLog, PhaseLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder
-from trainer.observe.trace import NoTrace, Trace
 from trainer.program import Program
 from trainer.resume import Resume, Resumed, describe_data
 from trainer.session import Session
 from trainer.watch import Watch
 from trainer.workdir import Workdir
 
-_NO_TRACE = NoTrace()
+_NO_TRACE = NoPhaseLog()
 
 
 class SessionOptions(TypedDict, total=False):
@@ -34,7 +34,7 @@ class SessionOptions(TypedDict, total=False):
     handle_signals: bool
     accept_changes: bool
     from_step: int | None
-    trace: Trace | NoTrace
+    trace: PhaseLog | NoPhaseLog
     hooks: Sequence[object]
 
 
@@ -48,7 +48,7 @@ def open_session(
     handle_signals: bool = True,
     accept_changes: bool = False,
     from_step: int | None = None,
-    trace: Trace | NoTrace = _NO_TRACE,
+    trace: PhaseLog | NoPhaseLog = _NO_TRACE,
     hooks: Sequence[object] = (),
 ) -> Iterator[Session]:
     """Opens a workdir; all processes of a run open it together. Arguments and errors are those of `train`."""

@@ -18,10 +18,10 @@ from trainer.init_from import Beginning
 from trainer.metrics import Metrics
 from trainer.moved import save_beside_if_moved
 from trainer.observe.log import MetricsLog, NoLog
+from trainer.observe.phase_log import NoPhaseLog, PhaseLog
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder, evaluation_text
-from trainer.observe.trace import NoTrace, Trace
 from trainer.optional import augmentation
 from trainer.program import Due, Program
 from trainer.resume import Resumed
@@ -46,7 +46,7 @@ class Session:
     profile: Profile
     preemption: Preemption
     watch: Watch
-    trace: Trace | NoTrace
+    trace: PhaseLog | NoPhaseLog
     hooks: Hooks
     beginning: Beginning | None = None  # how the first state is made, if not with fresh variables
     _signum: int | None = None

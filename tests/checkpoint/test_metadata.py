@@ -66,6 +66,26 @@ def test_metadata_of_another_version_are_named(metadata):
         from_json({"content": content, "sha256": sha256})
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"step": None}, "entry 'step' is missing"),
+        ({"rows": "3"}, "entry 'rows' is missing, unknown or of another type"),
+        ({"params": []}, "entry 'params' is"),
+        ({"leaves": None}, "entry 'leaves' is"),
+        ({"new": 1}, "entry 'new' is missing, unknown"),
+        ({"leaves": {"w": 3}, "checksums": {"w": 1}}, "not described"),
+        ({"data": [1, "a", 2]}, "not described"),
+        ({"checksums": {"w": 1}}, "its checksums are not those of its arrays"),
+    ],
+)
+def test_content_with_unknown_or_missing_entries_is_damaged_though_its_hash_is_right(metadata, change, named):
+    content = {key: x for key, x in {**metadata.to_json()["content"], **change}.items() if x is not None}
+    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(DamagedError, match=named):
+        from_json({"content": content, "sha256": sha256})
+
+
 def test_differences_of_leaves_name_path_shape_and_dtype():
     here = leaves_of({"a": jnp.zeros(3), "b": jnp.zeros((2, 2)), "c": None})
     there = leaves_of({"a": jnp.zeros(4), "b": jnp.zeros((2, 2)), "c": jnp.zeros(1, jnp.int32)})

@@ -1,8 +1,12 @@
 """Which checkpoints are kept, which are refused, and which errors are damage."""
 
+import errno
 import gc
 import math
+import shlex
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,13 +17,16 @@ import pytest
 from etils import epath
 from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
+from tests.observe.small_disk import command_on
 from trainer import config
-from trainer.checkpoint import DataIdentity, Metadata, Store, leaves_of
+from trainer.checkpoint import DataIdentity, Metadata, Store, leaves_of, reading
 from trainer.checkpoint.reading import restore_fitting, verify
 from trainer.checkpoint.store import scores
 from trainer.errors import HostError, UserError
 from trainer.files import DamagedError
 from trainer.state import TrainState
+
+ROOT = Path(__file__).parents[2]
 
 
 def state(step: int, **params) -> TrainState:
@@ -91,6 +98,83 @@ def test_the_best_is_one_of_those_that_are_there(tmp_path):
     save(store, 3)
     assert store.steps() == [2, 3]
     store.close()
+
+
+def test_the_best_step_is_found_while_another_thread_adds_scores(store):
+    save(store, 1)
+    store.scores, is_ended, interval = dict.fromkeys(range(1, 3000), 0.5), threading.Event(), sys.getswitchinterval()
+
+    def add() -> None:
+        steps = iter(range(3000, 60_000))
+        while not is_ended.is_set() and (step := next(steps, None)) is not None:
+            store.scores[step] = 0.5
+
+    thread = threading.Thread(target=add)
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        assert {store.best_step() for _ in range(50)} == {1}
+    finally:
+        sys.setswitchinterval(interval)
+        is_ended.set()
+        thread.join()
+
+
+_BUSY = """
+import subprocess
+from pathlib import Path
+from tests.checkpoint.test_store import save, state
+from trainer import config
+from trainer.checkpoint import Store
+from trainer.errors import HostError
+
+said = []
+store = Store(Path({disk!r}) / "checkpoints", config.Checkpoint(keep_last=1), on_saved=said.append)
+save(store, 1)
+subprocess.run(["mount", "--bind", store.path(1), store.path(1)], check=True)
+try:
+    save(store, 2)
+except HostError as error:
+    print(error)
+print(said, store.steps(), store.restore(state(2), 2).step)
+"""
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_is_named_and_the_new_one_is_complete(tmp_path):
+    (tmp_path / "disk").mkdir()
+    script = shlex.join([sys.executable, "-c", _BUSY.format(disk=str(tmp_path / "disk"))])
+    command = command_on(tmp_path / "disk", "64m", script)  # in a namespace of its own, where the folder can be a mount
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    error, found = result.stdout.splitlines()
+    assert "checkpoint 1 cannot be removed: " in error
+    assert error.endswith("; the newest checkpoint, of step 2, is complete")
+    assert found == "[1, 2] [1, 2] 2"
+
+
+@pytest.mark.parametrize(
+    ("errors", "damaged"),
+    [
+        ([OSError(errno.EIO, "Input/output error"), FileNotFoundError(errno.ENOENT, "gone", "a")], False),
+        ([FileNotFoundError(errno.ENOENT, "gone", "a"), OSError(errno.EIO, "Input/output error")], False),
+        ([FileNotFoundError(errno.ENOENT, "gone", "a")], False),
+        ([FileNotFoundError(errno.ENOENT, "gone", "a")] * 2, True),
+    ],
+    ids=["late", "early", "once", "twice in a row"],
+)
+def test_a_file_is_missing_only_if_two_reads_in_a_row_miss_it(tmp_path, monkeypatch, errors, damaged):
+    monkeypatch.setattr(reading, "_WAITS", (0.01, 0.02, 0.03))
+    left = iter(errors)
+
+    def read() -> str:
+        if (error := next(left, None)) is not None:
+            raise error
+        return "read"
+
+    if damaged:
+        with pytest.raises(DamagedError, match="a is missing"):
+            reading._retry(read, tmp_path)
+    else:
+        assert reading._retry(read, tmp_path) == "read"
 
 
 def test_scores_are_read_from_the_rows_of_the_metrics():

@@ -17,7 +17,7 @@ import pytest
 
 from tests import xla_flags
 from trainer.commands import run
-from trainer.observe.trace import Trace
+from trainer.observe.phase_log import PhaseLog
 from trainer.prove.aims import PHASES, SIGNALS, Aims
 from trainer.prove.compare import compare, newest_step, read_tree, state_differences
 from trainer.prove.launch import SAVING, Aim, Hit, ProcessLayout, Trail, run_launch
@@ -81,7 +81,7 @@ def test_each_launch_restored_what_orbax_alone_reads(kept):
         for line in map(json.loads, trace.read_text().splitlines() if trace.exists() else ()):
             if "restored" in line:
                 restored += 1
-                assert (line["restored"], line["sums"]) == (before["step"], before["sums"])
+                assert (line["restored"], line["digests"]) == (before["step"], before["digests"])
     assert restored > 0
 
 
@@ -165,7 +165,7 @@ def test_a_restore_of_other_bits_is_reported(copied, capsys):
     )
     text = next(x for x in file.read_text().splitlines() if '"restored"' in x)
     line = json.loads(text)
-    line["sums"]["params/head/bias"] = "0" * 64
+    line["digests"]["params/head/bias"] = "0" * 64
     file.write_text(file.read_text().replace(text, json.dumps(line)))
     code, output = check(copied, capsys)
     assert code == 1
@@ -248,8 +248,8 @@ def running_with(text: str) -> list[int]:
 # A real process that writes a trace, as a training would, with phases of known lengths.
 TRACED = """
 import sys, time
-from trainer.observe.trace import Trace
-trace = Trace(sys.argv[1])
+from trainer.observe.phase_log import PhaseLog
+trace = PhaseLog(sys.argv[1])
 for step in range(1, 10_000):
     for phase, seconds in (("data", 0.001), ("step", 0.01), ("evaluate", 0.03)):
         trace.phase(phase, step)
@@ -280,7 +280,7 @@ def test_a_signal_comes_in_the_phase_that_it_was_aimed_at(tmp_path, phase, signu
 
 
 def trace_of_an_undisturbed_run(folder: Path) -> None:
-    trace = Trace(folder)
+    trace = PhaseLog(folder)
     trace.phase("compile", 0)
     trace.phase("restore", 0)
     for step in range(1, STEPS + 1):
@@ -321,7 +321,7 @@ def test_a_fresh_run_is_not_killed_in_a_restore_and_a_finished_one_in_no_step(tm
 
 
 def test_a_trail_knows_phase_and_save(tmp_path):
-    trace, trail = Trace(tmp_path), Trail(tmp_path / "process_0.jsonl")
+    trace, trail = PhaseLog(tmp_path), Trail(tmp_path / "process_0.jsonl")
     trace.phase("save", 4)
     trace.saving(4)
     trace.phase("evaluate", 4)

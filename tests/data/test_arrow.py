@@ -361,7 +361,7 @@ def test_a_folder_of_splits_is_refused_with_the_folders_that_there_are():
         ("state.json", "{", "does not describe a data set: JSONDecodeError"),
         ("state.json", "[]", "does not describe a data set: AttributeError"),
         ("state.json", "{}", "does not describe a data set: KeyError: '_data_files'"),
-        ("state.json", '{"_indices_data_files": [{"filename": "i.arrow"}]}', "have another order, as datasets 1"),
+        ("state.json", '{"_indices_data_files": [{"filename": "i.arrow"}]}', "saved by datasets 1.x with an index"),
         ("data-00001-of-00003.arrow", None, "no file .*/data-00001-of-00003.arrow"),
         ("data-00001-of-00003.arrow", "no Arrow", "data-00001-of-00003.arrow cannot be read: "),
     ],

@@ -93,6 +93,22 @@ def test_a_crop_of_many_pixels_is_made_of_their_means(kind, factor):
     assert np.abs(found.astype(int) - small[2 : 2 + SIZE, 4 : 4 + SIZE]).mean() < 2
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_every_pixel_of_a_block_counts_in_its_mean_whatever_the_format(kind, factor):
+    side = SIZE * factor
+    pixels = np.random.default_rng(0).integers(0, 256, (side + 5, side + 3, 3), np.uint8)
+    data = image_sets.encoded(pixels, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    means = pixels[:side, :side].reshape(SIZE, factor, SIZE, factor, 3).mean((1, 3))
+    np.testing.assert_allclose(EncodedImage(data, SIZE, SIZE).crop(0, 0, side, side), means, atol=0.51)
+
+
+def test_a_centre_larger_than_the_resized_image_is_refused_where_the_decoder_is_made():
+    for make in (lambda: EncodedImage(b"", 20, 19), lambda: EncodedImages(ArraySource({"image": np.zeros(1)}), 20, 19)):
+        with pytest.raises(UserError, match="no centre of 20 pixels: shorter is 19, and must be at least 20"):
+            make()
+
+
 def test_an_evaluation_sees_the_centre_whose_share_of_the_shorter_side_is_size_by_shorter():
     pixels = image_sets.smooth(np.random.default_rng(0), 40, 72)
     found = EncodedImage(image_sets.encoded(pixels, "PNG"), SIZE, 20).decode()

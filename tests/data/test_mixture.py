@@ -132,7 +132,7 @@ def test_weights_count_only_relative_to_each_other():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, 1 / 3])
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, True, 1 / 3])
 def test_a_wrong_weight_is_an_error_that_says_what_is_expected(weight):
     with pytest.raises(UserError, match=r"above 0|6 digits"):
         Mixture({"a": (PARTS["a"][0], weight), "b": (PARTS["b"][0], 1.0)})

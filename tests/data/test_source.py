@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer.data import IDS, ArraySource, batch_spec, take
-from trainer.data.memory import load_into_memory
+from trainer.data import IDS, ArraySource, FirstExamples, batch_spec, take
+from trainer.data.memory import load_all_into_memory, load_into_memory
 from trainer.errors import UserError
 
 EXAMPLES = 2500  # more than `load_into_memory` reads at once, and no multiple of that
@@ -166,6 +166,38 @@ def test_load_leaves_a_source_as_it_is_that_takes_a_byte_more_than_the_limit(lim
     source = CountingSource()
     assert load_into_memory(source, limit) is source
     assert source.reads.sum() == 1
+
+
+def loaded_first(sources: list[Any], limit: int = BYTES) -> tuple[Any, ...]:
+    return tuple(load_all_into_memory(sources, limit))
+
+
+def test_only_the_first_examples_are_decoded_once_where_nothing_uses_the_whole_source():
+    source = CountingSource()
+    few, more = loaded_first([FirstExamples(source, 5), FirstExamples(source, 20)])
+    assert_same(few.arrays, expected(np.arange(5)))
+    assert_same(more.arrays, expected(np.arange(20)))
+    assert (source.reads[16:20] == 1).all()
+    assert source.reads[20:].sum() == 0
+
+
+def test_the_whole_source_is_decoded_once_where_it_is_used_as_well():
+    source = CountingSource()
+    few, whole = loaded_first([FirstExamples(source, 20), source])
+    assert_same(few.arrays, expected(np.arange(20)))
+    assert_same(whole.arrays, expected(np.arange(EXAMPLES)))
+    assert (source.reads[16:] == 1).all()
+
+
+def test_the_first_examples_are_decoded_where_the_whole_source_does_not_fit():
+    source = CountingSource()
+    whole, few = loaded_first([source, FirstExamples(source, 20)], BYTES - 1)
+    assert whole is source
+    assert_same(few.arrays, expected(np.arange(20)))
+    assert source.reads[20:].sum() == 0
+    (read,) = loaded_first([FirstExamples(source, 20)], 0)
+    assert (type(read), len(read)) == (FirstExamples, 20)
+    assert_same(take(read, np.arange(3, 7)), expected(np.arange(3, 7)))
 
 
 def test_load_leaves_arrays_in_memory_as_they_are():

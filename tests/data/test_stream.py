@@ -10,6 +10,8 @@ import pytest
 from trainer.data import ArraySource
 from trainer.data.order import Order
 from trainer.data.stream import Batches, eval_batches, prefetch, train_batches
+from trainer.data.streams import Streams
+from trainer.errors import UserError
 
 EXAMPLES, BATCH, STEPS = 23, 8, 12  # the stream ends in its fifth epoch, and no epoch ends where a batch does
 
@@ -198,3 +200,16 @@ def test_an_error_of_the_source_reaches_the_consumer_and_ends_the_stream():
     assert seen == list(range(len(seen)))
     assert len(seen) >= 6 - 2  # all but those under way
     assert next(batches, None) is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "of the same two lengths, not {}"),
+        ({"x": np.zeros((2, 6)), "y": np.zeros((3, 4))}, r"'x': \(2, 6\), 'y': \(3, 4\)"),
+        ({"x": np.zeros((2, 6)), "piece": np.zeros((2, 6))}, "have an entry 'piece' of their own"),
+    ],
+)
+def test_arrays_that_make_no_streams_are_refused(arrays, message):
+    with pytest.raises(UserError, match=message):
+        Streams(arrays)

@@ -1,5 +1,7 @@
 """A process that is stuck, stopped or dead is named; one that ends in good order is not."""
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from trainer.distributed import peers
+from trainer.distributed.stuck import held_up
 
 ROOT = Path(__file__).parents[2]
 # Steps with a collective in each; process {stuck} hangs in its own code at step 5. The others wait for their devices.
@@ -130,6 +133,28 @@ def test_process_0_at_fault_is_named_by_another_and_what_it_says_is_obeyed(said,
     assert re.fullmatch(error, shown)
 
 
+def test_a_line_of_which_the_kernel_took_a_part_is_finished_before_the_next_one(server):
+    with socket.create_connection(server.getsockname()) as ours, server.accept()[0] as theirs:
+        monitor = peers._PeerMonitor(0, {1: ours}, 100.0)
+        for number in range(2000):  # far more than the buffers of a connection hold
+            monitor.say("hosts", f"{number} " * 1000)
+        received, deadline = b"", time.monotonic() + 20
+        theirs.settimeout(0.1)
+        while b'["bye"]\n' not in received and time.monotonic() < deadline:
+            monitor.say("bye")
+            with contextlib.suppress(TimeoutError):
+                received += theirs.recv(1 << 20)
+    kinds = [json.loads(line)[0] for line in received.splitlines(keepends=True) if line.endswith(b"\n")]
+    assert set(kinds) == {"hosts", "bye"}
+
+
+def test_those_that_wait_for_no_other_hold_up_the_others_and_else_the_last():
+    states = {0: (5, "device", 1.0), 1: (5, "data", 2.0), 2: (4, "processes", 0.0)}
+    assert held_up(states, 12.0) == {1: "has been waiting for its data at step 5 for 10 s"}
+    del states[1]
+    assert held_up(states, 12.0) == {2: "has been waiting for the other processes at step 4 for 12 s"}
+
+
 def test_a_goodbye_is_no_fault(server):
     process, connection = watched(server, "time.sleep(3)")
     with connection:
@@ -143,8 +168,8 @@ def test_a_report_costs_less_than_a_microsecond_and_an_inner_wait_ends_with_its_
     best = min(_seconds(count) for _ in range(5))
     assert best / count < 1e-6
     with peers.waiting("processes"):
-        assert peers._report[:2] == (7, "processes")
-    assert peers._report[:2] == (7, "device")
+        assert peers._own_activity[:2] == (7, "processes")
+    assert peers._own_activity[:2] == (7, "device")
 
 
 def _seconds(count: int) -> float:

@@ -53,6 +53,12 @@ def test_flags_that_name_no_group_are_one_line(flags, message):
         startup.initialize(*flags, wait_seconds=1)
 
 
+@pytest.mark.parametrize("seconds", [{"wait_seconds": 0}, {"heartbeat_seconds": 1}])
+def test_times_that_are_too_short_are_one_line(seconds):
+    with pytest.raises(UserError, match="at least 1 and 2 are expected"):
+        startup.initialize(**seconds)
+
+
 @pytest.mark.parametrize("flags", [(None, None, None), ("a:1", 0, 1)])
 def test_one_process_waits_for_nobody_and_agrees_with_itself(flags):
     startup.initialize(*flags, wait_seconds=1)

@@ -19,6 +19,11 @@ from trainer.versions import versions
 
 _FORMAT = 2
 _KEYS = {"param_labels": "params", "row_count": "rows"}  # the JSON key of each field that has another name
+_KINDS = {  # the type of each JSON value
+    **dict.fromkeys(("step", "rows"), int),
+    **dict.fromkeys(("data", "accepted"), list),
+    **dict.fromkeys(("config", "params", "versions", "leaves", "checksums"), dict),
+}
 
 
 class Leaf(NamedTuple):
@@ -32,7 +37,7 @@ class Leaf(NamedTuple):
 
 
 class DataIdentity(NamedTuple):
-    """The training examples: their number, and a hash of some of them; None if two reads of an example differ."""
+    """The training examples: their number, and `trainer.data.identity.fingerprint`, which may be None."""
 
     examples: int
     fingerprint: str | None
@@ -73,9 +78,19 @@ def from_json(value: Any) -> Metadata:
         raise DamagedError("its content does not match its hash")
     if content.pop("format", None) != _FORMAT:
         raise DamagedError("it was written by another version of this package")
-    leaves = {path: Leaf(tuple(shape), dtype) for path, (shape, dtype) in content.pop("leaves").items()}
-    content |= {field: content.pop(key) for field, key in _KEYS.items()}
-    return Metadata(**content | {"leaves": leaves, "data": DataIdentity(*content["data"])})
+    entries: dict[str, Any] = {"accepted": [], **content}
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(entries.get(key), kind)]
+    if wrong or (wrong := sorted(entries.keys() - _KINDS.keys())):
+        raise DamagedError(f"its entry {wrong[0]!r} is missing, unknown or of another type")
+    if entries["leaves"].keys() != entries["checksums"].keys():
+        raise DamagedError("its checksums are not those of its arrays")
+    try:
+        leaves = {path: Leaf(tuple(shape), dtype) for path, (shape, dtype) in entries.pop("leaves").items()}
+        data = DataIdentity(*entries.pop("data"))
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"its arrays or its data are not described: {error}") from error
+    entries |= {field: entries.pop(key) for field, key in _KEYS.items()}
+    return Metadata(**entries, leaves=leaves, data=data)
 
 
 def make_metadata(

@@ -90,7 +90,7 @@ def restore_leaves(
 
 
 def read_keys(place: AnyPath) -> dict[str, tuple[str, ...]]:
-    """The keys that lead to each array of a state, by its path: a key may have slashes of its own.
+    """The tuple of keys of each array, by path. A key may contain a slash, so a path cannot be split into its keys.
 
     Errors are those of `read_metadata`.
     """
@@ -178,22 +178,21 @@ def _tree(place: AnyPath) -> Any:
 
 
 def read_arrays(like: Any, place: AnyPath) -> Any:
-    """The arrays as they are on disk.
+    """The arrays of `like`, read with its dtypes and shardings. Their checksums are not checked.
 
     Orbax's checkpointer is not used: at the end of a read it makes the processes wait for each other, and they would
     wait for ever for one that cannot read.
     """
-    arguments = ocp.checkpoint_utils.construct_restore_args(like)
-    return arrays_handler().restore(
-        epath.Path(place / "state"), args=ocp.args.PyTreeRestore(like, restore_args=arguments)
-    )
+    arguments = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+    return arrays_handler().restore(epath.Path(place / "state"), args=arguments)
 
 
 def _retry(read: Callable[[], Any], place: AnyPath) -> Any:
     """The result of `read`, which is retried after a transient error."""
     _drop_late_read_errors()
-    waits = iter(_WAITS)
+    waits, was_missing = iter(_WAITS), False
     while True:
+        is_missing = False
         try:
             return read()
         except DamagedError:
@@ -204,18 +203,19 @@ def _retry(read: Callable[[], Any], place: AnyPath) -> Any:
         except FileNotFoundError as error:
             if not place.exists():
                 raise
-            # It is missing in two reads in a row: another process is not removing the checkpoint right now.
-            if (wait := next(waits, 0)) != _WAITS[0]:
+            if was_missing:  # in two reads in a row: another process is not removing the checkpoint right now
                 raise DamagedError(f"{error.filename or place} is missing") from error
+            wait, is_missing = next(waits, _WAITS[0]), True
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
             if not place.exists():
                 raise FileNotFoundError(errno.ENOENT, "No such checkpoint", str(place)) from error
             if not _is_transient(error):
                 kind = type(error).__name__
-                raise DamagedError(f"{place} cannot be read: {kind}: {cause(error)}") from error
+                raise DamagedError(f"{place} cannot be read: {kind}: {short_message(error)}") from error
             if (wait := next(waits, None)) is None:
-                text = f"{place} cannot be read now: {cause(error)}; the checkpoint is not moved aside"
+                text = f"{place} cannot be read now: {short_message(error)}; the checkpoint is not moved aside"
                 raise HostError(text) from error
+        was_missing = is_missing
         time.sleep(wait)
 
 
@@ -234,7 +234,7 @@ def _is_transient(error: BaseException) -> bool:
     return getattr(error, "errno", None) in transient or _TRANSIENT.search(str(error)) is not None
 
 
-def cause(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """The message of an error in one line of at most 200 characters, without TensorStore's lines of its source."""
     text = " ".join(str(error).partition("[source locations")[0].split())
     return text if len(text) <= 200 else f"{text[:199]}…"

@@ -16,7 +16,7 @@ from etils import epath
 from trainer import config, distributed
 from trainer.checkpoint.checksum import finite_and_checksums
 from trainer.checkpoint.metadata import Metadata
-from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, restore
+from trainer.checkpoint.reading import arrays_handler, read_metadata, restore, short_message
 from trainer.errors import HostError, UserError
 from trainer.files import AnyPath, host_error, sync_folder, sync_tree
 from trainer.state import TrainState
@@ -75,7 +75,8 @@ class Store:
         None if the run has no best metric, or if no checkpoint on disk has a score.
         """
         sign = 1 if self._settings.best_mode == "max" else -1
-        known = [(-sign * value, step) for step, value in self.scores.items() if not math.isnan(value)]
+        values = self.scores.copy()  # in one step: the main thread may add one while a save ends
+        known = [(-sign * value, step) for step, value in values.items() if not math.isnan(value)]
         kept = set(self.steps())
         return min(((value, step) for value, step in known if step in kept), default=(0, None))[1]
 
@@ -102,7 +103,8 @@ class Store:
         """Waits for the previous save, then starts this one.
 
         Returns False and saves nothing if an array holds NaN or Inf. It copies the arrays to the host before it
-        returns; a thread writes them afterwards. All processes call it.
+        returns; a thread writes them afterwards. All processes call it. Raises `HostError` if this checkpoint cannot be
+        written, and the error of the previous save.
         """
         self.wait()
         is_finite, checksums = finite_and_checksums(state)
@@ -127,15 +129,19 @@ class Store:
         return True
 
     def _finish(self, step: int) -> None:
-        """Waits until a save is complete, fsyncs its files and folders, then removes older checkpoints."""
+        """Waits until a save is complete.
+
+        Then the primary process fsyncs its files and folders, calls `on_saved`, and removes older checkpoints.
+        """
         assert self._checkpointer is not None
         try:
             with self._write_errors(step):
                 self._checkpointer.wait_until_finished()
                 if distributed.is_primary():
                     sync_tree(self.path(step))
-                    self._on_saved(step)
-                    self.remove_old()
+            if distributed.is_primary():
+                self._on_saved(step)
+                self.remove_old()
         except BaseException as error:  # the main thread raises it in `raise_save_error`
             self._error = error
             self._close_checkpointer()
@@ -154,7 +160,7 @@ class Store:
                 return
 
     def remove_old(self) -> None:
-        """Removes the checkpoints that the settings do not keep; never the newest one."""
+        """Removes the checkpoints that the settings do not keep; never the newest one. Raises `HostError`."""
         steps, settings = self.steps(), self._settings
         kept = {*steps[-settings.keep_last :], self.best_step()}
         for step in steps:
@@ -162,8 +168,12 @@ class Store:
             if step not in kept and not forever:
                 # A rename first: if a kill interrupts the removal, no half of a checkpoint has the name of a step.
                 doomed = self._directory / f".removed-{step}-{secrets.token_hex(4)}"
-                self.path(step).rename(doomed)
-                doomed.rmtree() if isinstance(doomed, epath.Path) else shutil.rmtree(doomed)
+                try:
+                    self.path(step).rename(doomed)
+                    doomed.rmtree() if isinstance(doomed, epath.Path) else shutil.rmtree(doomed)
+                except OSError as error:
+                    newest = f"the newest checkpoint, of step {steps[-1]}, is complete"
+                    raise HostError(f"checkpoint {step} cannot be removed: {short_message(error)}; {newest}") from error
 
     def is_saving(self) -> bool:
         """Whether a save is under way in the background."""
@@ -202,7 +212,7 @@ class Store:
         except (OSError, RuntimeError, ValueError) as error:
             steps = [s for s in self.steps() if s != step]
             last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
-            raise HostError(f"checkpoint {step} cannot be written: {cause(error)}; {last}") from error
+            raise HostError(f"checkpoint {step} cannot be written: {short_message(error)}; {last}") from error
 
     # Reading
 

@@ -58,12 +58,12 @@ def main(arguments: Arguments) -> int:
     """
     from trainer.distributed import collective_errors, is_primary
     from trainer.loop import train
-    from trainer.observe.trace import NoTrace, Trace
+    from trainer.observe.phase_log import NoPhaseLog, PhaseLog
 
     options = arguments.options
     with collective_errors("the flags"):
         _check(options)
-    trace = Trace(options.trace) if options.trace else NoTrace()
+    trace = PhaseLog(options.trace) if options.trace else NoPhaseLog()
     try:
         if options.dry_run:
             try:

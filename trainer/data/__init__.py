@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.data.encoded import Encoded, as_objects, check_same, decoded
+from trainer.data.encoded import Encoded, as_objects, check_uniform, decoded
 from trainer.errors import UserError
 from trainer.experiment import Experiment, RandomAccessSource
 from trainer.optional import Augment
 
-IDS = "example ids"  # the name of the array in a batch that holds the index in the source of each example
-READ_TWICE = 16  # examples; if each flips a fair coin, both reads agree by chance once in 65,536 launches
+IDS = "example ids"  # the name of a batch entry, int64 [B]: the index of each example in its source
+# The number of examples that are read twice, to find a source that is random. If each of them has one random bit, the
+# two reads agree by chance in one of 65,536 launches.
+READ_TWICE = 16
 
 
 class BatchSource(abc.ABC):
@@ -124,6 +126,8 @@ def take(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarra
 
 def take_encoded(source: RandomAccessSource, indices: np.ndarray) -> dict[str, np.ndarray]:
     """As `take`; but `Encoded` entries are left so, in an array of objects."""
+    if isinstance(source, FirstExamples):
+        return take_encoded(source.source, indices)
     return (
         source.take(indices)
         if isinstance(source, BatchSource)
@@ -184,10 +188,10 @@ def stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
             arrays = [np.asarray(example[name]) for example in examples]
         except ValueError as error:  # a list of lists of different lengths
             raise UserError(f"entry {name!r} of the data is no array: {error}") from error
-        check_same(name, "shapes", (array.shape for array in arrays))
+        check_uniform(name, "shapes", (array.shape for array in arrays))
         if len({array.dtype for array in arrays}) > 1:
             arrays = [_narrow(array) for array in arrays]
-            check_same(name, "dtypes", (array.dtype for array in arrays))
+            check_uniform(name, "dtypes", (array.dtype for array in arrays))
         return _narrow(np.stack(arrays))
 
     for example in examples:

@@ -44,12 +44,12 @@ def is_encoded(array: np.ndarray) -> bool:
 
 def _decoded(name: str, array: np.ndarray) -> np.ndarray:
     arrays = [entry.decode() for entry in array]
-    check_same(name, "shapes", (one.shape for one in arrays))
-    check_same(name, "dtypes", (one.dtype for one in arrays))
+    check_uniform(name, "shapes", (one.shape for one in arrays))
+    check_uniform(name, "dtypes", (one.dtype for one in arrays))
     return np.stack(arrays)
 
 
-def check_same(name: str, kind: str, values: Iterable[Any]) -> None:
+def check_uniform(name: str, kind: str, values: Iterable[Any]) -> None:
     """Raises `UserError` unless the shapes, or the dtypes, of all examples of an entry are the same."""
     if len(found := set(values)) > 1:
         texts = sorted(map(str, found))

@@ -47,7 +47,10 @@ def _files(folder: Path) -> list[Path]:
             raise UserError(f"no data set of Dataset.save_to_disk in {folder}: there is no {state}")
         content = json.loads(state.read_text())
         if content.get("_indices_data_files"):
-            raise UserError(f"the rows of {folder} have another order, as datasets 1 saved them: save it again")
+            raise UserError(
+                f"{folder} was saved by datasets 1.x with an index of its rows, which is not supported: load it with "
+                "datasets and call save_to_disk again"
+            )
         return [folder / one["filename"] for one in content["_data_files"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} does not describe a data set: {type(error).__name__}: {error}") from error

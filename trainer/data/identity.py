@@ -13,7 +13,7 @@ _FINGERPRINTED = 64  # examples
 def fingerprint(source: RandomAccessSource) -> str | None:
     """A hash of a source's identity and of at most 64 examples, spread evenly over it.
 
-    None if two reads of an example give different numbers.
+    None if two reads of one of the first 16 of these examples give different numbers.
     """
     indices = np.unique(np.linspace(0, len(source) - 1, _FINGERPRINTED).astype(np.int64))
     first, second = take(source, indices[:READ_TWICE]), take(source, indices[:READ_TWICE])

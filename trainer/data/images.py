@@ -1,4 +1,4 @@
-"""JPEG and PNG images, decoded and cropped on the host by OpenCV."""
+"""JPEG, PNG and WebP images, decoded and cropped on the host by OpenCV."""
 
 import functools
 import io
@@ -16,7 +16,8 @@ from trainer.experiment import RandomAccessSource
 if TYPE_CHECKING:
     from types import ModuleType
 
-_REDUCED = ((8, "IMREAD_REDUCED_COLOR_8"), (4, "IMREAD_REDUCED_COLOR_4"), (2, "IMREAD_REDUCED_COLOR_2"))
+_REDUCTIONS = (8, 4, 2)  # by which an image can be made smaller while it is decoded
+_JPEG = b"\xff\xd8\xff"  # its first bytes
 
 
 class EncodedImage(Encoded):
@@ -26,11 +27,21 @@ class EncodedImage(Encoded):
     """
 
     def __init__(self, data: bytes, size: int, shorter: int) -> None:
-        """`size`: pixels of the square's sides; `shorter`: of the shorter side from whose centre `decode` takes it."""
+        """Decodes nothing yet.
+
+        Args:
+          data: the bytes of the file.
+          size: the side of the square, in pixels.
+          shorter: `decode` takes the square from the centre of the image after its shorter side was resized to this
+            many pixels; at least `size`.
+
+        Raises `UserError` if `shorter` is less than `size`.
+        """
+        _check_sizes(size, shorter)
         self.data, self.size, self.shorter = data, size, shorter
 
     def decode(self) -> np.ndarray:
-        """The centre of the image, uint8 [size, size, 3], after its shorter side was made `shorter` pixels long."""
+        """The centre of the image, uint8 [size, size, 3], after its shorter side was resized to `shorter` pixels."""
         height, width = self._shape
         side = min(height, width) * self.size / self.shorter
         return self.crop((height - side) / 2, (width - side) / 2, side, side)
@@ -43,35 +54,50 @@ class EncodedImage(Encoded):
         """
         height, width = self._shape
         largest = min(1.0, 4 / 3 * height / width, 4 / 3 * width / height)
-        area, ratio, down, right = rng.random(4)
-        area = min(smallest, largest) + area * (largest - min(smallest, largest))
+        u_area, u_aspect, u_top, u_left = rng.random(4)
+        area = min(smallest, largest) + u_area * (largest - min(smallest, largest))
         low = max(math.log(3 / 4), math.log(area * width / height))  # a crop as high as the image
         high = min(math.log(4 / 3), -math.log(area * height / width))  # a crop as wide as the image
-        stretch = math.exp(low + ratio * max(high - low, 0))
-        lines = min(math.sqrt(area * height * width / stretch), height)
-        columns = min(math.sqrt(area * height * width * stretch), width)
-        return self.crop(down * (height - lines), right * (width - columns), lines, columns)
+        aspect = math.exp(low + u_aspect * max(high - low, 0))
+        crop_height = min(math.sqrt(area * height * width / aspect), height)
+        crop_width = min(math.sqrt(area * height * width * aspect), width)
+        return self.crop(u_top * (height - crop_height), u_left * (width - crop_width), crop_height, crop_width)
 
-    def crop(self, top: float, left: float, lines: float, columns: float) -> np.ndarray:
-        """The rectangle resized to uint8 [size, size, 3], linearly; in pixels, its edges are rounded to whole ones.
+    def crop(self, top: float, left: float, crop_height: float, crop_width: float) -> np.ndarray:
+        """The rectangle, resized linearly to uint8 [size, size, 3].
 
-        An image of which the rectangle is at least twice as large as the result is decoded at a half, a quarter or an
-        eighth of its size, which is the mean of its pixels and costs less.
+        If the rectangle is at least 2, 4 or 8 times as large as the result, the image is first reduced to a half, a
+        quarter or an eighth of its size: each pixel is the mean of a block of pixels. OpenCV reduces a JPEG while it
+        decodes it: this costs less, and the means are approximate. The edges of the rectangle are rounded to whole
+        pixels of the reduced image.
         """
         cv2 = _opencv()
-        shrink = min(lines, columns) / self.size
-        flag = next((getattr(cv2, name) for factor, name in _REDUCED if shrink >= factor), cv2.IMREAD_COLOR)
-        pixels = cv2.imdecode(np.frombuffer(self.data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
-        if pixels is None:
-            raise UserError(f"an image of {len(self.data):,} bytes is damaged, or no JPEG, PNG or WebP image")
-        height, width = self._shape
-        down, right = pixels.shape[0] / height, pixels.shape[1] / width
-        first, last = round(top * down), max(round((top + lines) * down), round(top * down) + 1)
-        start, stop = round(left * right), max(round((left + columns) * right), round(left * right) + 1)
+        shrink = min(crop_height, crop_width) / self.size
+        factor = next((factor for factor in _REDUCTIONS if shrink >= factor), 1)
+        pixels = self._reduced(factor)
+        first, start = round(top / factor), round(left / factor)
+        last = max(round((top + crop_height) / factor), first + 1)
+        stop = max(round((left + crop_width) / factor), start + 1)
         # "Exact" gives the same bits on every CPU, and takes a twentieth longer.
         square = (self.size, self.size)
         resized = cv2.resize(pixels[first:last, start:stop], square, interpolation=cv2.INTER_LINEAR_EXACT)
         return cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
+
+    def _reduced(self, factor: int) -> np.ndarray:
+        """The image at 1 / `factor` of its size, rounded up; uint8, in OpenCV's order of colours."""
+        cv2 = _opencv()
+        reduces = factor > 1 and self.data.startswith(_JPEG)
+        flag = getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") if reduces else cv2.IMREAD_COLOR
+        pixels = cv2.imdecode(np.frombuffer(self.data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is None:
+            raise UserError(f"an image of {len(self.data):,} bytes is damaged, or no JPEG, PNG or WebP image")
+        if factor == 1 or reduces:
+            return pixels
+        # For other formats OpenCV would decode the whole image, and drop most pixels of each block of 4 × 4 or 8 × 8.
+        below, right = (-count % factor for count in pixels.shape[:2])
+        whole_blocks = cv2.copyMakeBorder(pixels, 0, below, 0, right, cv2.BORDER_REPLICATE)
+        height, width = (count // factor for count in whole_blocks.shape[:2])
+        return cv2.resize(whole_blocks, (width, height), interpolation=cv2.INTER_AREA)
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int]:
@@ -89,7 +115,8 @@ class EncodedImages:
     """A source whose entry "image", the bytes of a file, becomes an `EncodedImage`."""
 
     def __init__(self, source: RandomAccessSource, size: int, shorter: int) -> None:
-        """`size` and `shorter` are those of `EncodedImage`."""
+        """`size` and `shorter` are those of `EncodedImage`, as is the error."""
+        _check_sizes(size, shorter)
         self._source, self._size, self._shorter = source, size, shorter
 
     def __len__(self) -> int:
@@ -103,6 +130,11 @@ class EncodedImages:
         """Many examples at once."""
         examples = read_examples(self._source, indices)
         return [{**example, "image": EncodedImage(example["image"], self._size, self._shorter)} for example in examples]
+
+
+def _check_sizes(size: int, shorter: int) -> None:
+    if shorter < size:
+        raise UserError(f"images have no centre of {size} pixels: shorter is {shorter}, and must be at least {size}")
 
 
 def _opencv() -> "ModuleType":

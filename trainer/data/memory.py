@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.data import READ_TWICE, ArraySource, BatchSource, FirstExamples, check_names, stack, take_encoded
-from trainer.data.encoded import check_same, is_encoded
+from trainer.data.encoded import check_uniform, is_encoded
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 
@@ -15,7 +15,8 @@ _READ_AT_ONCE = 1024  # examples; large enough to hide the cost of a call, small
 def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAccessSource:
     """`source` decoded into memory if `fits_in_memory`, else `source` itself.
 
-    Raises `UserError` if two reads of the same example differ.
+    Raises `UserError` if two reads of one of the first 16 examples differ, and if the examples have different entries,
+    shapes or dtypes.
     """
     if not fits_in_memory(source, limit_bytes):
         return source
@@ -28,27 +29,39 @@ def load_into_memory(source: RandomAccessSource, limit_bytes: int) -> RandomAcce
         parts = take_encoded(source, np.arange(start, stop))
         check_names(arrays, parts)
         for name, part in parts.items():
-            check_same(name, "shapes", (arrays[name].shape[1:], part.shape[1:]))
-            check_same(name, "dtypes", (arrays[name].dtype, part.dtype))
+            check_uniform(name, "shapes", (arrays[name].shape[1:], part.shape[1:]))
+            check_uniform(name, "dtypes", (arrays[name].dtype, part.dtype))
             arrays[name][start:stop] = part
     return ArraySource(arrays)
 
 
 def load_all_into_memory(sources: Sequence[RandomAccessSource], limit_bytes: int) -> list[RandomAccessSource]:
-    """Loads each source. A source that appears twice, or also as `FirstExamples(source, n)`, is decoded once."""
-    loaded: dict[int, RandomAccessSource] = {}
+    """Loads each source; a source that appears twice is decoded once.
 
-    def one(source: RandomAccessSource) -> RandomAccessSource:
+    `FirstExamples(source, n)` are the first n of `source` in memory, if `sources` have it as a whole as well and it
+    fits. Otherwise only the first examples are decoded, once for all `FirstExamples` of the same `source`.
+    """
+    loaded: dict[int, RandomAccessSource] = {}  # by the id of the source
+    loaded_firsts: dict[int, RandomAccessSource] = {}  # by the id of the whole source
+    counts: dict[int, int] = {}  # the number of first examples that are used, by the id of the whole source
+    for source in sources:
         if isinstance(source, FirstExamples):
-            base = one(source.source)
-            if isinstance(base, ArraySource):
-                return ArraySource({name: array[: len(source)] for name, array in base.arrays.items()})
-            return FirstExamples(base, len(source))
-        if id(source) not in loaded:
+            counts[id(source.source)] = max(len(source), counts.get(id(source.source), 0))
+        elif id(source) not in loaded:
             loaded[id(source)] = load_into_memory(source, limit_bytes)
-        return loaded[id(source)]
 
-    return [one(source) for source in sources]
+    def first(source: FirstExamples) -> RandomAccessSource:
+        key = id(source.source)
+        examples = whole = loaded.get(key, source.source)
+        if not isinstance(whole, ArraySource):
+            if key not in loaded_firsts:
+                loaded_firsts[key] = load_into_memory(FirstExamples(whole, counts[key]), limit_bytes)
+            examples = loaded_firsts[key]
+        if isinstance(examples, ArraySource):
+            return ArraySource({name: array[: len(source)] for name, array in examples.arrays.items()})
+        return FirstExamples(whole, len(source))
+
+    return [first(source) if isinstance(source, FirstExamples) else loaded[id(source)] for source in sources]
 
 
 def fits_in_memory(source: RandomAccessSource, limit_bytes: int) -> bool:

@@ -25,10 +25,14 @@ class Mixture(BatchSource):
     """
 
     def __init__(self, parts: Mapping[str, tuple[RandomAccessSource, float]]) -> None:
-        """`parts` gives (source, weight) by name; all sources must have the same entries, shapes and dtypes.
+        """`parts` gives (source, weight) by name.
 
-        Weights are above 0 and need not add up to 1. Raises `UserError` for others, and for weights such as 1/3 that
-        need more than 6 digits: write 1 and 2 in place of 1/3 and 2/3.
+        Weights are above 0 and need not add up to 1. Raises `UserError` if there is no source, if a source is a
+        `Mixture` or `Streams`, for a weight that is not a finite number above 0, and for weights such as 1/3 that need
+        more than 6 digits: write 1 and 2 in place of 1/3 and 2/3.
+
+        All sources must have the same entries, shapes and dtypes. `take` raises `UserError` if those of one batch
+        differ.
         """
         self.parts = dict(parts)
         if not self.parts:
@@ -116,13 +120,13 @@ def drawn_before(positions: np.ndarray, weights: Sequence[int]) -> tuple[np.ndar
     Of the first k positions, the first source has floor(k·w/W + 1/2). The others share the rest in the same way.
     """
     numbers = np.full(positions.shape, len(weights) - 1)
-    drawn, left, total = np.zeros_like(positions), np.ones(positions.shape, bool), sum(weights)
-    rest = positions  # positions before this one that the sources so far have left over
+    drawn, unassigned, total = np.zeros_like(positions), np.ones(positions.shape, bool), sum(weights)
+    rest = positions  # how many earlier positions went to none of the sources handled so far
     for number, weight in enumerate(weights):
         before, after = ((2 * k * weight + total) // (2 * total) for k in (rest, rest + 1))
-        own = left & (after > before)
+        own = unassigned & (after > before)
         numbers[own], drawn[own] = number, before[own]
-        left &= ~own
+        unassigned &= ~own
         rest, total = rest - before, total - weight
     return numbers, drawn
 
@@ -131,7 +135,8 @@ def _whole(weights: Mapping[str, float]) -> list[int]:
     """The weights as the smallest whole numbers of the same proportions."""
     found = []
     for name, weight in weights.items():
-        if not isinstance(weight, int | float | np.number) or not 0 < weight < float("inf"):
+        is_number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < float("inf"):
             raise UserError(f"the weight of {name!r} in a mixture is {weight!r}; a number above 0 is expected")
         found.append(Fraction(str(weight)))
     common = np.lcm.reduce([fraction.denominator for fraction in found], dtype=object)
@@ -140,7 +145,8 @@ def _whole(weights: Mapping[str, float]) -> list[int]:
     whole = [int(number // divisor) for number in whole]
     if sum(whole) > _MOST:
         text = ", ".join(f"{name} {weight}" for name, weight in weights.items())
-        raise UserError(f"the weights of a mixture ({text}) need more than 6 digits: give whole numbers, or round them")
+        most = f"as smallest whole numbers they may add up to {_MOST:,} at most"
+        raise UserError(f"the weights of a mixture ({text}) need more than 6 digits: {most}; round them")
     return whole
 
 

@@ -4,19 +4,19 @@ import math
 
 import numpy as np
 
-_KEPT = 1 << 20  # examples of which the order of an epoch is kept, 8 MB
+_MOST_BLOCKS_KEPT = 1 << 20  # the largest number of blocks whose order is kept in memory for each epoch (8 MB)
 _ROUNDS = 8
 
 
 class Order:
     """The index of the example at each position of an endless sequence, for a source of `examples` examples.
 
-    Epoch e is the positions e·examples … (e + 1)·examples − 1 and has every example once, in an order of its own. Up to
-    2^20 examples, all orders are equally likely, and those of three epochs at most are kept. Beyond, each index is
-    computed from its position, for about 0.1 µs, and nothing is kept.
+    Epoch e is the positions e·examples … (e + 1)·examples − 1 and has every example once, in an order of its own. The
+    order is one of blocks, each of `block` consecutive examples, which stay together. The examples after the last block
+    of full length end each epoch.
 
-    With `block` above 1, the order is one of blocks, each of that many consecutive examples, which stay together. The
-    examples after the last whole block end each epoch.
+    Up to 2^20 blocks, all orders of the blocks are equally likely, and those of three epochs at most are kept. Beyond,
+    each block is computed from its position, for about 0.1 µs, and nothing is kept.
     """
 
     def __init__(self, examples: int, seed: int, stream: int = 0, block: int = 1) -> None:
@@ -43,8 +43,8 @@ class Order:
         return blocks * self._block + within
 
     def _blocks_in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The blocks at some places of the order of the whole blocks."""
-        if self._blocks > _KEPT:
+        """The block numbers at `places` of this epoch's order, which has only blocks of full length."""
+        if self._blocks > _MOST_BLOCKS_KEPT:
             return permuted(places, self._blocks, self._bits(epoch, stream=self._stream).random_raw(_ROUNDS))
         order = self._epochs.get(epoch)
         if order is None:

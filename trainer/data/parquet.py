@@ -10,7 +10,7 @@ from trainer.errors import UserError, did_you_mean
 
 
 class ParquetSource(ArrowSource):
-    """The rows of parquet files. A row is read with its whole row group; the newest row groups stay in memory."""
+    """The rows of parquet files. A row is read with its whole row group; the last used row groups stay in memory."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class ParquetSource(ArrowSource):
             files follow each other in the order of their names.
           columns: those to read.
           transform: makes an example of a row; see `ArrowSource`.
-          cache_bytes: the limit for all row groups in memory; the newest stays whatever its size.
+          cache_bytes: the limit for all row groups in memory; the last used one stays whatever its size.
 
         Raises `UserError` if a file or a column is not there, or a column has a type that is not supported.
         """
@@ -49,7 +49,9 @@ class ParquetSource(ArrowSource):
         vars(self).update(state, _lock=Lock())
 
     def _table(self, number: int) -> Any:
-        with self._lock:  # threads that want the same row group read it once
+        # Threads that want the same row group read it once. Those that want others wait, too: a second thread of
+        # `loading.threads` reads no faster.
+        with self._lock:
             file, group = self._groups[number]
             if (table := self._cache.pop(number, None)) is None:
                 with reading(file), pa.parquet.ParquetFile(file) as opened:

@@ -77,8 +77,9 @@ def train_batches(
     """Training batches start … stop − 1, in host memory.
 
     Arrays in memory that are not augmented are indexed here. Grain reads everything else ahead: with `workers` 0 in
-    `threads` threads of this process, else in `workers` processes with `threads` threads each. With workers,
-    `HostError` is raised if no batch comes in `timeout_seconds`. `with_ids` adds the array `IDS` to each batch.
+    `threads` threads of this process, else in `workers` processes with `threads` threads each. With workers, the errors
+    are those of `read_in_workers`, one of which is raised if no batch comes in `timeout_seconds`. `with_ids` adds the
+    array `IDS` to each batch.
     """
     batches = Batches(
         source,
@@ -112,18 +113,18 @@ def _read(batches: Batches, start: int, threads: int, workers: int, timeout_seco
     """The batches from `start` on, read ahead unless they lie in memory."""
     source = batches.source
     if isinstance(source, BatchSource) and source.is_in_memory and batches.augment is None:
-        runs = _Runs(batches, start)
-        return chain.from_iterable(runs[i] for i in range(len(runs)))
+        groups = _BatchGroups(batches, start)
+        return chain.from_iterable(groups[i] for i in range(len(groups)))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     if isinstance(source, BatchSource) and batches.augment is None and not workers:
-        return chain.from_iterable(grain.MapDataset.source(_Runs(batches, start)).to_iter_dataset(options))
+        return chain.from_iterable(grain.MapDataset.source(_BatchGroups(batches, start)).to_iter_dataset(options))
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
     if not workers:
         return iter(dataset)
     return read_in_workers(dataset, workers, timeout_seconds=timeout_seconds, first=start)
 
 
-class _Runs:
+class _BatchGroups:
     """Lists of consecutive batches from `start` on, of about `_READ_BYTES` each.
 
     On CPUs every microsecond of Python is taken from the step, and one call for several batches costs little more.

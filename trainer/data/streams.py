@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from trainer.data import ArraySource
+from trainer.errors import UserError
 
 
 class Streams(ArraySource):
@@ -17,10 +18,18 @@ class Streams(ArraySource):
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """`arrays` are [streams, pieces, …], one for each entry."""
-        streams, pieces = next(iter(arrays.values())).shape[:2]
+        """`arrays` are [streams, pieces, …], one for each entry.
+
+        Raises `UserError` if the arrays disagree in streams or pieces, and for an entry named "stream" or "piece".
+        """
+        lengths = {name: array.shape[:2] for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise UserError(f"streams need arrays [streams, pieces, …] of the same two lengths, not {lengths}")
+        ((streams, pieces),) = set(lengths.values())
         place = {"stream": np.tile(np.arange(streams), pieces), "piece": np.repeat(np.arange(pieces), streams)}
         flat = {name: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for name, x in arrays.items()}
+        if taken := sorted(place.keys() & flat.keys()):
+            raise UserError(f"streams have an entry {taken[0]!r} of their own: give that of the data another name")
         super().__init__({**flat, **place})
 
     def order(self, seed: int) -> "InOrder":

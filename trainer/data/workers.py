@@ -42,15 +42,15 @@ def read_in_workers(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags of its own, which nobody sets here
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
-    others = set(multiprocessing.active_children())
+    dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
+    earlier_children = set(multiprocessing.active_children())
     _start_tracker()
     requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
 
     def read() -> None:
-        # Only the training process answers a signal to the process group: it needs batches to finish its step. Workers
-        # inherit the blocked signals.
+        # A signal to the process group must not end a worker: the training process still needs batches to finish its
+        # step. So the signals are blocked here, and the workers inherit that.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             with closing(iter(dataset)) as batches:
@@ -62,20 +62,20 @@ def read_in_workers(
     # Grain waits for ever for a worker that hangs or was killed in the middle of a batch, so a thread waits for Grain.
     thread = threading.Thread(target=read, name="batches of the workers", daemon=True)
     thread.start()
-    started: list[BaseProcess] = []
+    started: list[BaseProcess] = []  # the workers
     reaper: subprocess.Popen[bytes] | None = None
     try:
         for index in itertools.count(first):
             requests.put(True)
-            answer = _wait(answers, started, others, timeout_seconds, index)
+            answer = _wait(answers, started, earlier_children, timeout_seconds, index)
             if isinstance(answer, StopIteration):
                 return
             if isinstance(answer, BaseException):
                 raise answer
-            reaper = reaper or _start_reaper(_update(started, others))
+            reaper = reaper or _start_reaper(_add_new_workers(started, earlier_children))
             yield answer
     except Break:
-        for worker in _update(started, others):
+        for worker in _add_new_workers(started, earlier_children):
             worker.kill()  # or closing would wait for the batch
         raise
     finally:
@@ -88,8 +88,8 @@ def read_in_workers(
 
 def _wait(
     answers: "queue.SimpleQueue[Batch | BaseException]",
-    started: list[BaseProcess],
-    others: set[BaseProcess],
+    workers: list[BaseProcess],
+    earlier_children: set[BaseProcess],
     timeout_seconds: float,
     index: int,
 ) -> Batch | BaseException:
@@ -102,11 +102,11 @@ def _wait(
                 return answer
         except queue.Empty:
             answer = None
-        dead = [worker for worker in _update(started, others) if worker.exitcode]
+        dead = [worker for worker in _add_new_workers(workers, earlier_children) if worker.exitcode]
         if answer is None and not dead and time.monotonic() < deadline:
             continue
-        stopped = [worker.pid for worker in started if _is_stopped(worker)]
-        for worker in started:
+        stopped = [worker.pid for worker in workers if _is_stopped(worker)]
+        for worker in workers:
             worker.kill()  # or closing would wait for it
         if dead or answer is not None:
             end = f"exit code {dead[0].exitcode}" if dead else str(answer)
@@ -116,19 +116,19 @@ def _wait(
             )
         cause = f"process {stopped[0]} is stopped" if stopped else "the source hangs, or the machine has no memory left"
         raise HostError(
-            f"batch {index} did not come from the {len(started)} worker processes in {timeout_seconds:g} s: {cause}; "
+            f"batch {index} did not come from the {len(workers)} worker processes in {timeout_seconds:g} s: {cause}; "
             "loading.workers=0 reads in threads"
         )
 
 
-def _update(started: list[BaseProcess], others: set[BaseProcess]) -> list[BaseProcess]:
-    """Adds to `started` every child process that is in neither `started` nor `others`; returns `started`."""
-    started += set(multiprocessing.active_children()) - others - set(started)
-    return started
+def _add_new_workers(workers: list[BaseProcess], earlier_children: set[BaseProcess]) -> list[BaseProcess]:
+    """Adds to `workers` every child process that is in neither collection; returns `workers`."""
+    workers += set(multiprocessing.active_children()) - earlier_children - set(workers)
+    return workers
 
 
 def _is_stopped(worker: BaseProcess) -> bool:
-    """Whether a signal has stopped a process that runs; on other systems than Linux nobody knows."""
+    """Whether a process is stopped by a signal such as SIGSTOP. False on systems other than Linux: it is not known."""
     try:
         with open(f"/proc/{worker.pid}/stat") as file:  # noqa: PTH123 - one short read
             return file.read().rpartition(")")[2].split()[0] == "T"
@@ -159,7 +159,7 @@ def _start_reaper(workers: Sequence[BaseProcess]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
-def _begin(*_: int) -> None:
+def _init_worker(*_: int) -> None:
     """Runs first in each worker."""
     jax.config.update("jax_platforms", "cpu")  # a source that uses JAX must not take the accelerators
 

@@ -93,23 +93,26 @@ def collective_errors(barrier: str) -> Iterator[None]:
         raise CollectiveUserError(f"process {first}: {texts[first]}") from (error if first == index() else None)
 
 
-def check_same(message: str, text: str) -> None:
-    """Raises `CollectiveUserError`, with the first line that differs, unless all processes pass the same text."""
-    texts = gather(message, text)
-    with collective_errors(message):
+def check_same(name: str, text: str) -> None:
+    """Raises `CollectiveUserError`, with the first line that differs, unless all processes pass the same text.
+
+    `name` begins the error, and is the name at which the processes wait for each other: all pass the same.
+    """
+    texts = gather(name, text)
+    with collective_errors(name):
         for here, there in itertools.zip_longest(text.splitlines(), texts[0].splitlines(), fillvalue="nothing"):
             if here != there:
                 here, there = (line.strip(" ,") for line in (here, there))
-                raise UserError(f"{message}: process {index()} has {here}, process 0 has {there}")
+                raise UserError(f"{name}: process {index()} has {here}, process 0 has {there}")
 
 
 @contextmanager
 def fail_fast() -> Iterator[None]:
-    """An exception on one process only exits that process immediately; the others end too.
+    """Ends this process at once on an exception that the other processes do not raise. The others then end, too.
 
     They end when they get its message, or else when its connection closes or its heartbeats are missing. An orderly
     exit would hang: JAX's shutdown waits for the other processes, which wait for this one in a collective.
-    A `CollectiveError` passes, since every process raises it.
+    A `CollectiveError` passes, since every process raises it. In a run of one process every exception passes.
     """
     try:
         yield

@@ -29,7 +29,10 @@ class ProcessGroup:
     """
 
     def __init__(self, command: Sequence[str], processes: int, devices: int) -> None:
-        """Adds the flags of `startup.initialize` to `command`; each process gets `devices` CPU devices."""
+        """Starts the processes: each runs `command` with the flags of `startup.initialize`, on `devices` CPU devices.
+
+        Enter the group at once: only its exit ends processes that still run.
+        """
         with socket.create_server(("127.0.0.1", 0)) as server:  # to find a free port
             address = f"127.0.0.1:{server.getsockname()[1]}"
         flags = (f"--coordinator={address}", f"--processes={processes}", f"--heartbeat={_HEARTBEAT_SECONDS}")
@@ -61,7 +64,7 @@ class ProcessGroup:
         Returns the exit code of the process at fault, 128 + N if signal N killed it; 0 if none failed.
         """
         ended: dict[int, int] = {}  # exit codes by process, in the order in which the processes ended by themselves
-        deadline = float("inf")
+        failed_at = float("inf")  # the time at which the first process failed
         with selectors.DefaultSelector() as selector:
             for index, process in enumerate(self._processes):
                 for pipe, shown in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -72,12 +75,12 @@ class ProcessGroup:
             while running or ready:
                 codes = [process.poll() for process in self._processes]
                 running = None in codes
-                if time.monotonic() < deadline + _GRACE_SECONDS:
+                if time.monotonic() < failed_at + _GRACE_SECONDS:
                     ended |= {i: code for i, code in enumerate(codes) if code is not None and i not in ended}
                 else:
                     self.send_signal(signal.SIGKILL)
                 if any(ended.values()):
-                    deadline = min(deadline, time.monotonic())
+                    failed_at = min(failed_at, time.monotonic())
                 ready = selector.select(_POLL_SECONDS if running else 0)
                 for key, _ in ready:
                     if not key.data.show(os.read(key.fd, 1 << 16)):
@@ -87,7 +90,9 @@ class ProcessGroup:
     def _report(self, ended: Mapping[int, int]) -> int:
         """Names the process at fault, unless all have the same exit code, and returns its exit code.
 
-        A process that a signal killed comes first, then the first one that failed by itself.
+        A process that a signal killed comes first; SIGABRT does not count, as JAX aborts a process by it when another
+        one has died. Then comes the first one that failed by itself, then one that `wait` had to kill, then any with an
+        exit code other than 0.
         """
         left = [i for i in range(len(self._processes)) if i not in ended]  # `wait` killed them
         if not left and len(set(ended.values())) == 1:

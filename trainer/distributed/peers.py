@@ -23,36 +23,27 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 
 from trainer.distributed.agreement import Agreement
+from trainer.distributed.stuck import held_up
 from trainer.errors import HostError, UserError
 
 _BEAT_SECONDS = 1.0
 _BLAME_SECONDS = 3.0  # before this process is blamed; the death of another one is noticed sooner than that
-_TOGETHER = ("device", "processes")  # waits that end only when every process has reached the same point
-_DOING = {
-    "starting": "starting",
-    "compile": "compiling",
-    "data": "waiting for its data",
-    "device": "waiting for its devices",
-    "processes": "waiting for the other processes",
-    "save": "saving",
-    "evaluate": "evaluating",
-}
 _ENDS = "the run ends, launch it again to go on from the last checkpoint"
 
 _monitor: "_PeerMonitor | None" = None  # None in a run of one process
-_report: tuple[int, str, float] = (0, "starting", time.monotonic())  # step, activity, since when
+_own_activity: tuple[int, str, float] = (0, "starting", time.monotonic())  # step, activity, since when
 
 
 def report(step: int, activity: str) -> None:
-    """Notes the newest step, and what the main thread does from now on: a key of `_DOING`, or a phrase. 0.2 µs."""
-    global _report
-    _report = (step, activity, time.monotonic())
+    """Notes the newest step, and what the main thread does from now on: a key of `DOING`, or a phrase. 0.2 µs."""
+    global _own_activity
+    _own_activity = (step, activity, time.monotonic())
 
 
 @contextmanager
 def waiting(activity: str) -> Iterator[None]:
     """Notes an activity inside another one, such as waiting for the other processes, at the same step."""
-    step, before, _ = _report
+    step, before, _ = _own_activity
     report(step, activity)
     yield
     report(step, before)
@@ -78,7 +69,7 @@ def start(index: int, connections: Mapping[int, socket.socket], silence_seconds:
     Args:
       index: the number of this process, from 0.
       connections: from process 0, one to each other process; from another, one to process 0. The monitor owns them.
-      silence_seconds: a process without a message for so long counts as stopped; at least 1.
+      silence_seconds: a process without a message for so long counts as stopped; at least 2.
     """
     global _monitor
     _monitor = _PeerMonitor(index, connections, silence_seconds)
@@ -114,11 +105,16 @@ class _Peer:
     activity: str = "starting"
     since: float = 0.0
     said_goodbye: bool = False
-    partial: bytes = b""
+    partial: bytes = b""  # the beginning of a line whose end has not come yet
+    unsent: bytes = b""  # the end of a line of which the kernel has taken the beginning
 
 
 class _PeerMonitor:
-    """The connections of this process to others. One thread runs it; other threads only `say` something."""
+    """The connections of this process to others.
+
+    One thread executes `run`. The main thread calls `say`, `leave`, `name` and `continued`, and sets `is_failing` and
+    `end_seconds`.
+    """
 
     def __init__(self, index: int, connections: Mapping[int, socket.socket], silence_seconds: float) -> None:
         self.index = index
@@ -129,6 +125,7 @@ class _PeerMonitor:
         self._peers = {i: _Peer(connection, self._last_beat_at) for i, connection in connections.items()}
         self.agreement = Agreement(index, len(connections), self.say)
         self._hosts = {index: self._host}
+        self._sending = threading.RLock()  # the handler of SIGCONT may `say` something while the main thread does
         self._selector = selectors.DefaultSelector()
         for i, peer in self._peers.items():
             peer.connection.setblocking(False)
@@ -139,7 +136,7 @@ class _PeerMonitor:
         period = min(_BEAT_SECONDS, self._silence_seconds / 4)
         self.say("host", self._host)
         while True:
-            step, activity, since = _report
+            step, activity, since = _own_activity
             self._last_beat_at = time.monotonic()
             self.say("beat", step, activity, self._last_beat_at - since)
             while (left := self._last_beat_at + period - time.monotonic()) > 0:
@@ -152,9 +149,13 @@ class _PeerMonitor:
     def say(self, *message: str | float) -> None:
         """Sends a message to all connected processes; a stopped one that takes no more of them gets none."""
         line = json.dumps(message).encode() + b"\n"
-        for peer in list(self._peers.values()):
-            with suppress(OSError):  # the process is gone, which `run` notices, or takes no more
-                peer.connection.send(line)
+        with self._sending:
+            for peer in list(self._peers.values()):
+                with suppress(OSError):  # the process is gone, which `run` notices, or takes no more
+                    if peer.unsent:
+                        peer.unsent = peer.unsent[peer.connection.send(peer.unsent) :]
+                    if not peer.unsent:
+                        peer.unsent = line[peer.connection.send(line) :]
 
     def leave(self) -> None:
         """Says goodbye: from now on the end of this process is no fault."""
@@ -222,9 +223,9 @@ class _PeerMonitor:
         self._end_if_any({i: f"does not answer for {seconds:.0f} s ({away})" for i, seconds in silent.items()})
         if self.index == 0 and peers and self.end_seconds is not None:
             states = {i: (peer.step, peer.activity, peer.since) for i, peer in peers.items()}
-            states |= {} if self._said_goodbye else {0: _report}
+            states |= {} if self._said_goodbye else {0: _own_activity}
             if all(now - since > self.end_seconds for _, _, since in states.values()):
-                self._end_if_any(_held_up(states, now))
+                self._end_if_any(held_up(states, now))
 
     def _end_if_any(self, faults: Mapping[int, str]) -> None:
         """Ends all processes if any is at fault. Process 0 forwards the message; if it died, its connections close."""
@@ -235,18 +236,6 @@ class _PeerMonitor:
         # Process 0 prints it. So does another one, on another host if there is any: that of process 0 may be down.
         elsewhere = [i for i in self._hosts if i and self._hosts[i] != self._hosts.get(0)]
         _end(text if self.index in (0, min(elsewhere, default=1)) else "", 3)
-
-
-def _held_up(states: Mapping[int, tuple[int, str, float]], now: float) -> dict[int, str]:
-    """The processes that hold up the others, and what each does: those that wait for no other, else the last ones."""
-    alone = [i for i, (_, activity, _) in states.items() if activity not in _TOGETHER]
-    last = min(step for step, _, _ in states.values())
-    named = alone or [i for i, (step, _, _) in states.items() if step == last]
-    texts = {}
-    for i in named:
-        step, activity, since = states[i]
-        texts[i] = f"has been {_DOING.get(activity, activity)} at step {step} for {now - since:.0f} s"
-    return texts
 
 
 def _end(text: str, code: int) -> None:

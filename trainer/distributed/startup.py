@@ -39,8 +39,12 @@ def initialize(
       heartbeat_seconds: seconds without a message from a process after which the others end, at least 2. They end at
         once if its connection closes.
 
-    Raises `UserError` if a process did not come in time, or environment and arguments do not describe the group.
+    Raises `UserError` if an argument is out of its range, if environment and arguments do not describe the group, if a
+    process did not come in time or expects another number of processes, and if process 0 cannot listen at the port.
     """
+    if wait_seconds < 1 or heartbeat_seconds < 2:
+        found = f"wait_seconds is {wait_seconds}, heartbeat_seconds is {heartbeat_seconds}"
+        raise UserError(f"{found}; at least 1 and 2 are expected")
     if (group := _find(coordinator, process, processes, wait_seconds)) is None:
         return
     address, index, count, local_devices = group
@@ -112,9 +116,9 @@ def rendezvous(address: str, index: int, count: int, seconds: float, hosts: str 
     """Returns in every process once all have arrived.
 
     JAX's own wait aborts the processes that arrived and does not name the missing ones. Process 0 listens at `address`
-    (HOST:PORT), where another socket can listen afterwards; `hosts` is for the error only. Returns a connection to each
-    other process from process 0, and one to process 0 from the others. Raises `UserError` if a process did not come in
-    time or expects another count, or process 0 cannot listen at the port.
+    (HOST:PORT), where another socket can listen afterwards; `hosts` is for the error only. In process 0 it returns a
+    connection to each other process, by its number. In the others it returns {0: the connection to process 0}. Raises
+    `UserError` if a process did not come in time or expects another count, or process 0 cannot listen at the port.
     """
     host, port = _parse(address)
     where = f"{address}{f' (hosts: {hosts})' if hosts else ''}"

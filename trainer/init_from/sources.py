@@ -12,7 +12,7 @@ from etils import epath
 from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, leaves_of, scores
 from trainer.checkpoint.metadata import Leaf
-from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, restore_leaves
+from trainer.checkpoint.reading import arrays_handler, read_metadata, restore_leaves, short_message
 from trainer.errors import UserError, did_you_mean
 from trainer.files import AnyPath
 from trainer.observe.log import read_rows
@@ -121,7 +121,7 @@ def _orbax(place: AnyPath, step: str) -> VariableSource:
     try:
         tree = arrays_handler().metadata(path).tree
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"init_from: {place} cannot be read: {cause(error)}") from error
+        raise UserError(f"init_from: {place} cannot be read: {short_message(error)}") from error
     paths = leaves_of(tree)
     names = _variable_names(paths)
 
@@ -156,7 +156,7 @@ def _safetensors(file: Path) -> VariableSource:
     except KeyError as error:
         raise UserError(f"init_from: {file} holds arrays of a dtype that JAX does not have: {error}") from error
     except Exception as error:  # the library has one type for all errors of a file
-        raise UserError(f"init_from: {file} cannot be read: {cause(error)}") from error
+        raise UserError(f"init_from: {file} cannot be read: {short_message(error)}") from error
     names = _variable_names(paths)
 
     def read(wanted: Wanted) -> dict[str, jax.Array]:

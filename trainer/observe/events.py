@@ -29,7 +29,7 @@ class Events:
     """Writes event files into a folder, one after the other. Every error is an `OSError` and closes the file."""
 
     def __init__(self, folder: Path, earlier: Iterable[str] = ()) -> None:
-        """Writes into `folder`; `earlier` names event files that are elsewhere, in a bucket."""
+        """Writes into `folder`; `earlier` names event files that are there already, or in a bucket."""
         self._folder, self._earlier = folder, set(earlier)
         self._descriptor: int | None = None
         self.file_count = 0  # event files, with the earlier ones

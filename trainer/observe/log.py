@@ -9,6 +9,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import HostError, UserError
@@ -37,7 +39,8 @@ class MetricsLog:
 
     A disk error on `metrics.jsonl`, or on its copy in a bucket, raises `HostError` if `on_error` is "stop". Every other
     disk error is one line to `report`: the rows stay in memory, and each `sync` tries again. Files in a bucket cannot
-    be appended to: there they are copies, renewed by `sync` and `close`.
+    be appended to: there they are copies, renewed by `sync` and `close`. No copy replaces a file in the bucket before
+    the rows of that file were read.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class MetricsLog:
         self._mirror, self._report = Mirror(workdir), report
         folder, is_fatal = self._mirror.folder, on_error == "stop"
         self._events_folder = folder / "tensorboard"
-        self._metrics, self._timing = (RowFile(folder / name, after_step, report) for name in _FILES)
+        places = [(folder / name, partial(self._fetch, workdir / name, folder / name)) for name in _FILES]
+        self._metrics, self._timing = (RowFile(file, after_step, report, fetch) for file, fetch in places)
         until = "kept in memory until a save can write them"
         self._metrics_outage = Outage(self._metrics.file, f"its rows are {until}", report, is_fatal=is_fatal)
         self._timing_outage = Outage(self._timing.file, f"its rows are {until}", report)
@@ -72,8 +76,8 @@ class MetricsLog:
             afterwards="no metric is missing; images, texts and histograms of the meantime are in reports/ only",
         )
         self._copy_outage = Outage(workdir, "the metrics are copied there at the next save", report, is_fatal=is_fatal)
-        if folder != workdir:
-            self._copy_outage.attempt(lambda: self._fetch(workdir))
+        record = f"tensorboard/{NAME}"
+        self._copy_outage.attempt(lambda: self._fetch(workdir / record, folder / record))
         self._record = read_record(self._events_folder)
         known = self._record or SyncRecord()
         self._metrics_outage.attempt(lambda: self._metrics.open(known.metrics))
@@ -112,7 +116,7 @@ class MetricsLog:
             self._bytes_in_events = self._metrics.size
 
     def report_writer(self, step: int) -> ReportWriter:
-        """Writes what an experiment reports after a step; no error of the disk reaches the caller."""
+        """The `ReportWriter` for the reports of an experiment after a step; it raises no error of the disk."""
         place = self._mirror.folder / "reports"
         return ReportWriter(place, step, self.rows, self._add_summary, self._report)
 
@@ -162,11 +166,15 @@ class MetricsLog:
             known = min(record.bytes_in_events, record.metrics.size)
             write_record(self._events_folder, record._replace(bytes_in_events=known))
 
-    def _fetch(self, workdir: AnyPath) -> None:
-        for name in (*_FILES, f"tensorboard/{NAME}"):
-            if (workdir / name).exists():
-                (self._mirror.folder / name).parent.mkdir(exist_ok=True)
-                (self._mirror.folder / name).write_bytes((workdir / name).read_bytes())
+    def _fetch(self, source: AnyPath, target: Path) -> None:
+        """Copies a file of the bucket, if it is there. Does nothing if the workdir is a folder."""
+        try:
+            if source != target and source.exists():
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(source.read_bytes())
+        except OSError as error:
+            target.unlink(missing_ok=True)  # `push` must not put a part of the file in the place of the whole
+            raise OSError(error.errno, f"{source} cannot be read: {error.strerror or error}") from error
 
     def _report_hole(self, row_count: int | None, after_step: int, known: SyncRecord) -> None:
         if row_count is None:

@@ -23,7 +23,7 @@ class Outage:
         self.is_fatal, self.is_on = is_fatal, False
 
     def attempt(self, action: Callable[[], object]) -> bool:
-        """Whether an action that may raise `OSError` succeeds."""
+        """Whether an action that may raise `OSError` succeeds. If `is_fatal`, its error is raised as a `HostError`."""
         try:
             action()
         except OSError as error:

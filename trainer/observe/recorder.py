@@ -58,7 +58,7 @@ class Recorder:
         """Waits for all steps but the newest `keep`, and writes the rows that are due. Returns the newest step."""
         while len(self._in_flight) > keep:
             step, metrics = self._in_flight.popleft()
-            if values := self._read(step, metrics):
+            if values := self._finish_step(step, metrics):
                 self._log.write(step, values, {"examples_per_second": self._run.batch_size / self._seconds_per_step})
                 self.on_row(step, values)
         return self._newest
@@ -70,8 +70,8 @@ class Recorder:
         yield
         self._clock += time.perf_counter() - began
 
-    def _read(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """The values of a step's row, none if no row is due; shows them."""
+    def _finish_step(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Waits for a step, checks it and shows its progress. Returns the values of its row, none if no row is due."""
         self._check(step, metrics)
         run = self._run
         if not self._is_logged(step):

@@ -31,14 +31,25 @@ _NOTHING = Prefix()
 
 
 class RowFile:
-    """Appends rows to a file.
+    """Appends rows to a file. They stay in memory until they are synced: a later write repeats one that failed."""
 
-    Rows stay in memory until they are synced. A later write writes again what an earlier one could not.
-    """
+    def __init__(
+        self,
+        file: Path,
+        after_step: int,
+        report: Callable[[str], None],
+        fetch: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Makes and reads nothing.
 
-    def __init__(self, file: Path, after_step: int, report: Callable[[str], None]) -> None:
-        """Rows after `after_step` will be cut off by `open`. `report` shows one line about damage."""
-        self.file, self._after_step, self._report = file, after_step, report
+        Args:
+          file: on this machine.
+          after_step: `open` cuts off the rows of later steps.
+          report: shows one line about damage.
+          fetch: brings the rows of earlier launches to `file`, if they are elsewhere. `open` calls it first. If it
+            raises `OSError`, so does `open`, and the next `flush` begins with `open`.
+        """
+        self.file, self._after_step, self._report, self._fetch = file, after_step, report, fetch
         self.matches_prefix = False  # whether `open` found the rows of an earlier sync unchanged
         self.was_damaged = False  # whether `open` moved a file aside, and reported it
         self._descriptor: int | None = None
@@ -67,10 +78,11 @@ class RowFile:
 
         A damaged file is kept aside under a new name, and its readable rows are carried over. Raises `OSError`.
         """
+        self._fetch()
         self._set_aside_unless_regular()
         try:
             self._descriptor = _open(self.file)
-            self.matches_prefix = _holds(self._descriptor, known)
+            self.matches_prefix = _begins_with(self._descriptor, known)
             try:
                 _end_last_line(self._descriptor)
                 self._cut(known if self.matches_prefix else _NOTHING)
@@ -147,7 +159,7 @@ class RowFile:
         return b"" if self._descriptor is None else os.pread(self._descriptor, end - start, start)
 
     def _cut(self, known: Prefix) -> None:
-        """Truncates the file after the last row up to `after_step`; raises `DamagedError` for a bad line."""
+        """Truncates the file after the last row whose step is at most `after_step`; `DamagedError` for a bad line."""
         assert self._descriptor is not None
         size = os.fstat(self._descriptor).st_size
         cut, step, row_count = None, -1, known.row_count
@@ -235,7 +247,7 @@ def _aside(file: Path) -> Path:
     return file.with_name(f"{file.name}.damaged-{secrets.token_hex(4)}")
 
 
-def _holds(descriptor: int, known: Prefix) -> bool:
+def _begins_with(descriptor: int, known: Prefix) -> bool:
     return known.size <= os.fstat(descriptor).st_size and _crc32(descriptor, known.size) == known.crc32
 
 

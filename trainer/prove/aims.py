@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.observe.trace import read_trace
+from trainer.observe.phase_log import read_phase_log
 from trainer.prove.launch import SAVING, Aim, Hit
 
 PHASES = ("compile", "restore", "data", "step", "evaluate", SAVING)
@@ -27,14 +27,14 @@ class Aims:
         self._lengths: dict[str, list[float]] = defaultdict(list)  # seconds of each phase
         self._steps: dict[str, list[int]] = defaultdict(list)  # at which the undisturbed run was in each phase
         self._counts: dict[tuple[str, signal.Signals], float] = defaultdict(float)
-        for phase, step, seconds in _phases(read_trace(undisturbed)[0]):
+        for phase, step, seconds in _phases(read_phase_log(undisturbed)[0]):
             self._steps[phase].append(step)
             self._lengths[phase].append(seconds)
 
     def learn(self, launch: Path) -> None:
         """Takes the lengths of the phases of a launch from its trace, if it lived long enough to write one."""
         if (launch / "process_0.jsonl").exists():
-            for phase, _, seconds in _phases(read_trace(launch)[0]):
+            for phase, _, seconds in _phases(read_phase_log(launch)[0]):
                 self._lengths[phase].append(seconds)
 
     def count(self, aim: Aim, hit: Hit) -> None:

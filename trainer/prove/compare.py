@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from trainer.observe.phase_log import read_phase_log
 from trainer.observe.rows import read_rows
-from trainer.observe.trace import read_trace
 from trainer.rules import paths
 
 # The files of a proof. Each of the folders `undisturbed` and `killed-1`, `killed-2`, … holds the workdir `run` and a
@@ -139,8 +139,8 @@ def _restore_differences(killed: Path) -> Iterator[str]:
             if line["restored"] != before["step"]:
                 text = f"step {line['restored']} was restored, the newest checkpoint on disk was {before['step']}"
                 yield f"restore in {folder.name}: {text}"
-            elif line["sums"] != before["sums"]:
-                wrong = [path for path in before["sums"] if before["sums"][path] != line["sums"].get(path)]
+            elif line["digests"] != before["digests"]:
+                wrong = [path for path in before["digests"] if before["digests"][path] != line["digests"].get(path)]
                 yield f"restore in {folder.name}: {', '.join(wrong[:3])} of step {before['step']} differs from the disk"
 
 
@@ -154,7 +154,7 @@ def launches(folder: Path) -> list[Path]:
 
 def _lines(launch: Path, key: str) -> list[dict[str, Any]]:
     """The lines of all processes of a launch that have a key; none if it was killed before it wrote anything."""
-    traces = read_trace(launch) if list(launch.glob("process_*.jsonl")) else []
+    traces = read_phase_log(launch) if list(launch.glob("process_*.jsonl")) else []
     return [line for lines in traces for line in lines if key in line]
 
 

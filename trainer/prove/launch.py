@@ -13,7 +13,7 @@ from typing import IO, NamedTuple, Protocol
 
 from trainer.distributed.launch import ProcessGroup
 from trainer.errors import HostError
-from trainer.observe.trace import Follower
+from trainer.observe.phase_log import Follower
 
 SAVING = "saving"  # the asynchronous part of a save, which goes on beside the phases of the main thread
 _POLL_SECONDS = 0.0005

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.observe.trace import sums_of
+from trainer.observe.phase_log import digests_of
 from trainer.prove.aims import Aims
 from trainer.prove.compare import (
     BEFORE,
@@ -162,10 +162,10 @@ def _before(workdir: Path) -> dict[str, Any]:
     step, sums, problem = newest_step(workdir), dict[str, str](), ""
     if step is not None:
         try:
-            sums = sums_of(read_state(workdir, step))
+            sums = digests_of(read_state(workdir, step))
         except READ_ERRORS as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    return {"step": step, "sums": sums, "problem": problem}
+    return {"step": step, "digests": sums, "problem": problem}
 
 
 def kill_rows(kills: Sequence[Kill]) -> list[tuple[str, ...]]:

@@ -1,10 +1,11 @@
-"""The trace of a training: a line for each phase, batch, save and restore, which another process can follow."""
+"""The phase log of a training: a line for each phase, batch, save and restore, which another process can follow."""
 
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ import numpy as np
 from trainer import distributed
 from trainer.errors import HostError, UserError
 
-PHASES = ("compile", "restore", "data", "step", "evaluate", "save")
 
-
-class Trace:
+class PhaseLog:
     """Appends to `FOLDER/process_<i>.jsonl`; each line is in the file as soon as the method that writes it returns.
 
     Each launch begins with a line that has its process id, so one folder can hold several launches.
@@ -25,17 +24,23 @@ class Trace:
     is_on = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Makes the folder. The number in the file's name is that of this process; raises `HostError`."""
-        file = Path(folder) / f"process_{distributed.index()}.jsonl"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise HostError(f"{file} cannot be written: {error.strerror}") from error
+        """Makes the folder. The number in the file's name is that of this process.
+
+        Raises `HostError` if the file cannot be written, as does every method that writes a line.
+        """
+        self._path = Path(folder) / f"process_{distributed.index()}.jsonl"
+        with self._write_errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._write({"launch": os.getpid()})
 
     def phase(self, name: str, step: int) -> None:
-        """Writes the line that says: the main thread enters a phase, one of `PHASES`, of the update `step` (from 1)."""
+        """Writes the line that says: the main thread enters a phase of an update.
+
+        Args:
+          name: "restore", "compile", "data", "step", "device", "evaluate" or "save".
+          step: the update, counted from 1; 0 for "restore", and for "compile" where it makes a fresh state.
+        """
         self._write({"phase": name, "step": step})
 
     def saving(self, step: int) -> None:
@@ -62,19 +67,28 @@ class Trace:
 
         All processes call it together.
         """
-        self._write({"restored": step, "sums": sums_of(state)})
+        self._write({"restored": step, "digests": digests_of(state)})
 
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
 
     def _write(self, line: dict[str, Any]) -> None:
-        text = json.dumps({**line, "time": round(time.monotonic(), 6)}) + "\n"
-        os.write(self._file, text.encode())  # one call, so that lines of two threads do not mix
+        data = (json.dumps({**line, "time": round(time.monotonic(), 6)}) + "\n").encode()
+        with self._write_errors():
+            while data:  # one call, so that lines of two threads do not mix; on a disk that fills up the second fails
+                data = data[os.write(self._file, data) :]
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HostError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
-class NoTrace:
-    """The trace of a run that nobody follows: every method does nothing."""
+class NoPhaseLog:
+    """The phase log of a run that nobody follows: every method does nothing."""
 
     is_on = False
 
@@ -97,7 +111,7 @@ class NoTrace:
         """Does nothing."""
 
 
-def sums_of(tree: Any) -> dict[str, str]:
+def digests_of(tree: Any) -> dict[str, str]:
     """The SHA-256 of the bytes of each array of a tree, by path.
 
     Arrays that are sharded over several processes are gathered, one at a time, so all processes must call it.
@@ -107,16 +121,16 @@ def sums_of(tree: Any) -> dict[str, str]:
 
     from trainer.rules import path_of
 
-    sums = {}
+    digests = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        sums[path_of(keys)] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
-    return sums
+        digests[path_of(keys)] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+    return digests
 
 
 class Follower:
-    """Reads a trace while it grows."""
+    """Reads a file of a phase log while it grows."""
 
     def __init__(self, file: Path) -> None:
         """The file need not exist yet."""
@@ -136,14 +150,14 @@ class Follower:
             yield _parse(self._file, line)
 
 
-def read_trace(folder: Path) -> list[Sequence[dict[str, Any]]]:
+def read_phase_log(folder: Path) -> list[Sequence[dict[str, Any]]]:
     """The lines of each process, in the order of their numbers; raises `UserError` if there are none.
 
     A process that was killed in the middle of a line, as on a full disk, leaves it incomplete: it is left out.
     """
     files = sorted(folder.glob("process_*.jsonl"), key=lambda file: int(file.stem.rpartition("_")[2]))
     if not files:
-        raise UserError(f"{folder} holds no trace")
+        raise UserError(f"{folder} holds no phase log")
     return [list(Follower(file).new_lines()) for file in files]
 
 
