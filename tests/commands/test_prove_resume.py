@@ -155,7 +155,20 @@ def test_a_lost_evaluation_is_reported(copied, capsys):
     file.write_text("".join(x for x in lines if not ('"step": 6,' in x and "test/examples" in x)))
     code, output = check(copied, capsys)
     assert code == 1
-    assert output.startswith("different: evaluation of step 6: it has 0 rows in metrics.jsonl of the killed run\n")
+    expected = "different: evaluation of step 6 on 'test': it has 0 rows in metrics.jsonl of the killed run\n"
+    assert output.startswith(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tolerance", [None, 1e-4])
+def test_an_evaluation_that_was_made_twice_is_reported(copied, tolerance):
+    killed = killed_runs(copied)[0]
+    file = killed / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if '"step": 6,' in line and "test/examples" in line)
+    file.write_text("".join([*lines[: place + 1], *lines[place:]]))
+    differences = compare(copied / "undisturbed", killed, tolerance=tolerance).differences
+    assert differences == ["evaluation of step 6 on 'test': it has 2 rows in metrics.jsonl of the killed run"]
 
 
 @pytest.mark.slow
@@ -170,6 +183,27 @@ def test_a_restore_of_other_bits_is_reported(copied, capsys):
     code, output = check(copied, capsys)
     assert code == 1
     assert f"restore in {file.parent.name}: params/head/bias of step {line['restored']} differs" in output
+
+
+@pytest.mark.slow
+def test_the_first_state_that_init_from_made_is_no_restore(copied, capsys):
+    folder = killed_runs(copied)[0] / "launch-001"
+    with (folder / "process_0.jsonl").open("a") as file:  # as `Session.initial_state` traces such a state
+        file.write(json.dumps({"restored": 0, "sums": {"params/head/bias": "0" * 64}, "time": 0.0}) + "\n")
+    assert json.loads((folder / "before.json").read_text())["step"] is None
+    assert check(copied, capsys)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_relaunch_that_begins_anew_in_place_of_its_checkpoint_is_reported():
+    result = prove(f"{CONFIG}:forgetful", "--kills=1", "--seed=8")  # SIGTERM at step 6
+    assert (result.returncode, result.stderr) == (1, ""), result.stdout
+    assert re.search(
+        r"^different: restore in launch-\d+: step 1 came first and nothing was restored, the newest checkpoint on disk "
+        r"was \d+$",
+        result.stdout,
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.slow
@@ -214,6 +248,14 @@ def test_a_relaunch_that_fails_by_itself_fails_the_proof():
     assert (result.returncode, result.stderr) == (1, "")
     assert "ended with exit code 2 by itself:\n" in result.stdout
     assert "RuntimeError: this relaunch is broken (" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_compilation_cache_of_the_launches_is_that_of_the_flag():
+    result = prove(CONFIG, "--kills=1", "--compilation-cache=README.md")
+    assert result.returncode == 2
+    assert "the undisturbed run ended with exit code 2:" in result.stderr
+    assert "--compilation-cache=README.md cannot be made a folder: File exists" in result.stderr
 
 
 @pytest.mark.slow
