@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"commands"},
+    {"dry_run"},
     {"determinism", "loop", "plan", "prove", "replay", "sweep"},
     {"opening"},
     {"divergence"},

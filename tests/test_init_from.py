@@ -181,6 +181,15 @@ def test_the_whole_state_goes_on_as_if_the_old_run_had_gone_on(old, tmp_path):
     assert bits(state) != bits(longer)
 
 
+@pytest.mark.parametrize("name", ["adabelief", "optax.lion"])
+def test_a_carried_state_is_on_all_devices_of_the_run(old, name):
+    run = run_of(12, parallel=config.Parallel(), init_from=config.InitFrom(str(old), optimizer_state="carried"))
+    run.optimizer.name = name
+    state, program = begun(run), build_program(config.resolve(run))
+    for x, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
+        assert x.sharding == abstract.sharding
+
+
 def test_ema_params_are_taken_where_a_run_keeps_them(tmp_path):
     optimizer = config.Optimizer(schedule=config.Schedule(peak=1e-2), ema_decay=0.9)
     trained = train(run_of(optimizer=optimizer), tmp_path / "ema", verbose=False)

@@ -1,5 +1,6 @@
 """The config of `tests/commands/test_prove_resume.py`: twelve short steps, saved and evaluated at every third."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from trainer import config
 def get_config(argument: str = "") -> config.Run:
     """A run without dropout, so that all strategies draw the same numbers; "slow" has many steps.
 
-    "broken" fails as soon as its workdir holds a checkpoint, which only a relaunch can find.
+    "broken" fails as soon as its workdir holds a checkpoint, which only a relaunch can find. "forgetful" removes such a
+    workdir, and so begins anew.
     """
     workdirs = [text.partition("=")[2] for text in sys.argv if text.startswith("--workdir=")]
     if argument == "broken" and any(Path(workdir, "checkpoints").is_dir() for workdir in workdirs):
         raise RuntimeError("this relaunch is broken")
+    if argument == "forgetful":
+        for workdir in workdirs:
+            shutil.rmtree(workdir, ignore_errors=True)
     return make_run(
         100_000 if argument == "slow" else 12,
         experiment=Task(noise=0.1),

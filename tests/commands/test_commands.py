@@ -23,7 +23,8 @@ from tests.tasks import Task
 from trainer import config, train
 from trainer.commands import run
 from trainer.commands.arguments import load_config
-from trainer.data import ArraySource
+from trainer.data import ArraySource, stack
+from trainer.data.mixture import Mixture
 from trainer.metrics import Mean
 from trainer.observe.log import read_rows
 from trainer.workdir import Workdir
@@ -102,6 +103,22 @@ class Flipping:
 class HostRandomness(Linear):
     def source(self, split):
         return Flipping(super().source(split).arrays)
+
+
+@dataclasses.dataclass
+class RandomPart(Linear):
+    """A mixture whose second part is random."""
+
+    def source(self, split):
+        arrays = super().source(split).arrays
+        return Mixture({"fixed": (ArraySource(arrays), 1), "random": (Flipping(arrays), 1)})
+
+
+@dataclasses.dataclass
+class RandomTestSplit(Linear):
+    def source(self, split):
+        arrays = super().source(split).arrays
+        return Flipping(arrays) if split == "test" else ArraySource(arrays)
 
 
 @dataclasses.dataclass
@@ -297,6 +314,15 @@ def test_unprepared_data_set_is_one_line_with_the_command_that_prepares_it(capsy
     command = shlex.split(message.partition("prepare it with: ")[2])
     assert command == ["python", "-m", "trainer", "prepare", DIGITS, missing]
     assert contents(tmp_path) == {}
+
+
+def test_command_that_prepares_has_the_values_that_were_given_as_arguments_of_their_own(workdir, capsys, tmp_path):
+    missing = f"--config.experiment.data_dir={tmp_path}/none"
+    apart = [argument for flag in (DIGITS, missing, f"--workdir={tmp_path}/new") for argument in flag.split("=")]
+    message = mistake(capsys, "train", *apart)
+    assert message.endswith(f"; prepare it with: python -m trainer prepare {DIGITS} {missing}")
+    message = mistake(capsys, "evaluate", "--workdir", str(workdir), *missing.split("="))
+    assert message.endswith(f"; prepare it with: python -m trainer prepare --workdir={workdir} {missing}")
 
 
 def test_unprepared_data_set_of_a_kept_run_is_prepared_from_its_workdir(workdir, capsys, tmp_path):
@@ -534,6 +560,7 @@ def test_dry_run_fails_with_an_evaluation_that_fails(capsys, tmp_path):
     [
         ("NarrowKernel()", 2, "the model does not fit its batch ("),
         ("HostRandomness()", 2, "entry 'x' of the data differs each time an example is read; "),
+        ("RandomPart()", 2, "entry 'x' of the data differs each time an example is read; "),
         ("Diverging()", 1, "the loss of step 1 is nan; "),
     ],
 )
@@ -545,6 +572,32 @@ def test_dry_run_fails_as_the_run_would_and_prints_nothing_else(experiment, code
         assert one_line(captured.err).startswith(message)
     assert run(["train", file, "--dry-run"]) == code
     assert capsys.readouterr().out == ""
+
+
+def test_dry_run_takes_a_random_split_that_the_run_does_not_load(capsys, tmp_path):
+    source = RandomTestSplit().source("test")
+    size = sum(array.nbytes for array in stack([source[0]]).values())
+    # The first examples of the split would fit into memory, the whole split does not.
+    flags = ["--config.evaluation.max_examples=8", f"--config.loading.in_memory_bytes={size * (len(source) - 1)}"]
+    file = config_file(tmp_path, "RandomTestSplit()")
+    assert tried(output(capsys, "train", "--dry-run", file, *flags))
+    output(capsys, "train", file, *flags, f"--workdir={tmp_path}/run")
+
+
+def test_dry_run_of_a_run_that_carries_a_state_on_tries_its_first_steps(capsys, tmp_path):
+    file = config_file(tmp_path, "Task(noise=0.1)")
+    output(capsys, "train", file, "--config.total_steps=2", f"--workdir={tmp_path}/old")
+    flags = [file, "--config.logging.every_steps=1", f"--init-from={tmp_path}/old"]
+    flags += ["--config.init_from.optimizer_state=carried", "--config.total_steps=7"]
+    result = tried(output(capsys, "train", "--dry-run", *flags))
+    output(capsys, "train", *flags, f"--workdir={tmp_path}/run")
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == [3, 4, 5, 6, 7]
+    losses = ", ".join(f"{row['train/loss']:.4f}" for row in rows[:3])
+    assert result["3 of 7 steps"] == f"loss {losses}; the run's own schedules"
+    code = run(["train", "--dry-run", *flags, "--config.total_steps=2"])
+    assert code == 2
+    assert "is already at step 2" in one_line(capsys.readouterr().err)
 
 
 def test_inspect_shows_settings_labels_devices_and_checkpoints_and_writes_nothing(workdir, capsys):

@@ -21,6 +21,7 @@ from trainer.observe.phase_log import PhaseLog
 from trainer.prove.aims import PHASES, SIGNALS, Aims
 from trainer.prove.compare import compare, newest_step, read_tree, state_differences
 from trainer.prove.launch import SAVING, Aim, Hit, ProcessLayout, Trail, run_launch
+from trainer.prove.proof import Proof
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/commands/prove_config.py"
@@ -155,7 +156,20 @@ def test_a_lost_evaluation_is_reported(copied, capsys):
     file.write_text("".join(x for x in lines if not ('"step": 6,' in x and "test/examples" in x)))
     code, output = check(copied, capsys)
     assert code == 1
-    assert output.startswith("different: evaluation of step 6: it has 0 rows in metrics.jsonl of the killed run\n")
+    expected = "different: evaluation of step 6 on 'test': it has 0 rows in metrics.jsonl of the killed run\n"
+    assert output.startswith(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tolerance", [None, 1e-4])
+def test_an_evaluation_that_was_made_twice_is_reported(copied, tolerance):
+    killed = killed_runs(copied)[0]
+    file = killed / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if '"step": 6,' in line and "test/examples" in line)
+    file.write_text("".join([*lines[: place + 1], *lines[place:]]))
+    differences = compare(copied / "undisturbed", killed, tolerance=tolerance).differences
+    assert differences == ["evaluation of step 6 on 'test': it has 2 rows in metrics.jsonl of the killed run"]
 
 
 @pytest.mark.slow
@@ -170,6 +184,28 @@ def test_a_restore_of_other_bits_is_reported(copied, capsys):
     code, output = check(copied, capsys)
     assert code == 1
     assert f"restore in {file.parent.name}: params/head/bias of step {line['restored']} differs" in output
+
+
+@pytest.mark.slow
+def test_the_first_state_that_init_from_made_is_no_restore(copied, capsys):
+    folder = killed_runs(copied)[0] / "launch-001"
+    with (folder / "process_0.jsonl").open("a") as file:  # as `Session.initial_state` traces such a state
+        file.write(json.dumps({"restored": 0, "digests": {"params/head/bias": "0" * 64}, "time": 0.0}) + "\n")
+    assert json.loads((folder / "before.json").read_text())["step"] is None
+    assert check(copied, capsys)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_relaunch_that_begins_anew_in_place_of_its_checkpoint_is_reported(kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    layout, killed = ProcessLayout(devices=1), tmp_path / "killed-1"
+    proof = Proof(
+        [f"{CONFIG}:forgetful"], STEPS, [layout], 1, 0, tmp_path, tolerance=0.0, limit=120, show=lambda text: None
+    )
+    for _ in range(2):  # the second launch finds the checkpoint of step 12
+        assert proof._launch(killed, layout, None).code == 0
+    text = f"step 1 came first and nothing was restored, the newest checkpoint on disk was {STEPS}"
+    assert compare(kept[0] / "undisturbed", killed).differences == [f"restore in launch-002: {text}"]
 
 
 @pytest.mark.slow
@@ -214,6 +250,14 @@ def test_a_relaunch_that_fails_by_itself_fails_the_proof():
     assert (result.returncode, result.stderr) == (1, "")
     assert "ended with exit code 2 by itself:\n" in result.stdout
     assert "RuntimeError: this relaunch is broken (" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_compilation_cache_of_the_launches_is_that_of_the_flag():
+    result = prove(CONFIG, "--kills=1", "--compilation-cache=README.md")
+    assert result.returncode == 2
+    assert "the undisturbed run ended with exit code 2:" in result.stderr
+    assert "--compilation-cache=README.md cannot be made a folder: File exists" in result.stderr
 
 
 @pytest.mark.slow

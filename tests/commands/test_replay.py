@@ -142,6 +142,14 @@ def test_a_workdir_in_place_of_the_folder_lists_its_steps(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(f"; here are {folder}\n")
 
 
+def test_the_compilation_cache_is_that_of_the_flag(tmp_path, capsys):
+    _, folder = kept(planted("data"), tmp_path)
+    (tmp_path / "file").touch()
+    assert run_command(["replay", str(folder), f"--compilation-cache={tmp_path / 'file'}"]) == 2
+    expected = f"error: --compilation-cache={tmp_path / 'file'} cannot be made a folder: File exists\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_nan_in_the_data_is_named_with_its_example(tmp_path):
     _, folder = kept(planted("data"), tmp_path)
     result = replay(folder)

@@ -200,6 +200,19 @@ def test_the_report_of_a_sweep_that_has_not_begun_changes_nothing(here, capsys):
     assert [path.name for path in here.iterdir()] == ["config.py"]
 
 
+def test_a_halving_reads_each_cell_a_few_times_however_many_there_are(here, capsys, monkeypatch):
+    reads = []
+    read = Results._read
+    monkeypatch.setattr(Results, "_read", lambda *given: reads.append(given) or read(*given))
+    given = [config_file(here, steps=4, every=2), f"--workdir={here}/out", "--report", "--halving=2"]
+    counts = []
+    for values in ("1,2", "1,2,3,4,5,6,7,8"):
+        reads.clear()
+        assert run(["sweep", *given, f"--grid={PEAK}={values}"]) == 0
+        counts.append(len(reads))
+    assert counts[1] == 4 * counts[0]
+
+
 GET_SWEEP = """
 
 def get_sweep(size):

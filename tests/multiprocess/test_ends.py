@@ -172,8 +172,12 @@ def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_co
             ("--config=configs/digits.py", "--config.experiment.data_dir=/nowhere"),
             "data set 'digits' is not prepared in /nowhere; prepare it with: python -m trainer prepare --config=",
         ),
+        (
+            (CONFIG, "--compilation-cache=README.md"),  # handed on to the processes
+            r"--compilation-cache=README\.md cannot be made a folder: File exists\n",
+        ),
     ],
-    ids=["typo", "differing", "batch", "profile", "not prepared"],
+    ids=["typo", "differing", "batch", "profile", "not prepared", "cache"],
 )
 def test_a_mistake_is_one_line_of_one_process_and_leaves_nothing(flags, message, running, tmp_path):
     running.append(rehearse(*flags, "--processes=2", "--devices=2", f"--workdir={tmp_path}/run"))

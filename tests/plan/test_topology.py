@@ -41,7 +41,7 @@ def test_slices_are_told_apart():
         ("v5e:4x5", "no topology 'v5e:4x5'; did you mean '4x8'? (known for v5e: 1x1, 2x2, 2x4, 4x4, 4x8, "),
         (
             "v5p:4x4x5",
-            "no topology 'v5p:4x4x5'; did you mean '4x4x8'? (known for v5p: 2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples ",
+            "no topology 'v5p:4x4x5'; did you mean '4x4x8'? (known for v5p: 2x2x1, 2x2x2, 2x2x4, 2x4x4, and shapes up ",
         ),
         ("v5:2x2", "no TPU generation 'v5' in topology 'v5:2x2'; did you mean 'v5p'? (known: tpu7x, v2, v3, v4, v5e, "),
         ("v6e", "no topology 'v6e' (known for v6e: 1x1, "),

@@ -12,7 +12,7 @@ from tests.tasks import Task, make_run
 from trainer import config
 from trainer.commands.arguments import override
 from trainer.errors import UserError
-from trainer.sweep.cells import Cell, draw, groups_of, make_cells, split_values
+from trainer.sweep.cells import Cell, constants, draw, groups_of, make_cells, split_values
 
 PEAK = "optimizer.schedule.peak"
 
@@ -24,6 +24,8 @@ class Wide(Task):
     widths: tuple[int, ...] = (16,)
     name: str = "points"
     limit: int | None = None
+    data_seed: int = 0
+    peak: float = 1.0
 
 
 def cells_of(grid: Any = None, random: Any = None, **settings: Any) -> list[Cell]:
@@ -64,11 +66,14 @@ def test_values_of_every_type_are_those_of_flags(values, names):
 
 
 def test_names_of_values_that_no_folder_can_have_stay_apart():
-    cells = cells_of({"experiment.name": ("a/b", "a:b", "a_b", "x" * 300, "x" * 299)})
+    long = ("x" * 300, "x" * 299, "é" * 180, "é" * 179, "語" * 100)  # é is two bytes in UTF-8, 語 is three
+    cells = cells_of({"experiment.name": ("a/b", "a:b", "a_b", *long)})
     names = [cell.name for cell in cells]
-    assert len(set(names)) == 5
-    assert all("/" not in name and ":" not in name and len(name) <= 255 for name in names)
+    assert len(set(names)) == 8
+    assert all("/" not in name and ":" not in name and len(name.encode()) <= 255 for name in names)
     assert names[2] == "experiment.name=a_b"
+    (short,) = cells_of({"experiment.name": ("é" * 20,)})
+    assert short.name == "experiment.name=" + "é" * 20
 
 
 def test_cells_that_differ_in_their_seed_are_one_group():
@@ -108,11 +113,30 @@ def test_draws_of_an_integer_setting_are_integers_and_reach_both_ends():
     assert counts[1] > 2 * counts[4]  # log 2 − log 1 of the scale, against log 5 − log 4
 
 
+@pytest.mark.parametrize("text", ["1.5:4.5", "1.5:4.5:log"])
+def test_draws_of_an_integer_setting_lie_in_a_range_whose_ends_are_no_integers(text):
+    run = make_run(20)
+    assert {draw(run, "batch_size", text, 0, trial) for trial in range(100)} == {"2", "3", "4"}
+
+
 def test_draws_that_repeat_a_cell_are_left_out_and_counted():
     sweep = config.Sweep(random={"optimizer.name": "adam,sgd"}, trials=10)
-    cells, again = make_cells(make_run(20), sweep, override)
+    cells, duplicate_count = make_cells(make_run(20), sweep, override)
     assert {cell.name for cell in cells} == {"optimizer.name=adam", "optimizer.name=sgd"}
-    assert (len(cells), again) == (2, 8)
+    assert (len(cells), duplicate_count) == (2, 8)
+
+
+def test_only_numbers_of_the_optimizer_and_the_seed_are_no_constants_of_the_program():
+    shared = {
+        "seed": "1",
+        PEAK: "1",
+        "optimizer.schedule.final": "0.1",
+        "optimizer.groups.decayed.weight_decay": "0.2",
+    }
+    (cell,) = cells_of(shared)
+    assert constants(cell) == ()
+    (cell,) = cells_of(shared | {"experiment.data_seed": "3", "experiment.peak": "2", "batch_size": "8"})
+    assert constants(cell) == (("batch_size", 8), ("experiment.data_seed", 3), ("experiment.peak", 2.0))
 
 
 def test_commas_in_brackets_are_no_separators():
@@ -150,6 +174,14 @@ def test_commas_in_brackets_are_no_separators():
             "--random optimizer.schedule.peak=1e-2:1e-4 is no range: LOW < HIGH is expected",
         ),
         ({"random": {PEAK: "0:1:log"}}, "--random optimizer.schedule.peak=0:1:log is no range: 0 < LOW < HIGH is exp"),
+        (
+            {"random": {"batch_size": "0.2:0.8"}},
+            "--random batch_size=0.2:0.8 is a range without an integer, and config.batch_size is an integer",
+        ),
+        (
+            {"random": {"batch_size": "0.2:0.8:log"}},
+            "--random batch_size=0.2:0.8:log is a range without an integer",
+        ),
         ({"random": {PEAK: "1e-3"}}, "--random optimizer.schedule.peak=1e-3 has nothing to draw from: LOW:HIGH, "),
         ({"random": {PEAK: "1e-3:2:lin"}}, "--random optimizer.schedule.peak=1e-3:2:lin has nothing to draw from"),
         (

@@ -175,6 +175,16 @@ def test_a_metric_that_is_not_there_is_named_with_the_nearest(tmp_path):
         shown(cells, results)
 
 
+def test_an_evaluation_may_have_a_name_that_begins_with_step(tmp_path):
+    cells, _ = sweep_of(tmp_path, seeds="0")
+    results = Results(tmp_path, "steps_long/loss", "min")
+    row = {"step": STEPS, "train/loss": 1.0, "steps_long/loss": 0.5, "step.2/loss": 0.25}
+    (results.workdir(cells[0]) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    results.write_done(cells[0], STEPS)
+    assert results.value(cells[0], STEPS) == 0.5
+    assert results.metrics(cells[0], STEPS) == {"steps_long/loss": 0.5, "step.2/loss": 0.25}
+
+
 def test_csv_has_every_cell_with_all_digits(tmp_path):
     cells, results = sweep_of(tmp_path, seeds="0,1")
     numbers = numbers_of(cells)

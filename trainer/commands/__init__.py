@@ -31,7 +31,7 @@ _COMMANDS = {
     "sweep": "train a run with each combination of some settings, and compare the results",
     "rehearse": "train in several processes on this machine, as hosts of a pod would",
     "prove-resume": "kill and relaunch a run at random moments, and compare it with an undisturbed one",
-    "replay": "execute a step that diverged again, and name where its numbers stop being finite",
+    "replay": "repeat a diverged step, and name where its numbers stop being finite",
     "plan": "compile a run for TPUs that you do not have: memory, communication, what fits",
 }
 
@@ -55,6 +55,7 @@ def _run(argv: list[str]) -> int:
         print(f"{_USAGE}\n\n{commands}\n\npython -m trainer COMMAND --help explains the flags of a command.")
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
+    options, overrides = argparse.Namespace(config=None, workdir=None), list[str]()
     try:
         if command not in _COMMANDS:
             raise UserError(f"no command {command!r}{did_you_mean(command, _COMMANDS)}")
@@ -71,7 +72,7 @@ def _run(argv: list[str]) -> int:
         options, overrides = parse_flags(parser, rest)
         if not hasattr(module, "main"):
             return module.start(options, overrides)
-        with _group(options) as collective_errors:
+        with _connected_processes(options) as collective_errors:
             with collective_errors("the command line"):
                 arguments = resolve_arguments(options, overrides)
                 _use_cache(options.compilation_cache)
@@ -79,7 +80,7 @@ def _run(argv: list[str]) -> int:
     except (UserError, HostError) as error:
         if "--traceback" in rest:
             traceback.print_exc()
-        hint = _prepare_hint(rest) if isinstance(error, NotPreparedError) else ""
+        hint = _prepare_hint(options, overrides) if isinstance(error, NotPreparedError) else ""
         print(f"error: {_shortened(str(error))}{hint}", file=sys.stderr)
         return 3 if isinstance(error, HostError) else 2
     except KeyboardInterrupt as error:
@@ -97,7 +98,7 @@ def _shortened(text: str) -> str:
 
 
 @contextmanager
-def _group(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractContextManager]]:
+def _connected_processes(options: argparse.Namespace) -> Iterator[Callable[[str], AbstractContextManager]]:
     """Connects the processes and yields `collective_errors`.
 
     A command that has no flag `--coordinator` runs in one process: nothing is connected, and `nullcontext` is yielded.
@@ -133,7 +134,7 @@ def _use_cache(folder: str | None) -> None:
     use_cache(folder)
 
 
-def _prepare_hint(arguments: list[str]) -> str:
-    has_config = any(a.startswith("--config=") for a in arguments)  # else the workdir has it
-    kept = [a for a in arguments if a.startswith("--config" if has_config else ("--config", "--workdir"))]
-    return f"; prepare it with: python -m trainer prepare {shlex.join(kept)}"
+def _prepare_hint(options: argparse.Namespace, overrides: list[str]) -> str:
+    name = "config" if options.config else "workdir"  # a workdir has the config
+    flags = [f"--{name}={place}"] if (place := getattr(options, name)) else []
+    return f"; prepare it with: python -m trainer prepare {shlex.join([*flags, *overrides])}"

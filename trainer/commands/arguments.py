@@ -52,6 +52,12 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def child_flags(options: argparse.Namespace) -> list[str]:
+    """The flags of `make_parser` that a command hands on to its child processes, besides the config and the workdir."""
+    flags = [] if options.compilation_cache is None else [f"--compilation-cache={options.compilation_cache}"]
+    return [*flags, "--traceback"] if options.traceback else flags
+
+
 def add_group_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a command that several processes run together."""
     about = "On Cloud TPU, GKE, Slurm and Open MPI they find each other without the first three."

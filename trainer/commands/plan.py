@@ -34,7 +34,7 @@ def main(arguments: Arguments) -> int:
 
 
 def print_local_plan(program: Any) -> None:
-    """Prints the table of a program that was compiled for the devices of this process."""
+    """Compiles both steps of a program for the devices of this process, and prints the table."""
     from trainer.plan import planning, report
 
     print(report.here_text(planning.plan_here(program)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from trainer.commands.arguments import resolve_arguments
+from trainer.commands.arguments import child_flags, resolve_arguments
 from trainer.errors import UserError
 from trainer.observe import table
 
@@ -80,7 +80,7 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)  # raise instead of dying, so that the child processes are ended first
     proof = Proof(
-        [f"--config={options.config}", *overrides],
+        [f"--config={options.config}", *child_flags(options), *overrides],
         run.total_steps,
         layouts,
         options.kills,
@@ -126,12 +126,12 @@ def _report(proof: "Proof", differences: Sequence[str], seconds: float) -> int:
     from trainer.prove.proof import hits, kill_rows
 
     right = ("step", "exit code", "seconds")
-    print("\n" + table(_COLUMNS, kill_rows(proof.done), right=right))
-    counts = hits(proof.done)
+    print("\n" + table(_COLUMNS, kill_rows(proof.kills), right=right))
+    counts = hits(proof.kills)
     phases = sorted({phase for phase, _ in counts})
     rows = [(phase, *(str(counts[phase, signum]) for signum in ("SIGKILL", "SIGTERM"))) for phase in phases]
     print(table(("phase", "SIGKILL", "SIGTERM"), rows, right=("SIGKILL", "SIGTERM")))
-    print(f"{seconds:.0f} s, {seconds / max(len(proof.done), 1):.1f} s a kill")
+    print(f"{seconds:.0f} s, {seconds / max(len(proof.kills), 1):.1f} s a kill")
     if differences:
         return _show_differences(differences)
     print(proof.summary())

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from trainer.commands.arguments import child_flags
 from trainer.commands.train import parse_profile
 from trainer.errors import UserError
 
@@ -48,6 +49,6 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     flags = {name: getattr(options, name) for name in ("config", "workdir", "profile", "step")}
     command = [sys.executable, "-m", "trainer", options.command]
     command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    command += ["--traceback"] if options.traceback else []
-    with ProcessGroup([*command, *overrides], options.processes, options.devices) as group:
+    command += [*child_flags(options), *overrides]
+    with ProcessGroup(command, options.processes, options.devices) as group:
         return group.wait()

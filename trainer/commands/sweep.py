@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import load_config_and_sweep, override
+from trainer.commands.arguments import child_flags, load_config_and_sweep, override
 from trainer.errors import UserError
 
 if TYPE_CHECKING:  # these import JAX
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     metric = "what to compare by, such as test/accuracy (default: checkpoint.best_metric, or the loss)"
     parser.add_argument("--metric", metavar="NAME", help=metric)
     parser.add_argument("--mode", metavar="max|min", help="whether the best value is the largest or the smallest")
-    halving = "successive halving: at each rung, one cell in so many goes on, for so many times the steps"
+    halving = "successive halving: at each rung the best 1/ETA of the cells go on, each to ETA times as many steps"
     parser.add_argument("--halving", metavar="ETA", type=int, help=halving)
     parser.add_argument("--first-rung", metavar="STEP", type=int, help="the first step at which --halving compares")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="cells trained at a time (default 1)")
@@ -63,12 +63,12 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from trainer.sweep.results import Results, exit_code, metric_and_mode
     from trainer.sweep.workdirs import check_workdirs, write_settings
 
-    run, kept = load_config_and_sweep(options.config)
-    sweep = _sweep(options, kept)
+    run, file_sweep = load_config_and_sweep(options.config)
+    sweep = _sweep(options, file_sweep)
     for path in (*sweep.grid, *sweep.random):
         if any(flag.lstrip("-").removeprefix("no").split("=")[0] == f"config.{path}" for flag in overrides):
             raise UserError(f"{path} varies and is also given by --config.{path}: give one of them")
-    cells, again = make_cells(_checked(run, overrides), sweep, override)
+    cells, duplicate_count = make_cells(_common_run(run, overrides), sweep, override)
     if options.cell is not None and not 0 <= options.cell < len(cells):
         raise UserError(f"--cell is {options.cell}; the sweep has the cells 0 to {len(cells) - 1}")
     if sweep.halving is not None:
@@ -81,16 +81,17 @@ def start(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     chosen = cells if options.cell is None else [cells[options.cell]]
     check_workdirs(cells, results)
     if not options.report:
-        if again:
-            print(f"{again} draws gave cells that are there already")
+        if duplicate_count:
+            print(f"{duplicate_count} draws gave cells that are there already")
         print(
             f"{len(cells)} cells in {results.folder}, {len(chosen)} for this process, {options.jobs} at a time",
             flush=True,
         )
         write_settings(chosen, results)
         _train(options, chosen, results, steps)
-    _show(cells, results, steps())
-    return exit_code([failure for cell in chosen if (failure := _failure(results, cell, steps()[cell.name]))])
+    last_steps = steps()  # reads the results of all cells
+    _show(cells, results, last_steps)
+    return exit_code([failure for cell in chosen if (failure := _failure(results, cell, last_steps[cell.name]))])
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -106,11 +107,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--report shows all cells: leave out --cell")
 
 
-def _sweep(options: argparse.Namespace, kept: Any) -> "Sweep":
+def _sweep(options: argparse.Namespace, file_sweep: Any) -> "Sweep":
     """The sweep of the config file with what the flags give; raises `UserError`."""
     from trainer import config
 
-    sweep = config.Sweep() if kept is None else kept
+    sweep = config.Sweep() if file_sweep is None else file_sweep
     if not isinstance(sweep, config.Sweep):
         raise UserError(f"get_sweep in {options.config!r} returned a {type(sweep).__name__}; a Sweep is expected")
     given: dict[str, Any] = {
@@ -148,8 +149,8 @@ def _axes(name: str, texts: Sequence[str]) -> dict[str, str]:
 _EXAMPLES = {"grid": "seed=0,1,2", "random": "optimizer.schedule.peak=1e-4:1e-2:log"}
 
 
-def _checked(run: Any, overrides: Sequence[str]) -> Any:
-    """The run with the settings that all cells have in common."""
+def _common_run(run: Any, overrides: Sequence[str]) -> Any:
+    """Applies the overrides to the run of the config file, and returns it: what all cells have in common."""
     from trainer import config
 
     config.check_types(run)
@@ -175,9 +176,7 @@ def _train(options: argparse.Namespace, cells: "Sequence[Cell]", results: "Resul
     from trainer.sweep.cells import constants
     from trainer.sweep.pool import Pool
 
-    flags = ["--compile-once"] if options.compile_once else []
-    flags += ["--traceback"] if options.traceback else []
-    flags += [] if options.compilation_cache is None else [f"--compilation-cache={options.compilation_cache}"]
+    flags = [*(["--compile-once"] if options.compile_once else []), *child_flags(options)]
 
     def command(cell: "Cell", until: int) -> list[str]:
         stop = [] if until == cell.run.total_steps else [f"--until={until}"]

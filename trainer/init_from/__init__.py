@@ -90,7 +90,9 @@ class Beginning:
                 places[path] = there
         arrays = restore_leaves(self.source.place, self.source.metadata, wanted)
         groups, step = self.program.groups, jnp.asarray(self.start, jnp.int32)
-        counted = dataclasses.replace(state, opt_state=set_count(state.opt_state, groups, step))
+        shardings = jax.tree.map(lambda x: x.sharding, self.program.state.opt_state)
+        opt_state = jax.device_put(set_count(state.opt_state, groups, step), shardings)
+        counted = dataclasses.replace(state, opt_state=opt_state)
         return _replaced(counted, {path: arrays[there] for path, there in places.items()})
 
 

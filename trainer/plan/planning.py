@@ -47,7 +47,7 @@ class Plan:
     Attributes:
       run: the run.
       choice: the choice with which it was compiled.
-      choices_compared: the number of choices among which this one is the best.
+      choices_compared: the number of choices among which this one is the best; 0 if none were compared.
       param_bytes: size of the parameters' shards.
       moment_bytes: size of the optimizer state's shards.
       ema_bytes: size of the EMA params' shards, which evaluation reads instead of the parameters; 0 without EMA.
@@ -121,7 +121,7 @@ def make_plan(
 
 
 def plan_here(program: Program) -> Plan:
-    """The plan of a program that was compiled for the devices of this process."""
+    """Compiles both steps of a program for the devices of this process, and returns their plan."""
     steps = ((program.train_step, program.train_spec), (program.main.step, program.main.spec))
     train, evaluation = (
         compile_step(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})

@@ -69,7 +69,8 @@ def traffic(collectives: Iterable[Collective]) -> list[Traffic]:
 
 def plans_text(topology: Topology, plans: Sequence[Plan]) -> str:
     """The table of a topology, the compile choices made, and the largest buffers of a step that does not fit."""
-    effort = ", compiled with little effort: memory and MB are right, the async column is not" if plans[0].fast else ""
+    little = ", compiled with little effort: memory and MB are nearly right, the async column is not"
+    effort = little if plans[0].fast else ""
     rows = [row for plan in plans for row in _rows(topology, plan)]
     notes = [note for plan in plans for note in _notes(plan)]
     return "\n".join([_title(topology) + effort, _table(rows), *notes])
@@ -106,18 +107,18 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _rows(topology: Topology | None, plan: Plan) -> list[list[str]]:
     rows = []
     for name, step in (("train", plan.train), ("evaluate", plan.evaluation)):
-        train = name == "train"
-        first = [plan.run.parallel.strategy if train else "", name]
+        is_train = name == "train"
+        first = [plan.run.parallel.strategy if is_train else "", name]
         first += [_gib(plan.param_bytes), _gib(plan.moment_bytes + plan.ema_bytes)]
-        first.append(_gib(plan.gradient_bytes) if train else "-")
+        first.append(_gib(plan.gradient_bytes) if is_train else "-")
         seconds = f"{step.seconds:.1f} s"
         if isinstance(step, OutOfMemory):
             peak = [_gib(step.needed_bytes), _share(step.needed_bytes, plan.hbm_bytes)]
             rows.append([*first, "-", "-", *peak, *["-"] * 6, seconds])
             continue
         all_bytes = plan.param_bytes + plan.moment_bytes + plan.ema_bytes
-        read = all_bytes if train else plan.ema_bytes or plan.param_bytes
-        memory = [_gib(max(0, step.argument_bytes - read)), _gib(step.temporary_bytes)]
+        read_bytes = all_bytes if is_train else plan.ema_bytes or plan.param_bytes
+        memory = [_gib(max(0, step.argument_bytes - read_bytes)), _gib(step.temporary_bytes)]
         memory += [_gib(step.peak_bytes), _share(step.peak_bytes, plan.hbm_bytes)]
         flops = f"{_bound(step.hlo.exact)}{step.hlo.flops / 1e9:,.1f}"
         cells = [_traffic_cells(topology, t) for t in traffic(step.hlo.collectives)] or [["none", *["-"] * 4]]

@@ -86,7 +86,11 @@ def search(
 
 
 def remat_policies(experiment: Any) -> tuple[str | None, ...]:
-    """The values of the experiment's setting `remat`; only None without such a setting."""
+    """The remat policies to try.
+
+    If the experiment has a setting `remat` with `choices` in its metadata, these are tried. Without `choices`, only the
+    value in the config is tried. Without such a setting, the result is (None,).
+    """
     fields = {field.name: field for field in dataclasses.fields(experiment)}
     return fields["remat"].metadata.get("choices") or (experiment.remat,) if "remat" in fields else (None,)
 

@@ -29,8 +29,8 @@ _QUIET = {
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# The published shapes of a slice. For 3D tori: a few small shapes, then every shape whose sides are multiples of 4, in
-# ascending order, up to the largest.
+# The published shapes of a slice. For 3D tori: a few small shapes, then every shape up to the largest whose sides are
+# multiples of 4 and do not decrease, such as 4x4x8.
 _SMALL_3D_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _FLAT_SHAPES = {
     "v2": ("2x2", "4x4", "8x8", "16x16"),
@@ -111,7 +111,8 @@ def _parse_name(name: str) -> tuple[str, tuple[int, ...]]:
     shapes = known_shapes(generation)
     if shape not in shapes:
         largest = "x".join(map(str, _LARGEST.get(generation, ())))
-        listed = ", ".join(_SMALL_3D_SHAPES) + f", and multiples of 4 in ascending order up to {largest}"
+        listed = ", ".join(_SMALL_3D_SHAPES)
+        listed += f", and shapes up to {largest} whose sides are multiples of 4 and do not decrease, such as 4x4x8"
         hint = re.sub(r" \(known: .*", "", did_you_mean(shape, shapes))
         raise UserError(
             f"no topology {name!r}{hint} (known for {generation}: "

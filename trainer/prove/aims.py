@@ -15,7 +15,8 @@ from trainer.prove.launch import SAVING, Aim, Hit
 
 PHASES = ("compile", "restore", "data", "step", "evaluate", SAVING)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-_AIM_WEIGHT = 0.3  # of a kill that was aimed at a phase and came in another, against one that came in it
+# A kill adds 1 to the phase in which it came, and this much to the phase at which it was aimed.
+_AIM_WEIGHT = 0.3
 
 
 class Aims:
@@ -79,7 +80,10 @@ class Aims:
 
 
 def _phases(lines: Sequence[dict[str, Any]]) -> list[tuple[str, int, float]]:
-    """Each phase with its step and its seconds; the last one, which may have been cut short, is left out."""
+    """Each phase with its step and its seconds, and then `SAVING` with those of each finished save.
+
+    The last phase, which may have been cut short, is left out.
+    """
     phases = [(line["phase"], line["step"], line["time"]) for line in lines if "phase" in line]
     found = [(a[0], a[1], b[2] - a[2]) for a, b in itertools.pairwise(phases)]
     began = {line[SAVING]: line["time"] for line in lines if SAVING in line}

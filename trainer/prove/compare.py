@@ -1,7 +1,6 @@
 """The comparison of a run that was killed and relaunched with an undisturbed one, from the files that both left."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from trainer.observe.phase_log import read_phase_log
 from trainer.observe.rows import read_rows
+from trainer.prove.rows import compare_losses, evaluation_differences, is_evaluation, row_differences
 from trainer.rules import paths
 
 # The files of a proof. Each of the folders `undisturbed` and `killed-1`, `killed-2`, … holds the workdir `run` and a
@@ -33,10 +33,11 @@ class Compared(NamedTuple):
     """How much was compared, and every difference, as a line of text."""
 
     arrays: int
-    batches: int
+    batches: int  # those that the killed run read; a batch counts once in each launch that read it
     rows: int
     evaluations: int
-    apart: float  # the largest difference between two losses, relative to the larger one; 0 bit for bit
+    # the largest difference between two losses, relative to the larger one; 0 if the comparison is bit for bit
+    apart: float
     differences: list[str]
 
 
@@ -55,19 +56,20 @@ def compare(undisturbed: Path, killed: Path, *, tolerance: float | None = None) 
     files = [folder / RUN / "metrics.jsonl" for folder in (undisturbed, killed)]
     rows, others = (list(read_rows(file)) for file in files)
     evaluations = [row for row in rows if is_evaluation(row)]
-    differences += _evaluation_differences(evaluated_steps(undisturbed), rows, others)
+    differences += evaluation_differences(evaluated_steps(undisturbed), *files)
     arrays: Mapping[str, np.ndarray] = {}
     apart = 0.0
     if tolerance is None:
-        differences += _row_differences(rows, others)
+        differences += row_differences(rows, others)
         if not differences and files[0].read_bytes() != files[1].read_bytes():
             differences.append("metrics.jsonl: the values are equal, the bytes are not")
         arrays, state_differences = _compare_states(undisturbed / RUN, killed / RUN)
         differences += state_differences
     else:
-        apart, loss_differences = _compare_losses(rows, others, tolerance)
+        apart, loss_differences = compare_losses(rows, others, tolerance)
         differences += loss_differences
-    return Compared(len(arrays), len(batches), len(rows), len(evaluations), apart, differences)
+    batch_count = len({(launch, line["batch"]) for launch, line in batches})
+    return Compared(len(arrays), batch_count, len(rows), len(evaluations), apart, differences)
 
 
 # States
@@ -81,7 +83,7 @@ def newest_step(workdir: Path) -> int | None:
 
 
 def read_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path, read by Orbax alone, without this project's code."""
+    """Every array of a checkpoint by its path. Orbax alone reads it; only the text of the paths is this project's."""
     tree = read_tree(workdir, step)
     return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
 
@@ -99,23 +101,24 @@ def _compare_states(undisturbed: Path, killed: Path) -> tuple[Mapping[str, np.nd
     steps = [newest_step(folder) for folder in (undisturbed, killed)]
     if steps[0] is None or steps[0] != steps[1]:
         return {}, [f"final state: the newest checkpoint is {steps[0]} undisturbed, {steps[1]} killed"]
-    here = read_state(undisturbed, steps[0])
+    expected = read_state(undisturbed, steps[0])
     try:
-        there = read_state(killed, steps[0])
+        found = read_state(killed, steps[0])
     except READ_ERRORS as error:
-        return here, [f"final state: the checkpoint of the killed run cannot be read: {str(error).splitlines()[0]}"]
-    return here, list(state_differences(here, there))
+        return expected, [f"final state: the checkpoint of the killed run cannot be read: {str(error).splitlines()[0]}"]
+    return expected, list(state_differences(expected, found))
 
 
-def state_differences(here: Mapping[str, np.ndarray], there: Mapping[str, np.ndarray]) -> Iterator[str]:
+def state_differences(undisturbed: Mapping[str, np.ndarray], killed: Mapping[str, np.ndarray]) -> Iterator[str]:
     """A line for each array that is not equal bit for bit, with the first element that differs."""
-    for path in [*here, *(path for path in there if path not in here)]:
-        if path not in here or path not in there:
-            yield f"final state: {path} is {'missing' if path not in here else 'there'} undisturbed, " + (
-                "there killed" if path not in here else "missing killed"
-            )
+    for path in [*undisturbed, *(path for path in killed if path not in undisturbed)]:
+        if path not in undisturbed:
+            yield f"final state: {path} is missing undisturbed, there killed"
             continue
-        a, b = np.asarray(here[path]), np.asarray(there[path])
+        if path not in killed:
+            yield f"final state: {path} is there undisturbed, missing killed"
+            continue
+        a, b = np.asarray(undisturbed[path]), np.asarray(killed[path])
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             yield f"final state: {path} is {a.dtype}{list(a.shape)} undisturbed, {b.dtype}{list(b.shape)} killed"
         elif a.tobytes() != b.tobytes():
@@ -130,11 +133,21 @@ def state_differences(here: Mapping[str, np.ndarray], there: Mapping[str, np.nda
 
 
 def _restore_differences(killed: Path) -> Iterator[str]:
-    """A line for each launch that did not restore, bit for bit, the newest checkpoint that was on disk before it."""
+    """A line for each launch that did not restore, bit for bit, the newest checkpoint that was on disk before it.
+
+    A process that was killed before its first batch may not have restored yet.
+    """
     for folder in launches(killed):
         before = json.loads((folder / BEFORE).read_text())
+        if before["step"] is None:
+            continue  # a state that `init_from` made is in the trace, too, but there is no checkpoint to compare with
         if before["problem"]:
             yield f"checkpoint {before['step']} before {folder.name} cannot be read: {before['problem']}"
+        for lines in _traces(folder):
+            batches = [line["batch"] for line in lines if "batch" in line]
+            if batches and not any("restored" in line for line in lines):
+                text = f"step {batches[0]} came first and nothing was restored, the newest checkpoint on disk was"
+                yield f"restore in {folder.name}: {text} {before['step']}"
         for line in _lines(folder, "restored"):
             if line["restored"] != before["step"]:
                 text = f"step {line['restored']} was restored, the newest checkpoint on disk was {before['step']}"
@@ -153,9 +166,13 @@ def launches(folder: Path) -> list[Path]:
 
 
 def _lines(launch: Path, key: str) -> list[dict[str, Any]]:
-    """The lines of all processes of a launch that have a key; none if it was killed before it wrote anything."""
-    traces = read_phase_log(launch) if list(launch.glob("process_*.jsonl")) else []
-    return [line for lines in traces for line in lines if key in line]
+    """The lines of all processes of a launch that have a key."""
+    return [line for lines in _traces(launch) for line in lines if key in line]
+
+
+def _traces(launch: Path) -> list[Sequence[dict[str, Any]]]:
+    """The lines of each process of a launch; empty if it was killed before it wrote anything."""
+    return read_phase_log(launch) if list(launch.glob("process_*.jsonl")) else []
 
 
 def _ids(undisturbed: Path) -> dict[int, np.ndarray]:
@@ -188,51 +205,10 @@ def _batch_differences(
             yield f"batch of step {step}: no launch read example {int(np.argmin(seen))}"
 
 
-# Metrics
-
-
-def is_evaluation(row: Mapping[str, Any]) -> bool:
-    """Whether a row of metrics is that of an evaluation."""
-    return any(name.endswith("/examples") for name in row)
+# Evaluations
 
 
 def evaluated_steps(undisturbed: Path) -> list[int]:
     """The steps after which the undisturbed run evaluated, as its trace says."""
     lines = _lines(launches(undisturbed)[0], "phase")
     return sorted({line["step"] for line in lines if line["phase"] == "evaluate"})
-
-
-def _evaluation_differences(steps: list[int], rows: list[dict], others: list[dict]) -> Iterator[str]:
-    for name, found in (("undisturbed", rows), ("killed", others)):
-        counts = [sum(row["step"] == step and is_evaluation(row) for row in found) for step in steps]
-        for step, count in zip(steps, counts, strict=True):
-            if count != 1:
-                yield f"evaluation of step {step}: it has {count} rows in metrics.jsonl of the {name} run"
-
-
-def _row_differences(rows: list[dict], others: list[dict]) -> Iterator[str]:
-    if len(rows) != len(others):
-        yield f"metrics.jsonl: {len(rows)} rows undisturbed, {len(others)} killed"
-    for number, (a, b) in enumerate(zip(rows, others, strict=False), 1):
-        for name in a | b:
-            if json.dumps(a.get(name)) != json.dumps(b.get(name)):  # as text: NaN is no row's value, −0.0 is not 0.0
-                where = f"metrics.jsonl, row {number} (step {a['step']}): {name}"
-                yield f"{where} is {a.get(name, 'missing')} undisturbed, {b.get(name, 'missing')} killed"
-
-
-def _compare_losses(rows: list[dict], others: list[dict], tolerance: float) -> tuple[float, list[str]]:
-    """The largest relative difference of two losses, and a line for each that is above the tolerance."""
-    steps = [[(row["step"], is_evaluation(row)) for row in found] for found in (rows, others)]
-    if steps[0] != steps[1]:
-        return math.inf, [f"metrics.jsonl: {len(rows)} rows undisturbed, {len(others)} killed, of other steps"]
-    largest, differences = 0.0, list[str]()
-    for number, (a, b) in enumerate(zip(rows, others, strict=True), 1):
-        for name in (name for name in a if name.endswith("/loss")):
-            here, there = a[name], b.get(name)
-            missing = here is None or there is None
-            apart = math.inf if missing else abs(here - there) / max(abs(here), abs(there), 1e-30)
-            largest = max(largest, apart)
-            if apart > tolerance:
-                where = f"metrics.jsonl, row {number} (step {a['step']}): {name}"
-                differences.append(f"{where} is {here} undisturbed, {there} killed, {apart:.1e} apart")
-    return largest, differences

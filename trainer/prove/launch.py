@@ -35,7 +35,7 @@ class ProcessLayout(NamedTuple):
 class Aim(NamedTuple):
     """The moment for a signal, and the process that gets it."""
 
-    phase: str  # one of `trace.PHASES`, or `SAVING`
+    phase: str  # one of `aims.PHASES`
     step: int  # the first update at which the phase counts
     last: int  # after this update the signal is sent in any phase
     delay: float  # seconds after the phase has begun
@@ -129,7 +129,7 @@ def run_launch(
             if sum(trail.read() for trail in watched) and hit is None:
                 deadline = time.monotonic() + limit
             if hit is None and aim is not None:
-                hit = _try(aim, watched)
+                hit = _send_if_due(aim, watched)
             if time.monotonic() > deadline:
                 since = "its last line of the trace" if hit is None else "its signal"
                 raise HostError(f"a launch still ran {limit:g} s after {since}; its output is in {folder}")
@@ -141,8 +141,8 @@ def run_launch(
     return End(code, hit, time.monotonic() - began)
 
 
-def _try(aim: Aim, trails: Sequence[Trail]) -> Hit | None:
-    """Sends the signal if its moment has come, and returns the moment.
+def _send_if_due(aim: Aim, trails: Sequence[Trail]) -> Hit | None:
+    """Sends the signal if its moment has come, and returns the moment; None if it has not come.
 
     A process can leave a phase before the signal arrives. So it is stopped first, and goes on if it has left.
     """

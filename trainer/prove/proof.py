@@ -44,32 +44,35 @@ class Kill(NamedTuple):
 
 @dataclass
 class Proof:
-    """A proof in a folder of its own, step by step; `run` makes all of them.
+    """A proof, with a folder of its own. `run` makes the whole proof.
 
     Attributes:
       arguments: those of `train`: the config and its overrides, without a workdir.
       total_steps: the updates of the run.
       layouts: each launch comes up on one of them, chosen at random; the undisturbed run on the first.
-      kills: how many there shall be.
+      kill_count: how many kills there shall be.
       seed: of everything random.
       folder: an empty folder, for the workdirs, the traces and the output of every launch.
       tolerance: of losses, relative, if there are several process layouts.
-      limit: seconds without progress after which a launch counts as stuck.
-      show: gets a line of text for each kill.
+      limit: seconds without progress, or after the signal, until a launch counts as stuck.
+      show: gets a line of text for the undisturbed run, for each kill, and for each run that was killed and finished.
+      kills: those that were made.
+      compared: the comparison of each run that was killed and finished.
+      keeps: whether the folders of such runs stay; those with a difference always stay.
     """
 
     arguments: Sequence[str]
     total_steps: int
     layouts: Sequence[ProcessLayout]
-    kills: int
+    kill_count: int
     seed: int
     folder: Path
     tolerance: float
     limit: float
     show: Callable[[str], None]
-    done: list[Kill] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
     compared: list[Compared] = field(default_factory=list)
-    keeps: bool = True  # whether folders of finished rounds stay
+    keeps: bool = True
 
     def run(self) -> list[str]:
         """Makes the proof; returns every difference, none if it holds."""
@@ -83,7 +86,7 @@ class Proof:
             self.show(f"undisturbed: {self.total_steps:,} steps in {end.seconds:.1f} s")
             aims = Aims(rng, undisturbed / f"{LAUNCH}001", self.total_steps)
             number, differences = 0, list[str]()
-            while not differences and (len(self.done) < self.kills or number == 0):
+            while not differences and (len(self.kills) < self.kill_count or number == 0):
                 number += 1
                 differences = self._round(self.folder / f"{KILLED}{number}", aims, rng)
             return differences
@@ -98,7 +101,7 @@ class Proof:
         while True:
             layout = self.layouts[int(rng.integers(len(self.layouts)))]
             start = newest_step(folder / RUN) or 0
-            left = self.kills - len(self.done)
+            left = self.kill_count - len(self.kills)
             aim = aims.choose(start, left, layout.processes) if left else None
             end = self._launch(folder, layout, aim)
             launch = sorted(folder.glob(f"{LAUNCH}*"))[-1]
@@ -107,9 +110,9 @@ class Proof:
                 if hit.step > self.total_steps:  # it waited for the last save: no batch is left to wait for
                     hit = hit._replace(phase="end", step=self.total_steps)
                 end = end._replace(hit=hit)
-                self.done.append(Kill(f"{folder.name}/{launch.name}", layout, aim, end))
+                self.kills.append(Kill(f"{folder.name}/{launch.name}", layout, aim, end))
                 aims.count(aim, hit)
-                self.show(f"kill {len(self.done)} of {self.kills}: {_text(self.done[-1])}")
+                self.show(f"kill {len(self.kills)} of {self.kill_count}: {_text(self.kills[-1])}")
             if problem := self._problem(aim, end, folder):
                 return [f"{folder.name}/{launch.name} {problem}:\n{_errors(folder)}"]
             if end.code == 0:
@@ -145,7 +148,7 @@ class Proof:
         batches, rows, evaluations = (
             sum(getattr(compared, name) for compared in self.compared) for name in ("batches", "rows", "evaluations")
         )
-        done = f"{len(self.done)} of {self.kills} kills"
+        done = f"{len(self.kills)} of {self.kill_count} kills"
         runs = f" ({len(self.compared)} runs)" if len(self.compared) > 1 else ""
         if len(self.layouts) == 1:
             state = f"final state ({arrays} arrays), ids of {batches} batches, {rows} rows of metrics"

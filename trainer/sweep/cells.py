@@ -16,10 +16,14 @@ from trainer import config
 from trainer.errors import UserError
 
 SEED = "seed"
-_NAME_LENGTH = 200  # characters of a folder's name, of at most 255
+_NAME_BYTES = 200  # the most bytes of a folder's name in UTF-8; file systems allow 255
 _NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})(:log)?")
 _DIGITS = 4  # of a number that is drawn: enough for a search, and few enough for a name
+# The paths of the settings that `trainer.sharing` makes arguments of the compiled program.
+_ARGUMENTS = re.compile(
+    rf"{SEED}|optimizer\.(groups\..+\.)?(decay_)?schedule\.(peak|final)|optimizer\.groups\..+\.weight_decay"
+)
 
 Override = Callable[[config.Run, Sequence[str]], config.Run]  # as `trainer.commands.arguments.override`
 
@@ -44,28 +48,29 @@ def make_cells(run: config.Run, sweep: config.Sweep, override: Override) -> tupl
     Args:
       run: what all cells have in common, not yet resolved.
       sweep: what varies.
-      override: gives a copy of the run the settings of flags such as "--config.seed=1", and checks them.
+      override: applies flags such as "--config.seed=1" to a run in place, checks them, and returns the run. It is
+        called with a copy.
 
-    Raises `UserError` for an unknown setting, with the nearest, a value that it does not take, a value that is there
-    twice, and settings of a cell that contradict each other.
+    Raises `UserError` for an unknown setting, with the nearest, a value that it does not take, a value that the grid
+    has twice, and settings of a cell that contradict each other.
     """
     if not (sweep.grid or sweep.random):
         raise UserError("nothing varies: give --grid PATH=VALUE,VALUE, or get_sweep() in the config file")
     if both := sorted(sweep.grid.keys() & sweep.random.keys()):
         raise UserError(f"{both[0]} is in the grid and drawn at random; give one of them")
     axes = {path: _axis(run, path, values, override) for path, values in sweep.grid.items()}
-    cells, again = list[Cell](), 0
+    cells, duplicate_count = list[Cell](), 0
     names = set[str]()
     for trial in range(sweep.trials if sweep.random else 1):
         drawn = {path: draw(run, path, text, sweep.search_seed, trial) for path, text in sweep.random.items()}
         for texts in itertools.product(*axes.values()):
             cell = _cell(len(cells), run, drawn | dict(zip(axes, texts, strict=True)), override)
             if cell.name in names:
-                again += 1
+                duplicate_count += 1
                 continue
             names.add(cell.name)
             cells.append(cell)
-    return cells, again
+    return cells, duplicate_count
 
 
 def _axis(run: config.Run, path: str, values: str | Sequence[Any], override: Override) -> list[str]:
@@ -138,9 +143,13 @@ def draw(run: config.Run, path: str, text: str, seed: int, trial: int) -> str:
         raise UserError(f"--random {path}={text} is no range: {order} is expected")
     kinds = typing.get_args(hint) or (hint,)
     if int in kinds and float not in kinds:
+        first, last = math.ceil(low), math.floor(high)
+        if first > last:
+            raise UserError(f"--random {path}={text} is a range without an integer, and config.{path} is an integer")
         if is_log:  # each integer gets its share of the logarithmic scale
-            return str(min(int(math.exp(rng.uniform(math.log(low), math.log(high + 1)))), int(high)))
-        return str(rng.integers(math.ceil(low), math.floor(high), endpoint=True))
+            drawn = int(math.exp(rng.uniform(math.log(first), math.log(last + 1))))
+            return str(min(max(drawn, first), last))
+        return str(rng.integers(first, last, endpoint=True))
     number = math.exp(rng.uniform(math.log(low), math.log(high))) if is_log else rng.uniform(low, high)
     return repr(min(max(float(f"{number:.{_DIGITS}g}"), low), high))
 
@@ -149,10 +158,11 @@ def cell_name(settings: Mapping[str, Any]) -> str:
     """A name for a folder, the same for the same settings: paths and values, in the order of the paths."""
     exact = ",".join(f"{path}={_shown(value)}" for path, value in settings.items())
     name = re.sub(r"[^\w.,=+-]", "_", exact)
-    if name == exact and len(name) <= _NAME_LENGTH:
+    if name == exact and len(name.encode()) <= _NAME_BYTES:
         return name
     # Something is left out, so two names could be alike: the hash tells them apart.
-    return f"{name[: _NAME_LENGTH - 9]}~{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    cut = name.encode()[: _NAME_BYTES - 9].decode(errors="ignore")  # without the rest of a letter that is cut
+    return f"{cut}~{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
 
 def _shown(value: Any) -> str:
@@ -171,5 +181,4 @@ def groups_of(cells: Sequence[Cell]) -> dict[tuple[tuple[str, Any], ...], list[C
 
 def constants(cell: Cell) -> tuple[tuple[str, Any], ...]:
     """The settings that are constants of a cell's compiled program; `trainer.sharing` makes arguments of the others."""
-    shared = (SEED, ".peak", ".final", ".weight_decay")
-    return tuple((path, value) for path, value in cell.settings.items() if not path.endswith(shared))
+    return tuple((path, value) for path, value in cell.settings.items() if not _ARGUMENTS.fullmatch(path))

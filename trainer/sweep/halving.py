@@ -1,8 +1,8 @@
 """The step to which each cell is trained: the end of its run, or a rung of successive halving.
 
 Successive halving (Jamieson and Talwalkar, AISTATS 2016, arXiv:1502.07943) trains all cells for a few steps, keeps the
-best one in η, trains these η times as long, and so on. A cell that goes on continues from its checkpoint; schedules are
-those of the whole run, so a cell that reaches the end is, bit for bit, the run that was never stopped.
+best 1/η of them, trains these η times as long, and so on. A cell that goes on continues from its checkpoint; schedules
+are those of the whole run, so a cell that reaches the end is, bit for bit, the run that was never stopped.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,9 @@ def rungs(total_steps: int, groups: int, eta: int, first: int | None = None) -> 
     Args:
       total_steps: of the run.
       groups: how many begin.
-      eta: one group in so many goes on, at least one, and the steps grow by this factor; 2 or more.
-      first: the first step; None for the one from which `total_steps` is reached when one group is left.
+      eta: 1/eta of the groups go on, at least one group, and the steps grow by this factor; 2 or more.
+      first: the step of the first rung. None: total_steps // eta**k, at least 1. Here k is how often the number of
+        groups can be divided by `eta` until one is left.
     """
     times = 0
     while eta ** (times + 1) <= groups:

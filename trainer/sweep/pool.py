@@ -28,8 +28,9 @@ _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 2.0  # between looks at cells that other sweeps train
 _END_SECONDS = 60.0  # for a process to save its state and end, before it is killed
 _TAIL_BYTES = 1 << 16  # of a log, in which the last error is looked for
-# By these each process of a group would find the others; a cell is a run of one process.
-_GROUPS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE")
+# Environment variables by which JAX finds the processes of one run. They are removed for the cells, since a cell is a
+# run of one process.
+_CLUSTER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE")
 # Runs a command that the kernel kills as soon as its parent, of process id argv[1], is gone. (On systems other than
 # Linux it goes on, and its workdir is locked until it ends.)
 _DIE_WITH_PARENT = """
@@ -161,7 +162,7 @@ class Pool:
             self._show(f"waiting for {', '.join(cell.name for cell in left)}: another process trains there")
 
     def _compiling(self, compiles_alike: Callable[[Cell], object]) -> dict[str, object]:
-        """What the cells that run and have not trained yet compile."""
+        """For each running cell that has no row of metrics yet: the value of `compiles_alike`, by name."""
 
         def has_trained(cell: Cell) -> bool:
             file = self._results.workdir(cell) / "metrics.jsonl"
@@ -187,7 +188,7 @@ class Pool:
 
     def _start(self, cell: Cell, until: int, claim: ExitStack) -> None:
         command = self._command(cell, until)
-        environment = {name: value for name, value in os.environ.items() if name not in _GROUPS}
+        environment = {name: value for name, value in os.environ.items() if name not in _CLUSTER_VARIABLES}
         file = self._results.workdir(cell) / LOG
         try:
             with file.open("ab") as log:
@@ -207,15 +208,16 @@ class Pool:
         self._show(f"{cell.name}: process {process.pid} trains to step {until:,}")
 
     def _collect(self) -> bool:
-        """Keeps how each process ended that has ended; returns whether any has."""
+        """Writes the result of each process that has ended. Returns whether any has ended."""
         ended = [child for child in self._children if child.process.poll() is not None]
         for child in ended:
             self._children.remove(child)
             with child.claim:
-                self._keep(child)
+                self._record(child)
         return bool(ended)
 
-    def _keep(self, child: _Child) -> None:
+    def _record(self, child: _Child) -> None:
+        """Writes the result of a process that has ended, and shows a line about it."""
         cell, code = child.cell, child.process.returncode
         seconds = time.monotonic() - child.began
         if code == 0:

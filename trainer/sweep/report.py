@@ -22,7 +22,11 @@ class Outcome(NamedTuple):
 
     @property
     def status(self) -> str:
-        """One word: done, stopped (by successive halving), diverged, failed or open."""
+        """One word: done, stopped, diverged, failed or open.
+
+        `stopped`: the cell has reached a rung of successive halving, before the end of its run. It may still go on
+        while other cells of the rung train.
+        """
         if self.metrics is not None:
             return "done" if self.step == self.cell.run.total_steps else "stopped"
         if self.failure is None:
@@ -144,10 +148,10 @@ def csv_text(found: Sequence[Outcome]) -> str:
 
 
 def figure(groups: Sequence[Group], results: Results) -> Any:
-    """A `matplotlib.figure.Figure`: the metric by one setting, a number if any varies, with a line for the others.
+    """A `matplotlib.figure.Figure` of the metric against one varying setting, a numeric one if there is any.
 
-    Bars are standard deviations over seeds. Where cells were stopped at different steps, it shows the metric by step
-    instead, a line for each cell.
+    It has one line for each combination of the other settings. Bars are standard deviations over seeds. Where cells
+    were stopped at different steps, it shows the metric by step instead, a line for each cell.
     """
     from matplotlib.figure import Figure
 

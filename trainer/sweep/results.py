@@ -69,7 +69,8 @@ class Results:
         """Keeps the evaluations of a cell that was just trained to a step; raises `HostError`."""
         rows = read_rows(self.workdir(cell) / "metrics.jsonl")
         row = next((row for row in rows if row["step"] == step), {})
-        self._write(cell, f"step-{step}.json", {k: v for k, v in row.items() if not k.startswith(("train/", "step"))})
+        evaluated = {k: v for k, v in row.items() if k != "step" and not k.startswith("train/")}
+        self._write(cell, f"step-{step}.json", evaluated)
         (self.workdir(cell) / OWN / "failure.json").unlink(missing_ok=True)
 
     def write_failure(self, cell: Cell, failure: Failure) -> None:

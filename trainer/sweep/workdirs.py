@@ -1,4 +1,8 @@
-"""The workdirs of a sweep's cells: made with their settings, and never used for other ones."""
+"""The workdirs of a sweep's cells, each with the settings of its cell.
+
+Until any cell has a checkpoint, a sweep with other settings may write them there. After that, other settings that
+change the updates are an error.
+"""
 
 from collections.abc import Sequence
 from typing import Any
