@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer import distributed
 from trainer.config import Run, schedules
-from trainer.data import ArraySource, BatchSource, FirstExamples, take
+from trainer.data import ArraySource, BatchSource, take
 from trainer.data.memory import check_reads_are_equal, fits_in_memory
 from trainer.data.mixture import Mixture
 from trainer.errors import UserError
@@ -73,7 +73,6 @@ def dry_run(run: Run) -> str:
 
 def _check_reads(source: Any, limit_bytes: int) -> None:
     """Raises the error with which the run would end if it loads the source into memory and the source is random."""
-    source = source.source if isinstance(source, FirstExamples) else source  # the run loads the whole source
     if not fits_in_memory(source, limit_bytes):
         return
     for part in [part for part, _ in source.parts.values()] if isinstance(source, Mixture) else [source]:
