@@ -23,6 +23,7 @@ from trainer.commands import run as command
 from trainer.errors import DivergedError, UserError
 from trainer.export import write_safetensors
 from trainer.init_from import plan_init
+from trainer.init_from.sources import open_variables
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
 from trainer.program import build_program
@@ -131,6 +132,23 @@ def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
     assert re.search(rf"^out/kernel +{kinds} ", text, re.MULTILINE)
     assert re.search(r"^first/kernel +taken, float32\[8, 16\] +dense/kernel$", text, re.MULTILINE)
     assert ("not used: head/bias, head/kernel" in text) == (rule == "fresh")
+
+
+def test_a_name_is_replaced_as_a_whole(old):
+    rename = ((r"dense/k|dense/kernel", "first/kernel"), (r"head/(kern|kernel|bias)", r"out/\1"))
+    run = run_of(experiment=Wide(classes=3), init_from=config.InitFrom(str(old), rename))
+    beginning = plan_init(build_program(config.resolve(run)))
+    assert beginning is not None
+    taken = {row.name: row.source for row in beginning.rows}
+    assert taken["first/kernel"] == "dense/kernel"
+    assert taken["out/kernel"] == "head/kernel"
+
+
+def test_a_collection_whose_name_begins_with_step_is_kept_and_the_step_itself_is_not(tmp_path):
+    tree = {"params": {"w": np.zeros(2)}, "step_stats": {"seen": np.zeros(3)}, "step": np.zeros((), np.int32)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((tmp_path / "tree").absolute(), tree)
+    assert set(open_variables(str(tmp_path / "tree")).leaves) == {"w", "step_stats/seen"}
 
 
 def test_the_table_is_shown_once_and_a_killed_run_begins_and_resumes_the_same(old, tmp_path):

@@ -1,4 +1,4 @@
-"""The folder about a step that diverged: its state, its examples and its key, which `replay` reads."""
+"""The folder about a step that diverged: the state before it, its examples and its key; `replay` reads it."""
 
 import itertools
 import json
@@ -23,6 +23,7 @@ from trainer.state import TrainState
 from trainer.versions import versions
 
 _FILE, _STATE = "step.json", "state"
+RECOMPUTED_SPIKE = "recomputed, all is finite and the loss is a spike again"
 
 
 class Diverged(NamedTuple):
@@ -30,7 +31,9 @@ class Diverged(NamedTuple):
 
     step: int  # counted from 1
     seed: int
-    key: list[int]  # the data of the step's key, uint32
+    # The data of fold_in(key of all steps, step − 1), uint32, which `step_keys` splits. For the reader: `replay` computes
+    # its keys from the config.
+    key: list[int]
     positions: list[int]  # of the batch in the order of the examples: the first, and the one after the last
     ids: list[int]  # the index in the source of each example of the batch
     reason: str  # why the run was stopped
@@ -43,22 +46,24 @@ class Diverged(NamedTuple):
 def explain(session: Session, error: DivergedError) -> DivergedError:
     """The error with the last checkpoint and the folder about the step, which is written here.
 
-    All processes of a run call it. The folder is WORKDIR/diverged/STEP, or a name after it that is free.
+    All processes of a run call it. The folder is WORKDIR/diverged/STEP. If it exists, `-again` is appended until the name
+    is free.
     """
     step, store = error.step, session.store
     with suppress(HostError):  # an earlier save may have failed; that did not cause the divergence
         store.wait()
     earlier = [saved for saved in store.steps() if saved < step]
     last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
-    names = (f"{step}{'-again' * i}" for i in itertools.count())
-    folder = next(path for name in names if not (path := session.workdir.path / "diverged" / name).exists())
+    names, place = (f"{step}{'-again' * i}" for i in itertools.count()), session.workdir.path / "diverged"
+    free = next(name for name in names if not (place / name).exists())
+    folder = place / distributed.gather("the folder of a step", free)[0]  # the first process may be quick to make it
     try:
         about = f"{_keep(session, error, earlier[-1] if earlier else 0, folder)}"
         about += f"; python -m trainer replay {folder} looks for the cause"
     except HostError as fault:
         about = f"nothing more is known: {fault}"
-    drop = "--config.numerics.on_nonfinite=skip would drop such updates"
-    return error.explained(f"the run is stopped, {last}; {about}; {drop}")
+    drop = "; --config.numerics.on_nonfinite=skip would drop such updates" if error.can_be_skipped else ""
+    return error.explained(f"the run is stopped, {last}; {about}{drop}")
 
 
 def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -> str:
@@ -86,6 +91,8 @@ def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -
         text = f"the state before step {step} is not finite either"
     elif problem := not_finite(state, metrics):
         text = f"recomputed, {problem} again"
+    elif "skipped" in metrics and metrics["skipped"].compute():
+        text = RECOMPUTED_SPIKE
     else:
         text = "recomputed, it is finite: suspect the hardware or nondeterminism"
     first, stop = (step - 1) * run.batch_size, step * run.batch_size
@@ -146,5 +153,5 @@ def read_state(folder: AnyPath, diverged: Diverged, like: TrainState) -> TrainSt
 
 
 def keys_of(run: config.Run, step: int) -> tuple[Any, Any]:
-    """The key of a step, counted from 1, and that of its examples."""
+    """The keys of a step, counted from 1: that of its loss, and that from which its examples get theirs."""
     return step_keys(run_keys(run)[1], step - 1)

@@ -25,16 +25,22 @@ class CollectiveError(Exception):
 
 
 class DivergedError(CollectiveError):
-    """The loss, the gradient or the state of a step is not finite."""
+    """Training diverged: a loss, a gradient or a state is not finite, or `max_skips` updates in a row were dropped."""
 
-    def __init__(self, text: str, step: int) -> None:
-        """`step` is counted from 1. `explain` adds to the text."""
+    def __init__(self, text: str, step: int, *, can_be_skipped: bool = False) -> None:
+        """`divergence.explain` adds to the text.
+
+        Args:
+          text: the reason.
+          step: counted from 1.
+          can_be_skipped: whether `numerics.on_nonfinite="skip"` would have dropped the update.
+        """
         super().__init__(text)
-        self.reason, self.step = text, step
+        self.reason, self.step, self.can_be_skipped = text, step, can_be_skipped
 
     def explained(self, more: str) -> "DivergedError":
         """The same error with a longer text."""
-        error = DivergedError(f"{self.reason}; {more}", self.step)
+        error = DivergedError(f"{self.reason}; {more}", self.step, can_be_skipped=self.can_be_skipped)
         error.reason = self.reason
         return error
 

@@ -145,7 +145,8 @@ class EarlyStopping(Hook):
 
     def on_start(self, event: Event) -> None:
         """Takes up the evaluations of earlier launches; raises `UserError` if the run has no such evaluation."""
-        if (name := self.metric.partition("/")[0]) not in event.hooks.evaluations:
+        if self._evaluation(event) is None:
+            name = self.metric.partition("/")[0]
             unknown = f"names the evaluation {name!r}, which the run does not have"
             raise UserError(f"metric {self.metric!r} {unknown}{did_you_mean(name, event.hooks.evaluations)}")
         self._best, self._since = math.inf, 0
@@ -154,11 +155,16 @@ class EarlyStopping(Hook):
 
     def on_evaluate(self, event: Event) -> None:
         """Stops the run if it is time; raises `UserError` if the metric is not evaluated."""
-        if not any(name.startswith(self.metric.partition("/")[0] + "/") for name in event.metrics):
+        if not any(name.startswith(f"{self._evaluation(event)}/") for name in event.metrics):
             return  # another evaluation
         if self.metric not in event.metrics:
             raise UserError(f"metric {self.metric!r} is not evaluated{did_you_mean(self.metric, event.metrics)}")
         self._add(event, event.step, event.metrics[self.metric])
+
+    def _evaluation(self, event: Event) -> str | None:
+        """The name of the evaluation that the metric is of, which may hold slashes; None if the run has none."""
+        names = (name for name in event.hooks.evaluations if self.metric.startswith(f"{name}/"))
+        return max(names, key=len, default=None)
 
     def _add(self, event: Event, step: int, value: float) -> None:
         if self._sign * value < self._best - self._min_delta:

@@ -74,8 +74,13 @@ def abstract_params(
 
 def check_same_shapes(before: Any, after: Any) -> None:
     """Raises `UserError` unless a step returns a state with the shapes and dtypes of the one before."""
-    flat = jax.tree_util.tree_leaves_with_path(before)
-    for (path, old), new in zip(flat, jax.tree.leaves(after), strict=True):
+    flat, new_flat = ({path_of(k): x for k, x in jax.tree_util.tree_leaves_with_path(s)} for s in (before, after))
+    for name, old in flat.items():
+        if (new := new_flat.get(name)) is None:
+            raise UserError(f"a step returns a state without {name}; its arrays must stay the same")
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            name = path_of(path)
             raise UserError(f"a step turns {name} from {old.dtype}{list(old.shape)} into {new.dtype}{list(new.shape)}")
+    if more := [name for name in new_flat if name not in flat]:
+        raise UserError(f"a step adds {more[0]} to the state; its arrays must stay the same")
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise UserError("a step returns a state of another structure, with the same arrays; it must stay the same")

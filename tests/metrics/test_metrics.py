@@ -189,6 +189,11 @@ def test_weights_of_another_shape_are_an_error(of):
         of(*arrays, jnp.ones(4))
 
 
+def test_labels_of_another_shape_than_the_predictions_are_an_error():
+    with pytest.raises(ValueError, match=r"needs values and weights of one shape, not \(4, 1\) and \(4,\)"):
+        ConfusionMatrix.of(jnp.zeros(4, jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.ones(4), classes=2)
+
+
 @flax.struct.dataclass
 class Extremes:
     """A user's own metric: how many values are far out, and their share."""

@@ -161,8 +161,8 @@ def _renamed(source: VariableSource, settings: config.InitFrom) -> dict[str, str
         name = there
         for pattern, replacement in settings.rename:
             try:
-                if re.fullmatch(pattern, there):
-                    name, _ = re.sub(pattern, replacement, there, count=1), used.add(pattern)
+                if (match := re.fullmatch(pattern, there)) is not None:
+                    name, _ = match.expand(replacement), used.add(pattern)
                     break
             except re.error as error:
                 raise UserError(f"init_from.rename {pattern!r} → {replacement!r}: {error}") from error

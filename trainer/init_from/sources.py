@@ -173,10 +173,11 @@ _DTYPES |= {f"{sign}{bits}": f"{kind}int{bits}" for sign, kind in (("I", ""), ("
 def _variable_names(paths: Mapping[str, Leaf]) -> dict[str, str]:
     """The path of each variable by its name.
 
-    Strips the leading "params/" and drops optimizer state. A tree without "params" is used as it is.
+    A tree without "params" is used as it is. Of any other, a name lacks the leading "params/", also where it is there
+    twice. The step and everything below "opt_state", "tx" and "ema" is left out.
     """
     if not any(path.startswith("params/") for path in paths):
         return {path: path for path in paths}
     own = {path.removeprefix("params/").removeprefix("params/"): path for path in paths if path.startswith("params/")}
-    others = ("opt_state/", "step", "params/", "tx/", "ema/")
-    return own | {path: path for path in paths if not path.startswith(others)}
+    others = ("opt_state/", "params/", "tx/", "ema/")
+    return own | {path: path for path in paths if path != "step" and not path.startswith(others)}

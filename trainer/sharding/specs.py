@@ -79,6 +79,8 @@ def param_specs(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]
         if by_rule:
             axes, why = by_rule[i], "rule"
         elif names := logical.get(path):
+            if twice := next((name for name in names if name is not None and names.count(name) > 1), None):
+                raise UserError(f"{path} has the logical axis {twice!r} twice: {names}")
             # Flax's own semantics: rules in order, and no axis of the mesh twice in one array.
             axes, why = nn.logical_to_mesh_axes(names, rules) or (), f"logical axes {', '.join(map(str, names))}"
         else:
