@@ -31,8 +31,8 @@ class Diverged(NamedTuple):
 
     step: int  # counted from 1
     seed: int
-    # The data of fold_in(key of all steps, step − 1), uint32, which `step_keys` splits. For the reader: `replay` computes
-    # its keys from the config.
+    # The data of fold_in(key of all steps, step − 1), uint32, which `step_keys` splits. For people who look: `replay`
+    # computes its keys from the config.
     key: list[int]
     positions: list[int]  # of the batch in the order of the examples: the first, and the one after the last
     ids: list[int]  # the index in the source of each example of the batch
@@ -46,8 +46,8 @@ class Diverged(NamedTuple):
 def explain(session: Session, error: DivergedError) -> DivergedError:
     """The error with the last checkpoint and the folder about the step, which is written here.
 
-    All processes of a run call it. The folder is WORKDIR/diverged/STEP. If it exists, `-again` is appended until the name
-    is free.
+    All processes of a run call it. The folder is WORKDIR/diverged/STEP. If it exists, `-again` is appended until the
+    name is free.
     """
     step, store = error.step, session.store
     with suppress(HostError):  # an earlier save may have failed; that did not cause the divergence

@@ -34,8 +34,9 @@ def write_safetensors(trained: Trained, file: Path) -> str:
 def write_stablehlo(trained: Trained, file: Path) -> str:
     """Writes `predict` with its variables as one program for batches of any size, as `jax.export` serialises it.
 
-    Its argument is a batch with the entries of the data that `predict` uses. Returns a text with them. Raises
-    `UserError` if the experiment makes no predictions, or none for a batch whose size is not known.
+    The program takes a batch with only those entries that `predict` uses. Returns a text with the dtypes and shapes of
+    inputs and outputs, and the platforms. Raises `UserError` if the experiment makes no predictions, or none for a
+    batch whose size is not known.
     """
     experiment, run = trained.experiment, trained.run
     predict = predictor(experiment).predict

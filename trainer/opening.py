@@ -115,7 +115,7 @@ def _check_profile(profile: tuple[int, int] | None, start: int, last: int) -> No
 def _check_evaluations(program: Program) -> None:
     """Raises `UserError` if metrics of an evaluation would have the names of training metrics."""
     if "train" in program.evaluations:
-        instead = "name this one otherwise, as in evaluations={'train-set': Evaluation('train')}, with another main split"
+        instead = "name this one otherwise, as evaluations={'train-set': Evaluation('train')}, with another main split"
         raise UserError(f"evaluation.split is 'train', and training metrics are named train/loss and so on: {instead}")
 
 

@@ -191,7 +191,9 @@ class _EagerStep:
                 return found
         return NotFinite()
 
-    def _microbatch(self, params: Any, collections: Any, batch: Batch, key: Any, ids: np.ndarray) -> tuple[NotFinite, Any]:
+    def _microbatch(
+        self, params: Any, collections: Any, batch: Batch, key: Any, ids: np.ndarray
+    ) -> tuple[NotFinite, Any]:
         def loss(params: Any, mask: Any) -> Any:
             variables = {"params": params, **collections}
             metrics, new = self.experiment.loss(variables, {**batch, "mask": mask}, key=key, train=True)

@@ -32,7 +32,7 @@ class Trained:
 
     run: config.Run  # its description, resolved
     variables: Variables  # "params", the EMA params if the run keeps them, and the model's collections
-    step: int  # updates made
+    step: int  # steps made
     metrics: Mapping[str, float]  # of this step, as far as they were logged, such as "test/accuracy"
 
     @property

@@ -34,7 +34,7 @@ class Resumed(NamedTuple):
     """How a run begins."""
 
     state: TrainState | None  # None: it begins anew
-    start: int  # updates made
+    start: int  # steps made before this launch
     row_count: int | None  # number of rows in metrics.jsonl when the checkpoint was saved; None for a new run
     data: DataIdentity  # the training examples
     accepted: list[dict[str, Any]]  # all accepted changes of the trajectory: step, texts, hash of the config before
@@ -108,7 +108,8 @@ class Resume:
             known = {entry.get("config") for entry in self.workdir.accepted() if isinstance(entry, dict)}
             if theirs != ours and _hash(metadata.config) not in known:
                 raise DamagedError(f"it belongs to another run: {listed(sorted(theirs - ours or ours - theirs))}")
-        # If settings differ, `_changes` reports all differences together: the data is compared here only if none does.
+        # If settings differ, `_changes` reports them together with any difference of the data. So the data is compared
+        # here only if all settings are equal.
         is_same = not self._trajectory_changes(metadata.config)
         if is_same and not self.accept_changes and (problem := _data_difference(metadata.data, self.data)):
             raise DamagedError(f"it was trained on other examples: {problem} (--accept-changes goes on with these)")

@@ -69,9 +69,9 @@ class Session:
         self._evaluate_owed(state, start, self.program.due(start).evaluate if start else ())
         return state
 
-    def call_hooks(self, name: str, step: int, sums: Mapping[str, Any] | None = None) -> None:
-        """Calls the hooks of a moment; `sums` are metrics."""
-        self.hooks.call(name, step, sums or {}, lambda: self._newest[1], self.log)
+    def call_hooks(self, name: str, step: int, raw_metrics: Mapping[str, Any] | None = None) -> None:
+        """Calls the hooks of a moment; `raw_metrics` are as in `Event`."""
+        self.hooks.call(name, step, raw_metrics or {}, lambda: self._newest[1], self.log)
 
     def _evaluate_owed(self, state: TrainState, step: int, names: Iterable[str]) -> None:
         """Makes the evaluations of a step that have no row yet."""

@@ -4,10 +4,11 @@ A program has its constants inside, and so has its key in the cache: another see
 everything again. `share` makes these constants arguments, where no bit of any result can change:
 
 - random keys, which are integers;
-- arrays that only `jax.lax.optimization_barrier` reads. The optimizer reads peaks and final values of its schedules and
-  its weight decays so, see `trainer.optim.precision.opaque`.
+- arrays that only `jax.lax.optimization_barrier` reads. The optimizer reads three kinds of numbers in this way: peaks
+  and final values of schedules, and weight decays (see `trainer.optim.precision.opaque`).
 
-Every other constant stays inside. XLA folds float constants into each other; as an argument one would round otherwise.
+Every other constant stays inside. XLA folds float constants into each other. If a constant became an argument, it would
+not be folded, and results would be rounded differently.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ class StepSettings:
     experiment: Experiment
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule  # of the run; reported only
-    key: Key[Array, ""]  # the loss of a step draws from fold_in(key, k), where k counts the steps before
+    key: Key[Array, ""]  # of all steps: `step_keys` makes that of one step, from which each microbatch gets its own
     # Microbatch j has the examples j, j + microbatches, … of the batch, so that every device keeps its own examples.
     microbatches: int = 1
     replica_axis: str | None = None  # the axis of `jax.pmap`; None under `jax.jit`
@@ -50,8 +50,8 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     """One update.
 
     The gradient is that of Σ total / Σ weight of the metric "loss": both are summed over microbatches and replicas and
-    divided once. Besides the experiment's metrics there are "grad_norm", of that gradient, "learning_rate", and the
-    statistics.
+    divided once. Besides the experiment's metrics there are "grad_norm", of that gradient, "learning_rate", the
+    statistics and, if the state has a guard, the metrics of `drop_bad_update`.
     """
     axis = settings.replica_axis
     key, example_key = step_keys(settings.key, state.step)

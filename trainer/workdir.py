@@ -159,7 +159,10 @@ class Workdir:
         return self._identity is not None and _identity(self.path) != self._identity
 
     def beside(self) -> "Workdir":
-        """A new workdir beside this one, for a state that can no longer be saved here."""
+        """A new workdir beside this one, or in the temporary folder if the parent is gone.
+
+        It is for a state that can no longer be saved here.
+        """
         parent = self.path.parent if self.path.parent.is_dir() else Path(tempfile.gettempdir())
         return Workdir(parent / f"{self.path.name}.rescued-{secrets.token_hex(4)}")
 

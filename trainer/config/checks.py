@@ -26,10 +26,10 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below
 
 
 def resolve(run: Run) -> Run:
-    """A checked copy of `run` that states the batch size of each evaluation and the `run_steps` of some schedules.
+    """A checked copy of `run` in which missing values are filled in.
 
-    It states `run_steps` for each schedule that depends on the length of the run. Raises `UserError` if a value has the
-    wrong type or is out of range, or if settings contradict each other.
+    These are the `batch_size` of each evaluation, and the `run_steps` of each schedule that depends on the length of
+    the run. Raises `UserError` if a value has the wrong type or is out of range, or if settings contradict each other.
     """
     run = copy.deepcopy(run)
     check_types(run)

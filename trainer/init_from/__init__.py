@@ -44,7 +44,7 @@ class Beginning:
 
     @property
     def start(self) -> int:
-        """Updates that count as made: those of the source if its whole state is carried on, else 0."""
+        """Steps that count as made: those of the source if `optimizer_state` is "carried", else 0."""
         return self.source.step or 0 if _settings(self.program).optimizer_state == "carried" else 0
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Beginning:
         return state if self.start == 0 else self._carried(state)
 
     def _carried(self, state: TrainState) -> TrainState:
-        """The state with the step and with every array of the optimizer that fits."""
+        """The state with the step, and with every array of optimizer state, EMA params and guard that fits."""
         assert self.source.metadata is not None
         assert self.source.place is not None
         saved, wanted, places = self.source.metadata.leaves, {}, {}
@@ -104,7 +104,7 @@ def plan_init(program: Program) -> Beginning | None:
     is_carried = settings.optimizer_state == "carried"
     source = open_variables(settings.source, raw=is_carried)
     if is_carried and source.step is None:
-        raise UserError(f"init_from.optimizer_state is 'carried', but {source.text} has no state of a run")
+        raise UserError(f"init_from.optimizer_state is 'carried', but the {source.text} are no state of a run")
     if is_carried and (source.step or 0) >= program.run.total_steps:
         left = f"is already at step {source.step}, so nothing is left of total_steps {program.run.total_steps}"
         raise UserError(f"init_from.optimizer_state is 'carried', but the source ({source.text}) {left}")
@@ -122,7 +122,7 @@ def plan_init(program: Program) -> Beginning | None:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         hint = "give init_from.rules ('fresh', 'linear', 'pad' …) or init_from.rename"
-        raise UserError(f"the {source.text} does not fit: {'; '.join(problems[:8])}{more}; {hint}")
+        raise UserError(f"the {source.text} do not fit: {'; '.join(problems[:8])}{more}; {hint}")
     used = {row.source for row in rows}
     return Beginning(program, source, rows, [there for there in source.leaves if there not in used])
 

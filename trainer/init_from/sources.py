@@ -27,7 +27,7 @@ Wanted = Mapping[str, jax.sharding.Sharding]  # by the name of an array
 class VariableSource:
     """Arrays by name: a parameter by its path, another variable by collection and path, as "batch_stats/norm/mean"."""
 
-    text: str  # what it is, for the user
+    text: str  # what it is, for the user: a plural noun, such as "parameters of runs/a, step 6"
     leaves: Mapping[str, Leaf]
     read: Callable[[Wanted], dict[str, jax.Array]]  # with these shardings
     step: int | None = None  # updates made, of a workdir
@@ -140,7 +140,8 @@ def _orbax(place: AnyPath, step: str) -> VariableSource:
         arrays = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(restored)}
         return {name: arrays[names[name]] for name in wanted}
 
-    return VariableSource(f"Orbax's {place}", {name: paths[saved] for name, saved in names.items()}, read)
+    leaves = {name: paths[saved] for name, saved in names.items()}
+    return VariableSource(f"arrays that Orbax saved in {place}", leaves, read)
 
 
 def _safetensors(file: Path) -> VariableSource:
@@ -163,7 +164,7 @@ def _safetensors(file: Path) -> VariableSource:
         arrays = load_file(file)
         return {name: jax.device_put(np.asarray(arrays[names[name]]), sharding) for name, sharding in wanted.items()}
 
-    return VariableSource(str(file), {name: paths[path] for name, path in names.items()}, read)
+    return VariableSource(f"arrays of {file}", {name: paths[path] for name, path in names.items()}, read)
 
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}

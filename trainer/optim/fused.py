@@ -151,8 +151,8 @@ def _update_leaf(
 def scaled_update(group: ParamGroup, scalars: UpdateScalars, g: Array, mu: Array, nu: Any) -> Array:
     """The rule's update times minus the learning rate, from the new moments, without weight decay.
 
-    A cautious group drops the elements that would move against the descent, those with u · g ≥ 0, and multiplies the
-    others by the number of elements over the number of these, at most by 1,000 (Liang et al., arXiv:2411.16085).
+    A cautious group drops the elements with u · g ≥ 0, where u is the signed update, and multiplies the kept ones by
+    (number of all elements) / (number of kept elements), at most by 1,000 (Liang et al., arXiv:2411.16085).
     """
     u = group.rule.update(g, mu, nu, scalars.bias_corrections, -scalars.learning_rate)
     if not group.cautious:

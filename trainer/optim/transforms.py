@@ -171,7 +171,10 @@ def mixed(
 
 
 def clip_all(grads: list[Any], frozen: list[bool], clip_norm: float | None) -> list[Any]:
-    """Gradients whose common norm is at most `clip_norm`, without those that are None or frozen."""
+    """The gradients, scaled so that their common norm is at most `clip_norm`.
+
+    Those that are None or frozen do not count in the norm and are returned unchanged.
+    """
     if clip_norm is None:
         return grads
     is_used = [g is not None and not still for g, still in zip(grads, frozen, strict=True)]
@@ -211,7 +214,7 @@ def _update(
 
 
 def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
-    """The state of a run's optimizer after `count` updates of the run, in every transformation."""
+    """The optimizer state with every counter set as it is after `count` updates of the run; moments stay."""
     if not isinstance(state, MixedState):
         return state._replace(count=count)
 
