@@ -148,7 +148,7 @@ def test_a_save_that_cannot_begin_calls_no_hook_and_one_that_is_the_last_must_su
         if last == 7:
             assert bits(train(run, workdir, **options)) == plain[0]
         else:
-            with pytest.raises(HostError, match="checkpoint 12 cannot be written: .*; there is no checkpoint yet"):
+            with pytest.raises(HostError, match=r"checkpoint 12 cannot be written: .*; there is no checkpoint yet"):
                 train(run, workdir, **options)
         steps = {name: [step for moment, step, _ in hook.calls if moment == name] for name in ("on_save", "on_end")}
         assert steps == ({"on_save": [10, 12], "on_end": [12]} if last == 7 else {"on_save": [], "on_end": []})

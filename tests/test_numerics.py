@@ -194,7 +194,7 @@ def test_a_spike_is_shown_with_its_limit():
 def test_a_run_that_already_skips_is_not_told_to_skip(tmp_path):
     run = make_run(5, experiment=Task(examples=200, explode_at=BAD), parallel=config.Parallel(devices=1))
     run.numerics = config.Numerics(on_nonfinite="skip", max_skips=1)
-    with pytest.raises(DivergedError, match="the loss is inf, and 1 updates in a row were skipped; .* again") as error:
+    with pytest.raises(DivergedError, match=r"the loss is inf, and 1 updates in a row were skipped; .* again") as error:
         train(run, tmp_path / "run", verbose=False)
     assert "on_nonfinite" not in str(error.value)
 
@@ -202,7 +202,7 @@ def test_a_run_that_already_skips_is_not_told_to_skip(tmp_path):
 def test_a_spike_that_ends_the_run_is_told_from_a_number_that_is_not_finite(tmp_path):
     numerics = config.Numerics(spike_quantile=0.01, max_skips=1)
     run = make_run(200, parallel=config.Parallel(devices=1), numerics=numerics, logging=config.Logging(every_steps=50))
-    with pytest.raises(DivergedError, match="the loss is .*, above .*, and 1 updates in a row were skipped") as error:
+    with pytest.raises(DivergedError, match=r"the loss is .*, above .*, and 1 updates in a row were skipped") as error:
         train(run, tmp_path / "run", verbose=False)
     assert "; recomputed, all is finite and the loss is a spike again; " in str(error.value)
     assert "on_nonfinite" not in str(error.value)

@@ -21,7 +21,7 @@ _CACHE_BYTES = 10 << 30
 _THREAD = "compilation ahead of the first step"
 
 
-class Step:
+class AheadCompiled:
     """A jitted function that can be compiled ahead of its first call, which then waits for the compilation.
 
     It is called as the jitted function is.
@@ -61,7 +61,7 @@ class Step:
             self._compiled.set_exception(error)
 
 
-def compile_ahead(*steps: Step) -> None:
+def compile_ahead(*steps: AheadCompiled) -> None:
     """Compiles steps in a thread, one after the other. XLA compiles without Python's lock, so other work goes on."""
     announced = [step for step in steps if step.announce()]
 

@@ -74,11 +74,11 @@ def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -
     cannot be written.
     """
     program, run, step = session.program, session.program.run, error.step
-    begin = session.beginning
+    plan = session.init_plan
     if start:
         state = session.store.restore(program.state, start)
     else:
-        state, start = (program.init(), 0) if begin is None else (begin.state(), begin.start)
+        state, start = (program.init(), 0) if plan is None else (plan.state(), plan.start)
     batches = map(program.strategy.shard_batch, session.host_batches(start))
     for batch in itertools.islice(batches, step - 1 - start):
         state, _ = program.train_step(state, batch)

@@ -54,10 +54,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return hint + listed
 
 
-def users_line(error: BaseException) -> tuple[str, bool]:
-    """The line of the model or of the experiment from which an error came, as " (file:line)", or "" if there is none.
+def error_origin(error: BaseException) -> tuple[str, bool]:
+    """Where an error came from, as a pair of two things.
 
-    Also whether the error came from this package itself.
+    The first is the line of the model or of the experiment, as " (file:line)", "" if there is none; the second is
+    whether the error came from this package itself.
     """
     frames, own = traceback.extract_tb(error.__traceback__), Path(__file__).parent
     users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
@@ -77,7 +78,7 @@ def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
-        where, is_ours = users_line(error)
+        where, is_ours = error_origin(error)
         message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
         if isinstance(error, NameError) and "unbound axis name" in message:
             raise UserError(

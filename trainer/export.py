@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import export
 
 from trainer.data import batch_spec, open_source
-from trainer.errors import UserError, users_line
+from trainer.errors import UserError, error_origin
 from trainer.experiment import Batch
 from trainer.restore import Trained, predictor
 from trainer.rules import path_of
@@ -53,7 +53,7 @@ def write_stablehlo(trained: Trained, file: Path) -> str:
         try:
             return export.export(jax.jit(program), platforms=PLATFORMS)({name: like[name] for name in names})
         except (TypeError, ValueError) as error:
-            reason = f"{next(iter(str(error).splitlines()), '')}{users_line(error)[0]}"
+            reason = f"{next(iter(str(error).splitlines()), '')}{error_origin(error)[0]}"
             hint = "take sizes from shapes, as x.shape[0] in place of len(x)"
             raise UserError(f"predict does not work for a batch of unknown size: {reason}; {hint}") from error
 

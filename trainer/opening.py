@@ -65,7 +65,7 @@ def open_session(
                 stack.enter_context(folder.locked())
             source, eval_sources = _load(program)
             data = describe_data(source)
-            beginning = None if store.step_names() else init_from.plan_init(program)
+            plan = None if store.step_names() else init_from.plan_init(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
@@ -76,8 +76,8 @@ def open_session(
         watch.enter("restore", 0)
         with distributed.collective_errors("the checkpoint"):
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
-            if resumed.state is None and beginning is not None:
-                resumed = resumed._replace(state=beginning.state(), start=beginning.start, notes=[str(beginning)])
+            if resumed.state is None and plan is not None:
+                resumed = resumed._replace(state=plan.state(), start=plan.start, notes=[str(plan)])
             start = resumed.start
             _check_profile(profile, start, run.total_steps)
         peers.set_end_seconds(run.watch.end_seconds)
@@ -96,7 +96,7 @@ def open_session(
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         parts = (store, log, recorder, progress, profiler, preemption, watch, trace, run_hooks)
         session = Session(program, folder, resumed, source, eval_sources, *parts)
-        session.beginning, recorder.on_row = beginning, partial(session.call_hooks, "on_log")
+        session.init_plan, recorder.on_row = plan, partial(session.call_hooks, "on_log")
         watch.set_rescue(session.rescue)
         with _ending(session):
             yield session

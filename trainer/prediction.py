@@ -13,8 +13,8 @@ from trainer.data import batch_spec, open_source
 from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
+from trainer.experiment_checks import abstract_params
 from trainer.program import zeros
-from trainer.protocol import abstract_params
 from trainer.restore import load, predictor, run_of
 from trainer.sharding import build_strategy, check_divides
 from trainer.workdir import Workdir

@@ -14,7 +14,7 @@ from trainer.errors import DivergedError, HostError
 from trainer.evaluation import evaluate_split, report
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.hooks import Hooks
-from trainer.init_from import Beginning
+from trainer.init_from import InitPlan
 from trainer.metrics import Metrics
 from trainer.moved import save_beside_if_moved
 from trainer.observe.log import MetricsLog, NoLog
@@ -48,7 +48,7 @@ class Session:
     watch: Watch
     trace: Trace | NoTrace
     hooks: Hooks
-    beginning: Beginning | None = None  # how the first state is made, if not with fresh variables
+    init_plan: InitPlan | None = None  # how the first state is made, if not with fresh variables
     _signum: int | None = None
     _newest: tuple[int, Any] = (0, None)  # the step that was dispatched last, and the state after it
     _saved_step: int = 0

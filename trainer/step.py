@@ -15,11 +15,11 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
+from trainer.experiment_checks import carried_collections, check_loss
 from trainer.guard import drop_bad_update
 from trainer.keys import per_example_keys, step_keys
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, evaluation_params, global_norm
-from trainer.protocol import carried_collections, check_loss
 from trainer.sharding.reduction import with_float32_sums
 from trainer.state import TrainState, update_ema
 
@@ -172,7 +172,7 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
 
 def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
     """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
-    # Traced once for both uses. (A jitted function would keep its constants inside, where `sharing` cannot see them.)
+    # Traced once for both uses. (A jitted function would hide its constants from `trainer.compile_once`.)
     measure = jax.make_jaxpr(lambda *x: {k: Mean.single(v) for k, v in statistics(*x).items()}, return_shape=True)
     traced, shapes = measure(*arguments)
     nothing = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]

@@ -241,8 +241,8 @@ def whole(source: Any, ids: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize(("strategy", "devices"), [("data", 1), ("data", 4), ("pmap", 4)])
 def test_an_evaluation_in_uneven_batches_over_devices_gives_the_metrics_of_the_whole_split(strategy, devices):
     program = compiled(strategy, devices)
-    found = evaluate_split(program, program.init(), program.main.source)
-    expected = whole(program.main.source, np.arange(len(program.main.source)))
+    found = evaluate_split(program, program.init(), program.main_evaluation.source)
+    expected = whole(program.main_evaluation.source, np.arange(len(program.main_evaluation.source)))
     assert {name: value for name, value in found.items() if name in expected} == pytest.approx(expected, rel=1e-6)
     assert {"test/matrix/f1_macro", "test/own/share", "test/spread/p50", "test/area"} <= found.keys()
 

@@ -105,11 +105,11 @@ def main(arguments: Arguments) -> int:
 def _train_shared(run: "Run", path: "AnyPath", session: "SessionOptions") -> None:
     """As `train`, with the program that all runs share which differ only in numbers."""
     from trainer.compilation import compile_ahead
+    from trainer.compile_once import with_shared_program
     from trainer.loop import train_program
     from trainer.program import build_program
-    from trainer.sharing import share
 
-    program = share(build_program(run))
+    program = with_shared_program(build_program(run))
     compile_ahead(program.train_step)
     train_program(program, path, Progress(run.total_steps), **session)
 
@@ -198,7 +198,7 @@ def _dry_run(run: "Run") -> str:
     trial, times = _SilentProgress(3, io.StringIO()), [time.perf_counter()]
     with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
         program = agreed_program(_first_steps(run), folder)
-        examples = len(program.train_source), len(program.main.source)
+        examples = len(program.train_source), len(program.main_evaluation.source)
         for source in (program.train_source, *(one.source for one in program.evaluations.values())):
             if fits_in_memory(source, run.loading.in_memory_bytes):
                 check_reads_are_equal(source)  # raises the error that the run would end with
@@ -237,7 +237,7 @@ def _cut(evaluation: "EvalProgram") -> "EvalProgram":
 
 def _first_steps(run: "Run") -> "Run":
     """A copy of a resolved run that ends after 3 steps; these equal the first 3 steps of the run itself."""
-    from trainer.config import schedules
+    from trainer.config import schedules_of
 
     short = copy.deepcopy(run)
     short.total_steps = min(3, run.total_steps)
@@ -247,6 +247,6 @@ def _first_steps(run: "Run") -> "Run":
     if short.init_from is not None:
         short.init_from.optimizer_state = "fresh"
     short.logging.every_steps, short.loading.in_memory_bytes = 1, 0  # so that only these steps' examples are read
-    for schedule in schedules(short.optimizer).values():
+    for schedule in schedules_of(short.optimizer).values():
         schedule.run_steps = schedule.run_steps or run.total_steps
     return short

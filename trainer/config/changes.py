@@ -16,7 +16,7 @@ class Change(NamedTuple):
     harmless: bool  # whether a run goes on with it unasked: `may_change` of the setting, or a setting that is gone
 
 
-def changes(kept: Mapping[str, Any], asked: Run) -> list[Change]:
+def changed_settings(kept: Mapping[str, Any], asked: Run) -> list[Change]:
     """Every setting that differs between the JSON of a run and the run that is to continue it. Imports no class.
 
     A setting that the experiment or an optimizer of the user's own no longer has is harmless, as nothing can be asked

@@ -16,7 +16,7 @@ from trainer.checkpoint.reading import arrays_handler, cause, read_metadata, res
 from trainer.errors import UserError, did_you_mean
 from trainer.files import AnyPath
 from trainer.observe.log import read_rows
-from trainer.restore import schedule_free_averages
+from trainer.restore import schedule_free_paths
 from trainer.rules import path_of
 from trainer.workdir import Workdir
 
@@ -71,7 +71,7 @@ def _workdir(folder: Workdir, step: str, raw: bool) -> VariableSource:
     chosen = int(distributed.gather("the step of a source", str(store.choose(step)))[0])
     metadata, place = store.metadata(chosen), store.path(chosen)
     use_ema = metadata.config["optimizer"].get("ema_decay") is not None and not raw
-    params, averages = "ema/" if use_ema else "params/", {} if use_ema or raw else schedule_free_averages(metadata)
+    params, schedule_free = "ema/" if use_ema else "params/", {} if use_ema or raw else schedule_free_paths(metadata)
     names = {
         path.removeprefix(prefix): path
         for path in metadata.leaves
@@ -81,17 +81,17 @@ def _workdir(folder: Workdir, step: str, raw: bool) -> VariableSource:
 
     def read(wanted: Wanted) -> dict[str, jax.Array]:
         shardings = {names[name]: sharding for name, sharding in wanted.items()}
-        for name in wanted.keys() & averages.keys():
-            z, b1 = averages[name]
+        for name in wanted.keys() & schedule_free.keys():
+            z, b1 = schedule_free[name]
             shardings |= {z: wanted[name], b1: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])}
         like = {path: jax.ShapeDtypeStruct(*metadata.leaves[path], sharding=s) for path, s in shardings.items()}
         try:
             arrays = restore_leaves(place, metadata, like)
         except FileNotFoundError as error:
             raise UserError(f"init_from: {place} was removed while it was read; name another step") from error
-        return {name: _average(arrays, names[name], averages.get(name)) for name in wanted}
+        return {name: _average(arrays, names[name], schedule_free.get(name)) for name in wanted}
 
-    kind = "EMA params" if use_ema else "averages" if averages else "parameters"
+    kind = "EMA params" if use_ema else "averages" if schedule_free else "parameters"
     leaves = {name: metadata.leaves[path] for name, path in names.items()}
     return VariableSource(f"{kind} of {folder.path}, step {chosen}", leaves, read, chosen, metadata, place)
 

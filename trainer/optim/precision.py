@@ -215,6 +215,6 @@ def opaque(numbers: Any) -> Any:
     """Returns the numbers behind an optimization barrier, so that XLA treats them as arguments, not as constants.
 
     Without the barrier XLA folds constants: x · 0.002 · 0.01 becomes x · 0.00002, which is rounded differently. With
-    the barrier, `trainer.sharing` can turn the constants into arguments without changing a bit of the results.
+    the barrier, `trainer.compile_once` can turn the constants into arguments without changing a bit of the results.
     """
     return lax.optimization_barrier(numbers)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from trainer.optim import fused
 from trainer.optim.precision import global_norm, one_minus_power, square
-from trainer.optim.transforms import Groups, clip_all, split
+from trainer.optim.transforms import Groups, clip_all, split_groups
 
 Statistics = Callable[[optax.Updates, optax.Params, Any], dict[str, Float[Array, ""]]]
 
@@ -34,7 +34,7 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
     Fused groups store nothing: the update is recomputed from the moments. For groups of Optax, the state stores the
     norm of the update.
     """
-    fused_only, others = split(groups)
+    fused_only, others = split_groups(groups)
     fused_only = {**fused_only, **dict.fromkeys(others)}
 
     def statistics(grads: optax.Updates, params: optax.Params, state: Any) -> dict[str, Array]:

@@ -44,7 +44,7 @@ class TransformGroup:
 Groups = Mapping[str, ParamGroup | TransformGroup | None]  # by label; None for a label whose leaves are frozen
 
 
-def split(groups: Groups) -> tuple[fused.Groups, dict[str, TransformGroup]]:
+def split_groups(groups: Groups) -> tuple[fused.FusedGroups, dict[str, TransformGroup]]:
     """Two mappings: groups of the fused pass (frozen labels included), and groups that Optax transformations update."""
     others = {label: group for label, group in groups.items() if isinstance(group, TransformGroup)}
     return {label: group for label, group in groups.items() if not isinstance(group, TransformGroup)}, others
@@ -125,7 +125,7 @@ def _names() -> list[str]:
 
 
 def mixed(
-    groups: fused.Groups,
+    groups: fused.FusedGroups,
     others: Mapping[str, TransformGroup],
     labels: Any,
     *,
@@ -231,7 +231,7 @@ def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
     return MixedState(state.fused._replace(count=count), others)
 
 
-def other_paths(path: str) -> list[str]:
+def candidate_paths(path: str) -> list[str]:
     """The possible paths of an array in a checkpoint: with and without the level `fused/` that `MixedState` adds."""
     inner = "opt_state/fused/"
     if path.startswith(inner):

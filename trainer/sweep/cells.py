@@ -170,6 +170,6 @@ def groups_of(cells: Sequence[Cell]) -> dict[tuple[tuple[str, Any], ...], list[C
 
 
 def constants(cell: Cell) -> tuple[tuple[str, Any], ...]:
-    """The settings that are constants of a cell's compiled program; `trainer.sharing` makes arguments of the others."""
+    """The settings that are constants of a cell's compiled program; `compile_once` makes arguments of the others."""
     shared = (SEED, ".peak", ".final", ".weight_decay")
     return tuple((path, value) for path, value in cell.settings.items() if not path.endswith(shared))

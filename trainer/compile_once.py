@@ -1,7 +1,7 @@
 """Runs that differ only in numbers share one compiled program, which JAX's compilation cache then holds once.
 
 A program has its constants inside, and so has its key in the cache: another seed or another learning rate compiles
-everything again. `share` makes these constants arguments, where no bit of any result can change:
+everything again. `with_shared_program` makes these constants arguments, where no bit of any result can change:
 
 - random keys, which are integers;
 - arrays that only `jax.lax.optimization_barrier` reads. The optimizer reads three kinds of numbers in this way: peaks
@@ -19,12 +19,12 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from trainer import distributed
-from trainer.compilation import Step
+from trainer.compilation import AheadCompiled
 from trainer.errors import UserError
 from trainer.program import Program
 
 
-def share(program: Program) -> Program:
+def with_shared_program(program: Program) -> Program:
     """The program with seed, schedules' values and weight decays as arguments of its compiled functions.
 
     It computes the same, bit for bit. Raises `UserError` for several processes and for `jax.pmap`.
@@ -45,7 +45,7 @@ def share(program: Program) -> Program:
         (call,) = traced.jaxpr.eqns  # of a jitted function, which keeps its constants inside
         return _Shared(call.params["jaxpr"], shapes, "init").jit(out_shardings=state)()
 
-    return dataclasses.replace(program, init=init, train_step=Step(train_step, arguments))
+    return dataclasses.replace(program, init=init, train_step=AheadCompiled(train_step, arguments))
 
 
 class _Shared:
