@@ -54,9 +54,9 @@ def explain(session: Session, error: DivergedError) -> DivergedError:
         store.wait()
     earlier = [saved for saved in store.steps() if saved < step]
     last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
-    names, place = (f"{step}{'-again' * i}" for i in itertools.count()), session.workdir.path / "diverged"
-    free = next(name for name in names if not (place / name).exists())
-    folder = place / distributed.gather("the folder of a step", free)[0]  # the first process may be quick to make it
+    # All processes find the same name: Orbax makes them wait for each other before it makes the folder.
+    names = (f"{step}{'-again' * i}" for i in itertools.count())
+    folder = next(path for name in names if not (path := session.workdir.path / "diverged" / name).exists())
     try:
         about = f"{_keep(session, error, earlier[-1] if earlier else 0, folder)}"
         about += f"; python -m trainer replay {folder} looks for the cause"

@@ -176,13 +176,13 @@ class Session:
         """
         step = self.recorder.flush()
         self._enter("save", step)
-        with self.recorder.paused(), self._write_errors():
-            self.store.wait()  # an error of the save before must not prevent this one
         with self.recorder.paused(), self._write_errors(is_last=is_last):
             run, table, data = self.program.run, self.program.param_table, self.resumed.data
             accepted = [text for entry in self.resumed.accepted for text in entry["changes"]]
             metadata = make_metadata(run, table, data, step, row_count=self.log.count, accepted=accepted)
             save_beside_if_moved(self.workdir, self.program, state, metadata, self.resumed.accepted)
+            with self._write_errors():
+                self.store.wait()  # an error of the save before must not prevent this one
             self.log.sync()
             # Loss and gradient of this step may be finite, and the parameters after it not.
             if not self.store.save(state, metadata):

@@ -15,7 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
-from trainer.experiment_checks import carried_collections, check_loss
+from trainer.experiment_checks import carried_collections, check_loss, check_same_shapes
 from trainer.guard import drop_bad_update
 from trainer.keys import per_example_keys, step_keys
 from trainer.metrics import Mean, Metrics
@@ -93,6 +93,7 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     if settings.statistics is not None:
         metrics |= _only_if(settings.is_logged(state.step + 1), settings.statistics, grads, params, opt_state)
     after = TrainState(state.step + 1, params, collections, opt_state, ema)
+    check_same_shapes(state.replace(guard=None), after)
     if state.guard is not None:
         after, dropped = drop_bad_update(state, after, metrics["loss"], own["grad_norm"], settings.spike)
         metrics |= dropped

@@ -206,14 +206,6 @@ def test_divergence_ends_all_at_the_same_step_with_one_line(running, tmp_path):
     assert rows_of(tmp_path / "run") < 4
 
 
-def test_a_process_that_is_late_to_explain_a_divergence_names_the_same_folder(tmp_path):
-    flags = (str(tmp_path / "run"), f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
-    groups = [Group("-m", "tests.diverging", *flags, f"--process={i}") for i in range(2)]
-    assert [group.end() for group in groups] == [0, 0], groups[0].stderr
-    assert all(f"replay {tmp_path}/run/diverged/1 looks for the cause" in group.stdout for group in groups)
-    assert [path.name for path in (tmp_path / "run" / "diverged").iterdir()] == ["1"]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
