@@ -25,7 +25,7 @@ from trainer.checkpoint import Store
 from trainer.config import Group, Loading, Optimizer, Run, Schedule
 from trainer.optim.transforms import set_count
 from trainer.program import build_program
-from trainer.resume import kept_run
+from trainer.resume import recover_run
 from trainer.workdir import Workdir
 
 EXAMPLES, BATCH, LATE, STEPS = 10**9, 1024, 10**6, 2 * 10**6
@@ -69,7 +69,7 @@ def get_config() -> Run:
 
 def move(workdir: Path, step: int) -> None:
     """Replaces the checkpoints of a run by one that has made `step` updates, with the arrays of the newest."""
-    run = kept_run(Workdir(workdir))
+    run = recover_run(Workdir(workdir))
     assert run is not None
     program = build_program(run)
     store = Store(workdir / "checkpoints", run.checkpoint)

@@ -85,7 +85,7 @@ COMBINATIONS = [("data", 1, 4), ("data", 2, 20), ("data", 4, 24), ("pmap", 1, 20
 def test_metrics_are_those_of_a_float64_loop_over_all_examples(strategy, devices, batch_size, host_state, reference):
     program = program_on(strategy, devices, batch_size)
     assert len(program.strategy.devices) == devices
-    found = evaluate_split(program, on_devices(program, host_state), program.main.source)
+    found = evaluate_split(program, on_devices(program, host_state), program.main_evaluation.source)
     assert list(found) == ["test/accuracy", "test/loss", "test/examples"]
     assert found["test/examples"] == EXAMPLES
     for name, value in reference.items():
@@ -95,7 +95,7 @@ def test_metrics_are_those_of_a_float64_loop_over_all_examples(strategy, devices
 @pytest.mark.parametrize(("strategy", "devices", "batch_size"), [("data", 2, 8), ("pmap", 4, 24)])
 def test_infinite_inputs_of_masked_examples_do_not_leak(strategy, devices, batch_size, host_state, reference):
     program = program_on(strategy, devices, batch_size, Poisoned())
-    found = evaluate_split(program, on_devices(program, host_state), program.main.source)
+    found = evaluate_split(program, on_devices(program, host_state), program.main_evaluation.source)
     assert found["test/examples"] == EXAMPLES
     for name, value in reference.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=0, err_msg=name)
@@ -126,7 +126,7 @@ def test_a_metric_of_one_example_is_its_own_value(program, host_state, reference
 def test_evaluating_leaves_the_state_as_it_was(program, host_state):
     state = on_devices(program, host_state)
     before = jax.tree.map(np.asarray, state)
-    first, second = (evaluate_split(program, state, program.main.source) for _ in range(2))
+    first, second = (evaluate_split(program, state, program.main_evaluation.source) for _ in range(2))
     assert first == second
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
 

@@ -105,6 +105,7 @@ class Named(Task):
     [
         ({"evaluations": {"train": config.Evaluation()}}, "evaluations has the name 'train'; letters"),
         ({"evaluations": {"test": config.Evaluation()}}, "evaluations has the name 'test'; .* the split of the main"),
+        ({"evaluation": config.Evaluation("train")}, "evaluation.split is 'train', and training metrics are named"),
         ({"evaluations": {"a/b": config.Evaluation()}}, "evaluations has the name 'a/b'"),
         ({"evaluations": {"a": config.Evaluation(every=1, every_steps=2)}}, "evaluations.a has every and every_steps"),
         ({"experiment": Named()}, "Named.augment is a bool; a method is expected: rename the setting"),
@@ -126,7 +127,7 @@ class Named(Task):
             "evaluations.a.batch_size 3 does not divide over 2 batch shards",
         ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_settings_that_contradict_each_other_are_named(tmp_path, settings, text):
     with pytest.raises(UserError, match=text):

@@ -265,3 +265,19 @@ def test_a_workdir_that_is_taken_away_is_noticed_and_the_state_saved_beside_it(c
     shown, state, _ = launch(program, beside)
     assert f"resumed from step {step}" in shown
     assert state == finished[1]
+
+
+def test_a_state_that_is_not_finite_is_not_said_to_be_saved_beside_a_workdir_that_is_gone(tmp_path):
+    folder = tmp_path / "run"
+    # Loss and gradient of the first step are finite; the step itself leaves float32.
+    groups = {"decayed": config.Group(weight_decay=1e3), "plain": config.Group()}
+    optimizer = dataclasses.replace(RUN.optimizer, groups=groups, schedule=config.Schedule(peak=3e38))
+    run = dataclasses.replace(RUN, optimizer=optimizer, checkpoint=config.Checkpoint(every_steps=1))
+
+    class Taking(Progress):
+        def update(self, step, loss, examples_per_second, seconds_left):
+            folder.rename(tmp_path / "moved")
+
+    with pytest.raises(HostError, match="the state of step 1 holds NaN or Inf and is not saved"):
+        train_program(build_program(config.resolve(run)), folder, Taking(12, StringIO()))
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config, train
-from trainer.errors import UserError
+from trainer.errors import HostError, UserError
 from trainer.hooks import HOOK_METHODS, EarlyStopping, Hook, Plot
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
@@ -126,6 +126,45 @@ def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_pat
     assert sorted(read_rows(folder / "metrics.jsonl"), key=str) == sorted(plain[1], key=str)
 
 
+class Blocks:
+    """Puts a file where the checkpoints go after step 1, so that no save can begin, and removes it after a step."""
+
+    def __init__(self, workdir: Path, last: int = 100) -> None:
+        self.file, self.last = workdir / "checkpoints", last
+
+    def on_step(self, event):
+        if event.step == 1:
+            self.file.write_text("in the way")
+        if event.step == self.last:
+            self.file.unlink()
+
+
+def test_a_save_that_cannot_begin_calls_no_hook_and_one_that_is_the_last_must_succeed(tmp_path, plain):
+    run = run_of()
+    run.checkpoint.on_error = "continue"
+    for workdir, last in ((tmp_path / "freed", 7), (tmp_path / "blocked", 100)):
+        hook, stream = Recorded(), StringIO()
+        options: Any = {"progress": Progress(12, stream), "hooks": [hook, Blocks(workdir, last)]}
+        if last == 7:
+            assert bits(train(run, workdir, **options)) == plain[0]
+        else:
+            with pytest.raises(HostError, match=r"checkpoint 12 cannot be written: .*; there is no checkpoint yet"):
+                train(run, workdir, **options)
+        steps = {name: [step for moment, step, _ in hook.calls if moment == name] for name in ("on_save", "on_end")}
+        assert steps == ({"on_save": [10, 12], "on_end": [12]} if last == 7 else {"on_save": [], "on_end": []})
+        assert "warning: checkpoint 5 cannot be written: " in stream.getvalue()
+        assert "the run goes on" in stream.getvalue()
+
+
+def test_a_failed_hook_says_that_the_newest_state_is_not_saved(tmp_path):
+    run, folder = run_of(), tmp_path / "run"
+    run.checkpoint.on_error = "continue"
+    with pytest.raises(FailedError) as raised:
+        train(run, folder, verbose=False, hooks=[Blocks(folder), BreaksAt(7)])
+    (note,) = raised.value.__notes__
+    assert note.startswith("a hook ended the run; the newest state is not saved: checkpoint 7 cannot be written: ")
+
+
 class BreaksAt:
     def __init__(self, step: int) -> None:
         self.step = step
@@ -189,6 +228,20 @@ def test_early_stopping_looks_at_its_own_evaluation_among_several(tmp_path):
     unknown = r"metric 'quik/loss' names the evaluation 'quik', which the run does not have; did you mean 'quick'\?"
     with pytest.raises(UserError, match=unknown):
         train(run, tmp_path / "other", verbose=False, hooks=[EarlyStopping("quik/loss", patience=2)])
+
+
+class Split(Task):
+    """Splits with slashes in their names."""
+
+    def source(self, split: str) -> Any:
+        return super().source(split.partition("/")[0])
+
+
+def test_early_stopping_finds_an_evaluation_with_a_slash_in_its_name(tmp_path):
+    evaluation = config.Evaluation("test/hard", batch_size=8, every_steps=2)
+    run = run_of(100, experiment=Split(), evaluation=evaluation)
+    hooks = [EarlyStopping("test/hard/loss", patience=2, min_delta=9.0)]
+    assert int(train(run, tmp_path / "run", verbose=False, hooks=hooks).step) == 6
 
 
 def test_a_run_that_another_evaluation_stops_is_evaluated_in_full(tmp_path):

@@ -23,6 +23,7 @@ from trainer.commands import run as command
 from trainer.errors import DivergedError, UserError
 from trainer.export import write_safetensors
 from trainer.init_from import plan_init
+from trainer.init_from.sources import open_variables
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
 from trainer.program import build_program
@@ -53,9 +54,9 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(run: config.Run) -> Any:
     """The first state of a run."""
-    beginning = plan_init(build_program(config.resolve(run)))
-    assert beginning is not None
-    return beginning.state()
+    plan = plan_init(build_program(config.resolve(run)))
+    assert plan is not None
+    return plan.state()
 
 
 def test_without_rules_every_variable_is_taken_from_the_step_that_is_named(old):
@@ -105,10 +106,10 @@ RENAME = ((r"dense/(.*)", r"first/\1"), (r"head/(.*)", r"out/\1"))
 def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
     rules = ((r"out/.*", rule), (".*", "take"))
     run = run_of(experiment=Wide(), init_from=config.InitFrom(str(old), RENAME, rules))
-    beginning = plan_init(build_program(config.resolve(run)))
-    assert beginning is not None
-    state, there = beginning.state(), leaves(load(old).variables)
-    fresh = leaves(beginning.program.init().params)
+    plan = plan_init(build_program(config.resolve(run)))
+    assert plan is not None
+    state, there = plan.state(), leaves(load(old).variables)
+    fresh = leaves(plan.program.init().params)
     found = leaves({"params": state.params, **state.collections})
     np.testing.assert_array_equal(found["params/first/kernel"], there["params/dense/kernel"])
     for name in ("mean", "var"):
@@ -126,11 +127,28 @@ def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
         at = np.clip((np.arange(5) + 0.5) * 3 / 5 - 0.5, 0, 2)
         expected = np.stack([np.interp(at, np.arange(3), row) for row in small.astype(np.float64)])
         np.testing.assert_allclose(large, expected, rtol=1e-5, atol=1e-6)
-    text = str(beginning)
+    text = str(plan)
     kinds = {"fresh": r"fresh, float32\[16, 5\]"}.get(rule, rf"{rule} from \[16, 3\], float32\[16, 5\]")
     assert re.search(rf"^out/kernel +{kinds} ", text, re.MULTILINE)
     assert re.search(r"^first/kernel +taken, float32\[8, 16\] +dense/kernel$", text, re.MULTILINE)
     assert ("not used: head/bias, head/kernel" in text) == (rule == "fresh")
+
+
+def test_a_name_is_replaced_as_a_whole(old):
+    rename = ((r"dense/k|dense/kernel", "first/kernel"), (r"head/(kern|kernel|bias)", r"out/\1"))
+    run = run_of(experiment=Wide(classes=3), init_from=config.InitFrom(str(old), rename))
+    plan = plan_init(build_program(config.resolve(run)))
+    assert plan is not None
+    taken = {row.name: row.source for row in plan.rows}
+    assert taken["first/kernel"] == "dense/kernel"
+    assert taken["out/kernel"] == "head/kernel"
+
+
+def test_a_collection_whose_name_begins_with_step_is_kept_and_the_step_itself_is_not(tmp_path):
+    tree = {"params": {"w": np.zeros(2)}, "step_stats": {"seen": np.zeros(3)}, "step": np.zeros((), np.int32)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((tmp_path / "tree").absolute(), tree)
+    assert set(open_variables(str(tmp_path / "tree")).leaves) == {"w", "step_stats/seen"}
 
 
 def test_the_table_is_shown_once_and_a_killed_run_begins_and_resumes_the_same(old, tmp_path):
@@ -233,12 +251,12 @@ def test_a_safetensors_file_is_a_source_also_in_bfloat16(old, tmp_path):
     assert as_bytes(state.params) == as_bytes(trained.variables["params"])
     narrow = dataclasses.replace(trained, variables=jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained.variables))
     write_safetensors(narrow, tmp_path / "narrow.safetensors")
-    beginning = plan_init(
+    plan = plan_init(
         build_program(config.resolve(run_of(init_from=config.InitFrom(str(tmp_path / "narrow.safetensors")))))
     )
-    assert beginning is not None
-    assert "taken, float32[16, 3], cast from bfloat16" in str(beginning)
-    kernel = leaves(beginning.state().params)["head/kernel"]
+    assert plan is not None
+    assert "taken, float32[16, 3], cast from bfloat16" in str(plan)
+    kernel = leaves(plan.state().params)["head/kernel"]
     np.testing.assert_array_equal(kernel, np.asarray(narrow.variables["params"]["head"]["kernel"], np.float32))
 
 

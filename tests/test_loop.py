@@ -108,6 +108,7 @@ def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
     assert bad in about["ids"]
     assert (about["step"], about["has_state"]) == (10, True)
     store = Store(tmp_path / "run" / "checkpoints", run.checkpoint)
+    assert "--config.numerics.on_nonfinite=skip would drop such updates" in str(e.value)
     assert store.steps() == [5]  # step 10 was due to be saved, and was not
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))
     assert store.metadata(5).step == 5
@@ -118,8 +119,9 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     groups = {"decayed": config.Group(weight_decay=1e3), "plain": config.Group()}
     optimizer = dataclasses.replace(make_run().optimizer, groups=groups, schedule=config.Schedule(peak=3e38))
     run = make_run(3, **settings(optimizer=optimizer, checkpoint=config.Checkpoint(every_steps=1)))
-    with pytest.raises(DivergedError, match="state after step 1 holds NaN or Inf"):
+    with pytest.raises(DivergedError, match="state after step 1 holds NaN or Inf") as error:
         quietly(run, tmp_path / "run")
+    assert "on_nonfinite" not in str(error.value)  # which looks at loss and gradient only
     assert Store(tmp_path / "run" / "checkpoints", run.checkpoint).steps() == []
 
 
@@ -249,6 +251,20 @@ def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_p
     longer = make_run(6, **settings(optimizer=dataclasses.replace(optimizer, schedule=schedule)))
     with pytest.raises(UserError, match=r"^optimizer.schedule is 0 from step 5 to the last step, 6"):
         quietly(longer, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((3, 2), "the profile is to begin with step 3, but to end with step 2 before it"),
+        ((1, 5), "the profile is to end with step 5, the run ends with 4"),
+        ((0, 2), "the profile is to begin with step 0, the run goes on after step 0"),
+    ],
+)
+def test_steps_that_cannot_be_profiled_are_refused(steps, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(make_run(4), tmp_path / "run", verbose=False, profile=steps)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

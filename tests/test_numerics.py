@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tasks import Task, make_run
-from trainer import config
+from trainer import config, train
 from trainer.data.order import Order
 from trainer.data.stream import train_batches
 from trainer.determinism import check_determinism
@@ -24,6 +24,7 @@ from trainer.observe.log import NoLog
 from trainer.observe.progress import Progress
 from trainer.observe.recorder import Recorder
 from trainer.program import Program, build_program
+from trainer.replay import replay
 from trainer.state import TrainState
 
 STEPS = 6
@@ -190,6 +191,27 @@ def test_a_spike_is_shown_with_its_limit():
     assert stop == "stopped: the loss of step 1 is nan\n"
 
 
+def test_a_run_that_already_skips_is_not_told_to_skip(tmp_path):
+    run = make_run(5, experiment=Task(examples=200, explode_at=BAD), parallel=config.Parallel(devices=1))
+    run.numerics = config.Numerics(on_nonfinite="skip", max_skips=1)
+    with pytest.raises(DivergedError, match=r"the loss is inf, and 1 updates in a row were skipped; .* again") as error:
+        train(run, tmp_path / "run", verbose=False)
+    assert "on_nonfinite" not in str(error.value)
+
+
+def test_a_spike_that_ends_the_run_is_told_from_a_number_that_is_not_finite(tmp_path):
+    numerics = config.Numerics(spike_quantile=0.01, max_skips=1)
+    run = make_run(200, parallel=config.Parallel(devices=1), numerics=numerics, logging=config.Logging(every_steps=50))
+    with pytest.raises(DivergedError, match=r"the loss is .*, above .*, and 1 updates in a row were skipped") as error:
+        train(run, tmp_path / "run", verbose=False)
+    assert "; recomputed, all is finite and the loss is a spike again; " in str(error.value)
+    assert "on_nonfinite" not in str(error.value)
+    result = replay(tmp_path / "run" / "diverged" / str(error.value.step))
+    assert result.is_finite
+    assert "all is finite: the loss is a spike, above the limit of numerics.spike_quantile" in result.text
+    assert "suspect" not in result.text
+
+
 @dataclasses.dataclass
 class HostNoise(Task):
     """Adds noise that no seed decides to the loss."""
@@ -209,7 +231,7 @@ def test_a_run_repeats_itself_and_one_with_noise_of_the_host_does_not():
     run = config.resolve(make_run(20, parallel=config.Parallel(devices=1)))
     assert check_determinism(run, 2) == (
         True,
-        "2 steps twice: every metric and every parameter equal, bit for bit",
+        "2 steps twice: every metric and every array of the state equal, bit for bit",
     )
     noisy = dataclasses.replace(run, experiment=HostNoise())
     is_equal, text = check_determinism(noisy, 2)

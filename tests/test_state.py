@@ -80,10 +80,10 @@ def test_a_run_keeps_the_mean_of_its_parameters_in_float32(task):
 @pytest.mark.parametrize("task", [Task, HalfTask])
 def test_the_mean_is_evaluated_in_place_of_the_parameters(task):
     program, state, _ = trained(task)
-    batch = take(program.main.source, np.arange(8)) | {"mask": np.ones(8, np.float32)}
+    batch = take(program.main_evaluation.source, np.arange(8)) | {"mask": np.ones(8, np.float32)}
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     mean = jax.tree.map(lambda p, e: e.astype(p.dtype), state.params, state.ema)
-    found = program.main.step(state, batch)["loss"].total
+    found = program.main_evaluation.step(state, batch)["loss"].total
     without, expected = (
         program.run.experiment.loss({"params": params, **state.collections}, batch, key=jax.random.key(0), train=False)[
             0

@@ -74,7 +74,8 @@ def test_randomness_follows_from_seed_and_step_alone():
     for seed in (0, 1):
         program, state, batch = compiled(experiment=task, seed=seed)
         twice = [
-            float(program.main.step(state, program.strategy.shard_batch(batch))["loss"].total) for _ in range(2)
+            float(program.main_evaluation.step(state, program.strategy.shard_batch(batch))["loss"].total)
+            for _ in range(2)
         ]  # evaluation draws nothing
         assert twice[0] == twice[1]
         other = dataclasses.replace(state, step=jnp.asarray(5, jnp.int32))

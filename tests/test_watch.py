@@ -108,14 +108,16 @@ def test_a_run_that_waits_for_its_data_too_long_names_the_examples_and_saves(tmp
         _, shown = process.communicate(timeout=120)
     assert process.returncode == 3
     stalled = re.search(
-        r"no step for \d+ s: waiting for the data of step (\d+) \(examples (\d+) to (\d+) of the order\)", shown
+        r"no step for \d+ s: waiting for the batch of step (\d+) "
+        r"\(positions (\d+) to (\d+) in the run's order of examples\)",
+        shown,
     )
     assert stalled
     step, first, last = map(int, stalled.groups())
     assert (first, last) == (16 * (step - 1), 16 * step - 1)
     assert "thread MainThread:" in shown
     assert "in __getitem__" in shown  # the stack of the thread that is stuck
-    assert f"error: no batch came in 4 s (watch.data_seconds) while waiting for the data of step {step}" in shown
+    assert f"error: no batch came in 4 s (watch.data_seconds) while waiting for the batch of step {step}" in shown
     assert f"step {step - 1} is saved; continue with:" in shown
     assert saved(tmp_path) == step - 1
 

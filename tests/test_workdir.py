@@ -47,7 +47,7 @@ def test_way_out_names_every_schedule_that_follows_the_length_and_leads_to_a_run
     flags = re.findall(r"--config\.(\S+)\.run_steps=4", str(error.value))
     assert flags == ["optimizer.schedule", "optimizer.groups.decayed.decay_schedule"][: 1 + (decay is not None)]
     for path in flags:
-        config.schedules(longer.optimizer)[path].run_steps = 4
+        config.schedules_of(longer.optimizer)[path].run_steps = 4
     folder.check_run(config.resolve(longer))
 
 

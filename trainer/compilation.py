@@ -21,7 +21,7 @@ _CACHE_BYTES = 10 << 30
 _THREAD = "compilation ahead of the first step"
 
 
-class Step:
+class AheadCompiled:
     """A jitted function that can be compiled ahead of its first call, which then waits for the compilation.
 
     It is called as the jitted function is.
@@ -61,7 +61,7 @@ class Step:
             self._compiled.set_exception(error)
 
 
-def compile_ahead(*steps: Step) -> None:
+def compile_ahead(*steps: AheadCompiled) -> None:
     """Compiles steps in a thread, one after the other. XLA compiles without Python's lock, so other work goes on."""
     announced = [step for step in steps if step.announce()]
 
@@ -74,14 +74,16 @@ def compile_ahead(*steps: Step) -> None:
 
 
 def use_cache(folder: str | None) -> None:
-    """Keeps what XLA compiles on disk, at most 10 GiB, so that the next launch need not compile it again.
+    """Keeps what XLA compiles on disk, so that the next launch need not compile it again.
 
     Args:
-      folder: "off" for no cache; None for JAX_COMPILATION_CACHE_DIR or, if that is not set, a folder of the user's in
-        XDG_CACHE_HOME or ~/.cache. The default folder is separate for each kind of CPU, since compiled CPU code runs
-        only there.
+      folder: at most 10 GiB are kept there; "off" for no cache. None for JAX_COMPILATION_CACHE_DIR, with the limits
+        that JAX's own settings give it, or, if that is not set, a default folder in XDG_CACHE_HOME or ~/.cache. It is
+        separate for each kind of CPU, since compiled CPU code runs only there, and is not used unless it can be made
+        and only the user can write in it.
 
-    Raises `UserError` if the folder is not the user's own: what lies there is executed.
+    Raises `UserError` if a folder that was given cannot be made, or if others can write in it: what lies there is
+    executed.
     """
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)

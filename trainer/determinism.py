@@ -15,7 +15,9 @@ from trainer.rules import path_of
 
 
 def check_determinism(run: config.Run, steps: int) -> tuple[bool, str]:
-    """Makes the first `steps` steps of a resolved run twice, each time read, compiled and begun anew.
+    """Makes the first `steps` steps of a resolved run twice, from fresh variables also if the run has `init_from`.
+
+    Each time it opens the data, builds the program and makes the initial state anew.
 
     Returns whether every metric of each step and every array of the state after them are equal, bit for bit, and a text
     that names the first that differ. Touches no workdir.
@@ -30,7 +32,7 @@ def check_determinism(run: config.Run, steps: int) -> tuple[bool, str]:
             break
     if (path := next(_differing(passes[0][1], passes[1][1]), None)) is not None:
         texts.append(f"after {steps} steps {path} differs first")
-    same = f"{steps} steps twice: every metric and every parameter equal, bit for bit"
+    same = f"{steps} steps twice: every metric and every array of the state equal, bit for bit"
     return not texts, "\n".join(texts) or same
 
 

@@ -1,4 +1,4 @@
-"""The folder about a step that diverged: its state, its examples and its key, which `replay` reads."""
+"""The folder about a step that diverged: the state before it, its examples and its key; `replay` reads it."""
 
 import itertools
 import json
@@ -23,6 +23,7 @@ from trainer.state import TrainState
 from trainer.versions import versions
 
 _FILE, _STATE = "step.json", "state"
+RECOMPUTED_SPIKE = "recomputed, all is finite and the loss is a spike again"
 
 
 class Diverged(NamedTuple):
@@ -30,7 +31,9 @@ class Diverged(NamedTuple):
 
     step: int  # counted from 1
     seed: int
-    key: list[int]  # the data of the step's key, uint32
+    # The data of fold_in(key of all steps, step − 1), uint32, which `step_keys` splits. For people who look: `replay`
+    # computes its keys from the config.
+    key: list[int]
     positions: list[int]  # of the batch in the order of the examples: the first, and the one after the last
     ids: list[int]  # the index in the source of each example of the batch
     reason: str  # why the run was stopped
@@ -43,13 +46,15 @@ class Diverged(NamedTuple):
 def explain(session: Session, error: DivergedError) -> DivergedError:
     """The error with the last checkpoint and the folder about the step, which is written here.
 
-    All processes of a run call it. The folder is WORKDIR/diverged/STEP, or a name after it that is free.
+    All processes of a run call it. The folder is WORKDIR/diverged/STEP. If it exists, `-again` is appended until the
+    name is free.
     """
     step, store = error.step, session.store
     with suppress(HostError):  # an earlier save may have failed; that did not cause the divergence
         store.wait()
     earlier = [saved for saved in store.steps() if saved < step]
     last = f"the last checkpoint is that of step {earlier[-1]}" if earlier else "there is no checkpoint yet"
+    # All processes find the same name: Orbax makes them wait for each other before it makes the folder.
     names = (f"{step}{'-again' * i}" for i in itertools.count())
     folder = next(path for name in names if not (path := session.workdir.path / "diverged" / name).exists())
     try:
@@ -57,8 +62,8 @@ def explain(session: Session, error: DivergedError) -> DivergedError:
         about += f"; python -m trainer replay {folder} looks for the cause"
     except HostError as fault:
         about = f"nothing more is known: {fault}"
-    drop = "--config.numerics.on_nonfinite=skip would drop such updates"
-    return error.explained(f"the run is stopped, {last}; {about}; {drop}")
+    drop = "; --config.numerics.on_nonfinite=skip would drop such updates" if error.can_be_skipped else ""
+    return error.explained(f"the run is stopped, {last}; {about}{drop}")
 
 
 def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -> str:
@@ -69,11 +74,11 @@ def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -
     cannot be written.
     """
     program, run, step = session.program, session.program.run, error.step
-    begin = session.beginning
+    plan = session.init_plan
     if start:
         state = session.store.restore(program.state, start)
     else:
-        state, start = (program.init(), 0) if begin is None else (begin.state(), begin.start)
+        state, start = (program.init(), 0) if plan is None else (plan.state(), plan.start)
     batches = map(program.strategy.shard_batch, session.host_batches(start))
     for batch in itertools.islice(batches, step - 1 - start):
         state, _ = program.train_step(state, batch)
@@ -86,6 +91,8 @@ def _keep(session: Session, error: DivergedError, start: int, folder: AnyPath) -
         text = f"the state before step {step} is not finite either"
     elif problem := not_finite(state, metrics):
         text = f"recomputed, {problem} again"
+    elif "skipped" in metrics and metrics["skipped"].compute():
+        text = RECOMPUTED_SPIKE
     else:
         text = "recomputed, it is finite: suspect the hardware or nondeterminism"
     first, stop = (step - 1) * run.batch_size, step * run.batch_size
@@ -146,5 +153,5 @@ def read_state(folder: AnyPath, diverged: Diverged, like: TrainState) -> TrainSt
 
 
 def keys_of(run: config.Run, step: int) -> tuple[Any, Any]:
-    """The key of a step, counted from 1, and that of its examples."""
+    """The keys of a step, counted from 1: that of its loss, and that from which its examples get theirs."""
     return step_keys(run_keys(run)[1], step - 1)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from trainer import distributed
-from trainer.config import Run, schedules
+from trainer.config import Run, schedules_of
 from trainer.data import ArraySource, BatchSource, take
 from trainer.data.memory import check_reads_are_equal, fits_in_memory
 from trainer.data.mixture import Mixture
@@ -45,7 +45,7 @@ def dry_run(run: Run) -> str:
     trial, times = _SilentProgress(3, io.StringIO()), [time.perf_counter()]
     with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
         program = agreed_program(_first_steps(run), folder)
-        examples = len(program.train_source), len(program.main.source)
+        examples = len(program.train_source), len(program.main_evaluation.source)
         for source in (program.train_source, *(one.source for one in program.evaluations.values())):
             _check_reads(source, run.loading.in_memory_bytes)
         program = dataclasses.replace(program, evaluations={k: _cut(one) for k, one in program.evaluations.items()})
@@ -96,6 +96,6 @@ def _first_steps(run: Run) -> Run:
     for evaluation in (short.evaluation, *short.evaluations.values()):
         evaluation.every_steps, evaluation.every = short.total_steps, None
     short.logging.every_steps, short.loading.in_memory_bytes = 1, 0  # so that only these steps' examples are read
-    for schedule in schedules(short.optimizer).values():
+    for schedule in schedules_of(short.optimizer).values():
         schedule.run_steps = schedule.run_steps or run.total_steps
     return short

@@ -25,16 +25,22 @@ class CollectiveError(Exception):
 
 
 class DivergedError(CollectiveError):
-    """The loss, the gradient or the state of a step is not finite."""
+    """Training diverged: a loss, a gradient or a state is not finite, or `max_skips` updates in a row were dropped."""
 
-    def __init__(self, text: str, step: int) -> None:
-        """`step` is counted from 1. `explain` adds to the text."""
+    def __init__(self, text: str, step: int, *, can_be_skipped: bool = False) -> None:
+        """`divergence.explain` adds to the text.
+
+        Args:
+          text: the reason.
+          step: counted from 1.
+          can_be_skipped: whether `numerics.on_nonfinite="skip"` would have dropped the update.
+        """
         super().__init__(text)
-        self.reason, self.step = text, step
+        self.reason, self.step, self.can_be_skipped = text, step, can_be_skipped
 
     def explained(self, more: str) -> "DivergedError":
         """The same error with a longer text."""
-        error = DivergedError(f"{self.reason}; {more}", self.step)
+        error = DivergedError(f"{self.reason}; {more}", self.step, can_be_skipped=self.can_be_skipped)
         error.reason = self.reason
         return error
 
@@ -48,10 +54,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return hint + listed
 
 
-def users_line(error: BaseException) -> tuple[str, bool]:
-    """The line of the model or of the experiment from which an error came, as " (file:line)", or "" if there is none.
+def error_origin(error: BaseException) -> tuple[str, bool]:
+    """Where an error came from, as a pair of two things.
 
-    Also whether the error came from this package itself.
+    The first is the line of the model or of the experiment, as " (file:line)", "" if there is none; the second is
+    whether the error came from this package itself.
     """
     frames, own = traceback.extract_tb(error.__traceback__), Path(__file__).parent
     users = [f for f in frames if "site-packages" not in f.filename and own not in Path(f.filename).parents]
@@ -71,7 +78,7 @@ def model_errors(spec: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, TypeError, ValueError, KeyError, NameError, flax.errors.FlaxError) as error:
-        where, is_ours = users_line(error)
+        where, is_ours = error_origin(error)
         message = next((line for line in str(error).splitlines() if line.strip()), "").strip()
         if isinstance(error, NameError) and "unbound axis name" in message:
             raise UserError(

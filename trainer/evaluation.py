@@ -1,4 +1,4 @@
-"""Evaluation: each example of a split, or of its first `max_examples`, once, on any batch size and devices."""
+"""Evaluation: each example of a split, or of its first `max_examples`, once, also if the last batch is not full."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

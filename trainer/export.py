@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import export
 
 from trainer.data import batch_spec, open_source
-from trainer.errors import UserError, users_line
+from trainer.errors import UserError, error_origin
 from trainer.experiment import Batch
 from trainer.restore import Trained, predictor
 from trainer.rules import path_of
@@ -34,8 +34,9 @@ def write_safetensors(trained: Trained, file: Path) -> str:
 def write_stablehlo(trained: Trained, file: Path) -> str:
     """Writes `predict` with its variables as one program for batches of any size, as `jax.export` serialises it.
 
-    Its argument is a batch with the entries of the data that `predict` uses. Returns a text with them. Raises
-    `UserError` if the experiment makes no predictions, or none for a batch whose size is not known.
+    The program takes a batch with only those entries that `predict` uses. Returns a text with the dtypes and shapes of
+    inputs and outputs, and the platforms. Raises `UserError` if the experiment makes no predictions, or none for a
+    batch whose size is not known.
     """
     experiment, run = trained.experiment, trained.run
     predict = predictor(experiment).predict
@@ -52,7 +53,7 @@ def write_stablehlo(trained: Trained, file: Path) -> str:
         try:
             return export.export(jax.jit(program), platforms=PLATFORMS)({name: like[name] for name in names})
         except (TypeError, ValueError) as error:
-            reason = f"{next(iter(str(error).splitlines()), '')}{users_line(error)[0]}"
+            reason = f"{next(iter(str(error).splitlines()), '')}{error_origin(error)[0]}"
             hint = "take sizes from shapes, as x.shape[0] in place of len(x)"
             raise UserError(f"predict does not work for a batch of unknown size: {reason}; {hint}") from error
 

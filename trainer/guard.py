@@ -1,4 +1,4 @@
-"""Dropping an update inside the step: one that is not finite, or whose loss is a spike."""
+"""Dropping the update of a step whose loss or gradient norm is not finite, or whose loss is a spike."""
 
 import dataclasses
 from typing import Any

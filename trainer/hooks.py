@@ -24,8 +24,10 @@ HOOK_METHODS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_e
 class Event(NamedTuple):
     """The argument of a hook. Every process calls its hooks at the same steps, with the same numbers."""
 
-    step: int  # updates made; in `on_log` the step of the row, which is written late: later steps may be running
-    sums: Mapping[str, Any]  # in `on_step` metric sums that the device may not have finished; else numbers by name
+    step: int  # steps made; in `on_log` the step of the row, which is written late: later steps may be running
+    # In `on_step` the metrics of the step, as objects whose arrays may still be computed; in other methods numbers by
+    # name. Read `metrics` instead.
+    raw_metrics: Mapping[str, Any]
     newest: Callable[[], TrainState]
     log: MetricsLog | NoLog
     hooks: "Hooks"
@@ -33,7 +35,7 @@ class Event(NamedTuple):
     @property
     def metrics(self) -> Mapping[str, float]:
         """Numbers by name, such as "train/loss" or "test/accuracy". In `on_step`, reading them waits for the step."""
-        values = self.sums
+        values = self.raw_metrics
         return values if all(isinstance(x, float | int) for x in values.values()) else numbers(values, "train")
 
     @property
@@ -86,7 +88,11 @@ class Hooks:
     """The hooks of a run, by moment. Without hooks a call does nothing."""
 
     def __init__(self, hooks: Iterable[object] = (), evaluations: Iterable[str] = ()) -> None:
-        """Hooks of a run with these evaluations; raises `UserError` for an object that no moment would call."""
+        """Hooks of a run with these evaluations.
+
+        Raises `UserError` if `hooks` is no iterable, and for a hook that is a class, that has a method `on_…` which is
+        not in `HOOK_METHODS`, or that has none of them.
+        """
         if not isinstance(hooks, Iterable):
             raise UserError(f"hooks is a {type(hooks).__name__}; a list of hooks is expected")
         hooks = list(hooks)
@@ -109,14 +115,14 @@ class Hooks:
         self,
         name: str,
         step: int,
-        sums: Mapping[str, Any],
+        raw_metrics: Mapping[str, Any],
         newest: Callable[[], TrainState],
         log: MetricsLog | NoLog,
     ) -> None:
         """Calls each hook that has the method `name`; arguments are those of `Event`."""
         for call in () if self.failed else self._calls[name]:
             try:
-                call(Event(step, sums, newest, log, self))
+                call(Event(step, raw_metrics, newest, log, self))
             except BaseException:
                 self.failed = True
                 raise
@@ -145,7 +151,8 @@ class EarlyStopping(Hook):
 
     def on_start(self, event: Event) -> None:
         """Takes up the evaluations of earlier launches; raises `UserError` if the run has no such evaluation."""
-        if (name := self.metric.partition("/")[0]) not in event.hooks.evaluations:
+        if self._evaluation(event) is None:
+            name = self.metric.partition("/")[0]
             unknown = f"names the evaluation {name!r}, which the run does not have"
             raise UserError(f"metric {self.metric!r} {unknown}{did_you_mean(name, event.hooks.evaluations)}")
         self._best, self._since = math.inf, 0
@@ -154,11 +161,16 @@ class EarlyStopping(Hook):
 
     def on_evaluate(self, event: Event) -> None:
         """Stops the run if it is time; raises `UserError` if the metric is not evaluated."""
-        if not any(name.startswith(self.metric.partition("/")[0] + "/") for name in event.metrics):
+        if not any(name.startswith(f"{self._evaluation(event)}/") for name in event.metrics):
             return  # another evaluation
         if self.metric not in event.metrics:
             raise UserError(f"metric {self.metric!r} is not evaluated{did_you_mean(self.metric, event.metrics)}")
         self._add(event, event.step, event.metrics[self.metric])
+
+    def _evaluation(self, event: Event) -> str | None:
+        """The name of the evaluation that the metric is of, which may hold slashes; None if the run has none."""
+        names = (name for name in event.hooks.evaluations if self.metric.startswith(f"{name}/"))
+        return max(names, key=len, default=None)
 
     def _add(self, event: Event, step: int, value: float) -> None:
         if self._sign * value < self._best - self._min_delta:
@@ -174,9 +186,9 @@ class Plot(Hook):
     """Draws the curves of metrics below the cell of a notebook, and updates the drawing in place. Needs matplotlib."""
 
     def __init__(self, *metrics: str, log_scale: bool = False) -> None:
-        """Curves of the metrics named, such as "train/loss" and "test/loss"; `log_scale` is that of the y axis.
+        """Curves of the metrics named, such as "train/loss" and "test/loss"; by default of "train/loss".
 
-        Raises `UserError` if matplotlib or IPython is not installed.
+        `log_scale`: whether the y axis is logarithmic. Raises `UserError` if matplotlib or IPython is not installed.
         """
         for package in ("matplotlib", "IPython"):
             if importlib.util.find_spec(package) is None:

@@ -43,7 +43,8 @@ def train(
 
     Raises:
       UserError: the run cannot be started (no checkpoint was changed), or later an evaluation or a hook raises it.
-      DivergedError: a step gave NaN or Inf; the last checkpoint is from before it.
+      DivergedError: a step gave NaN or Inf, or `numerics.max_skips` updates in a row were dropped.
+      HostError: the machine failed, such as a full disk; the last checkpoint is good.
       Interrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
     """
     program = agreed_program(run, workdir)

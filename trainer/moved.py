@@ -15,7 +15,9 @@ from trainer.workdir import Workdir
 def save_beside_if_moved(
     workdir: Workdir, program: Program, state: TrainState, metadata: Metadata, accepted: Sequence[dict[str, Any]]
 ) -> None:
-    """Raises `HostError` if the workdir is not where it was, once the state is saved beside it. All processes call it.
+    """Raises `HostError` if the workdir is not where it was. A state that is finite is saved beside it first.
+
+    All processes call it.
 
     Args:
       workdir: as it was locked.
@@ -27,9 +29,11 @@ def save_beside_if_moved(
     if "yes" not in distributed.gather("the workdir", "yes" if workdir.is_replaced() else "no"):
         return
     beside = Workdir(distributed.gather("a workdir beside", str(workdir.beside().path))[0])
+    cause = f"workdir {workdir.path} was moved, removed or replaced while the run trained in it"
     with closing(Store(beside.checkpoints, program.run.checkpoint)) as store:
-        store.save(state, metadata)
+        is_finite = store.save(state, metadata)
+    if not is_finite:  # no `DivergedError`: its folder would be made where the workdir is no more
+        raise HostError(f"{cause}; the state of step {metadata.step} holds NaN or Inf and is not saved")
     if distributed.is_primary():
         beside.write(program.run, str(program.param_table), accepted)
-    cause = f"workdir {workdir.path} was moved, removed or replaced while the run trained in it"
     raise HostError(f"{cause}; the state of step {metadata.step} is saved in {beside.path}: go on there with --workdir")

@@ -10,7 +10,7 @@ from trainer import distributed, divergence, init_from
 from trainer.checkpoint import Store, scores
 from trainer.data.memory import load_all_into_memory
 from trainer.distributed import Preemption, peers
-from trainer.errors import DivergedError, UserError
+from trainer.errors import DivergedError, HostError, UserError
 from trainer.experiment import RandomAccessSource
 from trainer.hooks import Hooks
 from trainer.observe.log import MetricsLog, NoLog
@@ -58,13 +58,14 @@ def open_session(
         with distributed.collective_errors("the workdir and the data"):
             run_hooks = Hooks(hooks, program.evaluations)
             _check_profile(profile, 0, run.total_steps)
+            _check_evaluations(program)
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
             source, eval_sources = _load(program)
             data = describe_data(source)
-            beginning = None if store.step_names() else init_from.plan_init(program)
+            plan = None if store.step_names() else init_from.plan_init(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
@@ -75,8 +76,8 @@ def open_session(
         watch.enter("restore", 0)
         with distributed.collective_errors("the checkpoint"):
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
-            if resumed.state is None and beginning is not None:
-                resumed = resumed._replace(state=beginning.state(), start=beginning.start, notes=[str(beginning)])
+            if resumed.state is None and plan is not None:
+                resumed = resumed._replace(state=plan.state(), start=plan.start, notes=[str(plan)])
             start = resumed.start
             _check_profile(profile, start, run.total_steps)
         peers.set_end_seconds(run.watch.end_seconds)
@@ -95,18 +96,27 @@ def open_session(
         recorder = Recorder(run, start, lambda step: program.due(step).log, program.strategy.devices, log, progress)
         parts = (store, log, recorder, progress, profiler, preemption, watch, trace, run_hooks)
         session = Session(program, folder, resumed, source, eval_sources, *parts)
-        session.beginning, recorder.on_row = beginning, partial(session.call_hooks, "on_log")
+        session.init_plan, recorder.on_row = plan, partial(session.call_hooks, "on_log")
         watch.set_rescue(session.rescue)
         with _ending(session):
             yield session
 
 
 def _check_profile(profile: tuple[int, int] | None, start: int, last: int) -> None:
-    """Raises `UserError` unless the steps to profile are made between `start` and the `last` step of the run."""
+    """Raises `UserError` unless the steps to profile are in order, after `start`, and not after `last`."""
+    if profile is not None and profile[0] > profile[1]:
+        raise UserError(f"the profile is to begin with step {profile[0]}, but to end with step {profile[1]} before it")
     if profile is not None and profile[1] > last:
         raise UserError(f"the profile is to end with step {profile[1]}, the run ends with {last}")
     if profile is not None and profile[0] <= start:
         raise UserError(f"the profile is to begin with step {profile[0]}, the run goes on after step {start}")
+
+
+def _check_evaluations(program: Program) -> None:
+    """Raises `UserError` if metrics of an evaluation would have the names of training metrics."""
+    if "train" in program.evaluations:
+        instead = "name this one otherwise, as evaluations={'train-set': Evaluation('train')}, with another main split"
+        raise UserError(f"evaluation.split is 'train', and training metrics are named train/loss and so on: {instead}")
 
 
 def _load(program: Program) -> tuple[RandomAccessSource, dict[str, RandomAccessSource]]:
@@ -144,7 +154,11 @@ def _ending(session: Session) -> Iterator[None]:
         raise divergence.explain(session, error) from None
     except Exception as error:
         if session.hooks.failed and distributed.count() == 1:  # nothing else is wrong with the run
-            error.add_note(f"a hook ended the run; {session.rescue()}")
+            try:
+                saved = session.rescue()
+            except HostError as fault:
+                saved = f"the newest state is not saved: {fault}"
+            error.add_note(f"a hook ended the run; {saved}")
         raise
 
 

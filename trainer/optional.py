@@ -28,7 +28,9 @@ class Augments(Protocol):
     """An experiment whose training examples are changed at random on the host, each time that they are read."""
 
     def augment(self, example: dict[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        """The example as the model gets it; it may have other entries and shapes, but all examples the same ones.
+        """The example as the model gets it.
+
+        Its entries and shapes may differ from those of the source, but must be the same for all examples.
 
         This runs after decoding and after the in-memory cache, in threads of this process or in worker processes. The
         generator depends on the run's seed and the position of the example in the run: the result is the same on any
@@ -128,7 +130,7 @@ class Reports(Protocol):
         written does not stop the run.
 
         Args:
-          step: updates made.
+          step: steps made.
           variables: the parameters that were evaluated and the collections, on the devices.
           writer: also has the rows of `metrics.jsonl`.
         """

@@ -13,8 +13,8 @@ from trainer.data import batch_spec, open_source
 from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
+from trainer.experiment_checks import abstract_params
 from trainer.program import zeros
-from trainer.protocol import abstract_params
 from trainer.restore import load, predictor, run_of
 from trainer.sharding import build_strategy, check_divides
 from trainer.workdir import Workdir
@@ -32,10 +32,11 @@ class Predictions:
 def predict_split(
     workdir: str | PathLike[str], run: config.Run | None = None, *, step: int | str = "latest", split: str | None = None
 ) -> Predictions:
-    """Predicts every example of a split once, whatever the batch size and the devices. All processes call it.
+    """Predicts every example of a split once, on any devices. All processes call it.
 
     Arguments are those of `evaluate`; `max_examples` of an evaluation does not count here. Raises `UserError` if the
-    experiment makes no predictions, and for what `evaluate` does.
+    experiment makes no predictions, if a batch size of the run is no multiple of the batch shards, and for what
+    `evaluate` does.
     """
     folder = Workdir(workdir)
     with distributed.collective_errors("the run"):
@@ -47,7 +48,7 @@ def predict_split(
         size = run.evaluation.batch_size or run.batch_size
         spec = batch_spec(source, size)
         boxed = abstract_params(run.experiment, lambda: run.experiment.init(jax.random.key(0), zeros(spec)), spec)
-        # The replicas of `jax.pmap` would each see a part of the predictions. Checkpoints are the same.
+        # Under `jax.pmap` each replica would see only its part of the predictions. `data` reads the same checkpoints.
         strategy = "data" if run.parallel.strategy == "pmap" else run.parallel.strategy
         strategy = build_strategy(dataclasses.replace(run.parallel, strategy=strategy), boxed)
         check_divides(run, strategy.batch_shards)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer import config
 from trainer.data import augmented, take_encoded
-from trainer.divergence import keys_of, read, read_state
+from trainer.divergence import RECOMPUTED_SPIKE, keys_of, read, read_state
 from trainer.errors import UserError
 from trainer.experiment import Batch, Experiment
 from trainer.files import AnyPath
@@ -24,8 +24,8 @@ from trainer.rules import path_of
 
 
 @dataclasses.dataclass
-class Found:
-    """The numbers that are not finite in one execution of a step; None and empty where all are."""
+class NotFinite:
+    """What is not finite in one execution of a step. If everything is finite, the fields keep their defaults."""
 
     module: str | None = None  # the first Linen module, in the order in which calls end
     loss: float | None = None
@@ -72,35 +72,46 @@ def replay(folder: AnyPath, run: config.Run | None = None) -> Replayed:
         inputs = _bad_inputs(batch, diverged.ids)
         batch |= {"mask": np.ones(len(diverged.ids), np.float32)}
         experiment, notes = _in_float32(run.experiment)
-        step = _EagerStep(experiment, run, diverged.step, diverged.ids)
-        found = step.execute(*_wide((state.params, state.collections, batch)))
-        own = Found()
-        if not (found or inputs) and experiment is not run.experiment:
-            own_step = _EagerStep(run.experiment, run, diverged.step, diverged.ids)
-            own = own_step.execute(state.params, state.collections, batch)
-    if run.parallel.strategy == "pmap" and run.parallel.devices != 1:
-        notes.append("under pmap each replica draws its own dropout masks, which are others here")
+        has_other_dtype = experiment is not run.experiment
+        frozen = {param.path for param in program.param_table.rows if program.groups[param.label] is None}
+        step = _EagerStep(experiment, run, diverged.step, diverged.ids, frozen)
+        found, in_own_dtype = step.execute(*_wide((state.params, state.collections, batch))), NotFinite()
+        if not (found or inputs) and has_other_dtype:
+            own_step = dataclasses.replace(step, experiment=run.experiment)
+            in_own_dtype = own_step.execute(state.params, state.collections, batch)
+    if run.parallel.strategy == "pmap":
+        notes.append("under pmap each replica draws dropout masks of its own, from other keys than this replay")
     rows = [*(("input", text) for text in inputs), *_rows(found)]
     again = diverged.recomputed.removeprefix("recomputed, ")
     rows = [("recorded", diverged.reason), ("recomputed", again), *(rows or [("in float32", "all is finite")])]
-    rows += [(f"{what} (own dtype)", text) for what, text in _rows(own)]
-    if (found.loss is not None or found.params) and found.module is None:
-        notes.append("the output of every Linen module is finite: the cause is in the loss of the experiment")
-    if not (found or inputs):
-        notes.append(_cause(own, experiment is not run.experiment))
+    rows += [(f"{what} (own dtype)", text) for what, text in _rows(in_own_dtype)]
+    notes += _causes(found, in_own_dtype, bool(inputs), has_other_dtype, diverged.recomputed)
     text = table((f"step {diverged.step}", "what is not finite"), rows)
     return Replayed("\n".join([text.rstrip("\n"), *notes]) + "\n", not (found or inputs))
 
 
-def _cause(own: Found, has_dtype: bool) -> str:
-    if own:
-        return "in float32 all is finite: a number overflows in the 16-bit dtype of the model"
-    if has_dtype:
-        return "on the CPU all is finite, in float32 and in the dtype of the model: suspect the device or its dtype"
-    return "on the CPU all is finite: suspect the device, or a dtype that no setting of the experiment tells"
+def _causes(
+    found: NotFinite, in_own_dtype: NotFinite, has_bad_inputs: bool, has_other_dtype: bool, recomputed: str
+) -> list[str]:
+    """A sentence about the cause; none where the table says it."""
+    if found.module is None and found.loss is not None:
+        return ["the output of every Linen module is finite: the cause is in the loss of the experiment"]
+    if found.module is None and found.params:
+        root = "such as that of a square root or a norm at 0"
+        return [f"the loss and the output of every Linen module are finite: the cause is in a backward pass, {root}"]
+    if found or has_bad_inputs:
+        return []
+    if recomputed == RECOMPUTED_SPIKE:
+        return ["all is finite: the loss is a spike, above the limit of numerics.spike_quantile"]
+    if in_own_dtype:
+        return ["in float32 all is finite: a number overflows in the 16-bit dtype of the model"]
+    if has_other_dtype:
+        return ["on the CPU all is finite, in float32 and in the dtype of the model: suspect the device or its dtype"]
+    own = "a dtype that the model sets itself, not by a setting named dtype"
+    return [f"on the CPU all is finite: suspect the device, or {own}"]
 
 
-def _rows(found: Found) -> Iterator[tuple[str, str]]:
+def _rows(found: NotFinite) -> Iterator[tuple[str, str]]:
     if found.ids:
         shown = ", ".join(map(str, found.ids[:8])) + (" …" if len(found.ids) > 8 else "")
         yield "examples by their own loss", f"{len(found.ids)}: {shown}"
@@ -139,8 +150,8 @@ def _with_dtype(settings: Any) -> tuple[Any, bool]:
             if value != "float32":
                 new[field.name] = "float32"
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            inner, there = _with_dtype(value)
-            has_dtype |= there
+            inner, inner_has_dtype = _with_dtype(value)
+            has_dtype |= inner_has_dtype
             if inner is not value:
                 new[field.name] = inner
     return (dataclasses.replace(settings, **new) if new else settings), has_dtype
@@ -164,8 +175,9 @@ class _EagerStep:
     run: config.Run
     step: int
     ids: list[int]
+    frozen: Collection[str]  # paths of parameters, whose gradients the run does not compute
 
-    def execute(self, params: Any, collections: Any, batch: Batch) -> Found:
+    def execute(self, params: Any, collections: Any, batch: Batch) -> NotFinite:
         """The first things that are not finite, in the first microbatch that has any."""
         key, example_key = keys_of(self.run, self.step)
         batch = {**batch, "example_key": per_example_keys(example_key, len(self.ids), None)}
@@ -177,15 +189,17 @@ class _EagerStep:
             )
             if found:
                 return found
-        return Found()
+        return NotFinite()
 
-    def _microbatch(self, params: Any, collections: Any, batch: Batch, key: Any, ids: np.ndarray) -> tuple[Found, Any]:
+    def _microbatch(
+        self, params: Any, collections: Any, batch: Batch, key: Any, ids: np.ndarray
+    ) -> tuple[NotFinite, Any]:
         def loss(params: Any, mask: Any) -> Any:
             variables = {"params": params, **collections}
             metrics, new = self.experiment.loss(variables, {**batch, "mask": mask}, key=key, train=True)
             return metrics["loss"].total, {name: c for name, c in new.items() if name in collections}
 
-        found, watch = Found(), _CallRecorder()
+        found, watch = NotFinite(), _CallRecorder()
         mask = jnp.asarray(batch["mask"])
         with jax.disable_jit(), nn.intercept_methods(watch):
             total, new = loss(params, mask)
@@ -193,7 +207,7 @@ class _EagerStep:
         found.loss = None if np.isfinite(float(total)) else float(total)
         gradients = jax.jit(jax.grad(loss, has_aux=True))(params, mask)[0]
         leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(gradients)]
-        bad = [path for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
+        bad = [path for path, leaf in leaves if path not in self.frozen and not bool(jnp.isfinite(leaf).all())]
         found.params = len(bad)
         # The backward pass comes first to the module that was called last.
         found.param = max(bad, key=watch.order_of, default=None)
@@ -208,7 +222,8 @@ class _CallRecorder:
 
     def __init__(self) -> None:
         self.first: str | None = None
-        self._calls: dict[str, int] = {}
+        self._calls: dict[str, int] = {}  # the number of the last call of each module, by its path
+        self._count = 0
         self._root: str | None = None
 
     def __call__(self, call: Callable, arguments: Any, keywords: Mapping[str, Any], context: Any) -> Any:
@@ -216,14 +231,14 @@ class _CallRecorder:
         module, path = context.module, "/".join(context.module.path)
         self._root = self._root or type(module).__name__
         output = call(*arguments, **keywords)
-        self._calls[path] = len(self._calls)
+        self._calls[path], self._count = self._count, self._count + 1
         if self.first is None and _is_bad(output):
             method = "" if context.method_name == "__call__" else f".{context.method_name}"
             self.first = "/".join(filter(None, (self._root, path))) + method
         return output
 
     def order_of(self, param: str) -> int:
-        """When the module of a parameter was called, −1 if it was not seen."""
+        """The number of the last call of a parameter's module, −1 if there was none."""
         return self._calls.get(param.rpartition("/")[0], -1)
 
 

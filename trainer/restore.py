@@ -19,7 +19,7 @@ from trainer.experiment import Batch, Experiment, Variables
 from trainer.files import DamagedError
 from trainer.observe.log import read_rows
 from trainer.optional import Predicts, offered
-from trainer.resume import kept_run
+from trainer.resume import recover_run
 from trainer.workdir import Workdir
 
 _TRIES = 5  # attempts to read a checkpoint while another process trains and removes old checkpoints
@@ -32,7 +32,7 @@ class Trained:
 
     run: config.Run  # its description, resolved
     variables: Variables  # "params", the EMA params if the run keeps them, and the model's collections
-    step: int  # updates made
+    step: int  # steps made
     metrics: Mapping[str, float]  # of this step, as far as they were logged, such as "test/accuracy"
 
     @property
@@ -83,14 +83,14 @@ def load(
     def read(metadata: Metadata) -> Variables:
         kept = ("params/" if run.optimizer.ema_decay is None else "ema/", "collections/")
         paths = [path for path in metadata.leaves if path.startswith(kept)]
-        averages = {} if run.optimizer.ema_decay is not None else schedule_free_averages(metadata)
+        schedule_free = {} if run.optimizer.ema_decay is not None else schedule_free_paths(metadata)
         wanted = {}
-        for path in {*paths, *(path for pair in averages.values() for path in pair)}:
+        for path in {*paths, *(path for pair in schedule_free.values() for path in pair)}:
             leaf = metadata.leaves[path]
             here = sharding(path, leaf.shape) if callable(sharding) else sharding or first
             wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
         arrays = restore_leaves(store.path(metadata.step), metadata, wanted)
-        for name, (z, b1) in averages.items():
+        for name, (z, b1) in schedule_free.items():
             y = arrays[f"params/{name}"]
             arrays[f"params/{name}"] = ((y - (1 - arrays[b1]) * arrays[z]) / arrays[b1]).astype(y.dtype)
         kept_arrays = {path: x for path, x in arrays.items() if not path.startswith("opt_state/")}
@@ -106,7 +106,7 @@ def load(
 
 def run_of(folder: Workdir, run: config.Run | None) -> config.Run:
     """The run given, or else that of the workdir, resolved; raises `UserError` unless the workdir has a checkpoint."""
-    run = config.resolve(run) if run is not None else kept_run(folder)
+    run = config.resolve(run) if run is not None else recover_run(folder)
     if run is None or not folder.has_checkpoint():
         raise UserError(f"workdir {folder.path} holds no {'run' if run is None else 'checkpoint'}")
     return run
@@ -124,7 +124,7 @@ def _variables(arrays: Mapping[str, jax.Array], metadata: Metadata, keys: Mappin
     return {"params": {}, **unflatten_dict(found)}
 
 
-def schedule_free_averages(metadata: Metadata) -> dict[str, tuple[str, str]]:
+def schedule_free_paths(metadata: Metadata) -> dict[str, tuple[str, str]]:
     """The paths of z and b1 for each parameter of a schedule-free optimizer, see `optim.evaluation_params`."""
     found = {}
     for path in metadata.leaves:

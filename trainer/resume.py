@@ -17,7 +17,7 @@ from trainer.data.identity import fingerprint
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.files import DamagedError
-from trainer.optim.transforms import other_paths, set_count
+from trainer.optim.transforms import candidate_paths, set_count
 from trainer.program import Program
 from trainer.rules import path_of
 from trainer.state import TrainState
@@ -34,7 +34,7 @@ class Resumed(NamedTuple):
     """How a run begins."""
 
     state: TrainState | None  # None: it begins anew
-    start: int  # updates made
+    start: int  # steps made before this launch
     row_count: int | None  # number of rows in metrics.jsonl when the checkpoint was saved; None for a new run
     data: DataIdentity  # the training examples
     accepted: list[dict[str, Any]]  # all accepted changes of the trajectory: step, texts, hash of the config before
@@ -69,7 +69,7 @@ class Resume:
         ]
         bad: list[str] = []
         for step in candidates:
-            metadata, problem = self._attempt(lambda step=step: self._judged(step, kept))
+            metadata, problem = self._attempt(lambda step=step: self._own_metadata(step, kept))
             if metadata is not None and not problem:
                 changed = self._changes(metadata)
                 state, problem = self._attempt(lambda step=step, m=metadata, c=changed: self._state(step, m, bool(c)))
@@ -85,7 +85,7 @@ class Resume:
     def _kept(self) -> tuple[Mapping[str, Any] | None, list[str]]:
         """The JSON of the run kept in the workdir, and a note if it is damaged or lost."""
         try:
-            kept, problem = self.workdir.kept(), "config.json is missing"
+            kept, problem = self.workdir.stored_json(), "config.json is missing"
         except DamagedError as error:
             kept, problem = None, str(error)
         lost = kept is None and bool(self.store.steps())
@@ -100,7 +100,7 @@ class Resume:
             problem = str(error)
         return result, next(filter(None, distributed.gather("a checkpoint", problem)), "")
 
-    def _judged(self, step: int, kept: Mapping[str, Any] | None) -> Metadata:
+    def _own_metadata(self, step: int, kept: Mapping[str, Any] | None) -> Metadata:
         """The metadata of a step; raises `DamagedError` if it does not belong to this run."""
         metadata = self.store.metadata(step)
         if kept is not None and not self.accept_changes:
@@ -108,14 +108,15 @@ class Resume:
             known = {entry.get("config") for entry in self.workdir.accepted() if isinstance(entry, dict)}
             if theirs != ours and _hash(metadata.config) not in known:
                 raise DamagedError(f"it belongs to another run: {listed(sorted(theirs - ours or ours - theirs))}")
-        # If settings differ, `_changes` reports all differences together: the data is compared here only if none does.
+        # If settings differ, `_changes` reports them together with any difference of the data. So the data is compared
+        # here only if all settings are equal.
         is_same = not self._trajectory_changes(metadata.config)
         if is_same and not self.accept_changes and (problem := _data_difference(metadata.data, self.data)):
             raise DamagedError(f"it was trained on other examples: {problem} (--accept-changes goes on with these)")
         return metadata
 
     def _trajectory_changes(self, kept: Mapping[str, Any]) -> list[str]:
-        return [change.text for change in config.changes(kept, self.program.run) if not change.harmless]
+        return [change.text for change in config.changed_settings(kept, self.program.run) if not change.harmless]
 
     def _changes(self, metadata: Metadata) -> list[str]:
         """The accepted changes of the trajectory; raises `UserError` if there are any that nobody accepted."""
@@ -147,7 +148,7 @@ class Resume:
         if fixed or (others and not changed):
             raise UserError(f"the checkpoint at step {step} does not fit this run: {listed(fixed or others, 8)}")
         # When an Optax transformation updates some labels, the moments of the fused pass lie under opt_state/fused/.
-        saved_paths = {path: next((p for p in other_paths(path) if p in metadata.leaves), path) for path in here}
+        saved_paths = {path: next((p for p in candidate_paths(path) if p in metadata.leaves), path) for path in here}
         saved = restore_fitting(self.store.path(step), like, metadata, saved_paths)
         fresh = self.program.init()
         count = jnp.asarray(step, jnp.int32)
@@ -168,7 +169,7 @@ class Resume:
         skipped: Sequence[tuple[int, str, str]],
     ) -> Resumed:
         run, start = self.program.run, metadata.step
-        harmless = [change.text for change in config.changes(metadata.config, run) if change.harmless]
+        harmless = [change.text for change in config.changed_settings(metadata.config, run) if change.harmless]
         notes += [f"note: since the checkpoint, {text} (harmless)" for text in harmless]
         notes += [
             f"note: since the checkpoint, {text}; the numbers may differ in their last bits"
@@ -187,8 +188,8 @@ class Resume:
         return Resumed(state, start, metadata.row_count, self.data, accepted, notes, list(changed))
 
 
-def kept_run(workdir: Workdir) -> config.Run | None:
-    """The run kept in a workdir; where config.json is lost or damaged, that of its newest good checkpoint.
+def recover_run(workdir: Workdir) -> config.Run | None:
+    """The run stored in a workdir; where config.json is lost or damaged, that of its newest good checkpoint.
 
     None if there is neither. Raises `UserError` if a class that the JSON names has changed.
     """

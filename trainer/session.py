@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from trainer import distributed
-from trainer.checkpoint import Metadata, Store, make_metadata
+from trainer.checkpoint import Store, make_metadata
 from trainer.data.stream import prefetch, split_ids, train_batches
 from trainer.distributed import Break, Interrupted, Preemption
 from trainer.errors import DivergedError, HostError
 from trainer.evaluation import evaluate_split, report
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.hooks import Hooks
-from trainer.init_from import Beginning
+from trainer.init_from import InitPlan
 from trainer.metrics import Metrics
 from trainer.moved import save_beside_if_moved
 from trainer.observe.log import MetricsLog, NoLog
@@ -48,14 +48,14 @@ class Session:
     watch: Watch
     trace: PhaseLog | NoPhaseLog
     hooks: Hooks
-    beginning: Beginning | None = None  # how the first state is made, if not with fresh variables
+    init_plan: InitPlan | None = None  # how the first state is made, if not with fresh variables
     _signum: int | None = None
     _newest: tuple[int, Any] = (0, None)  # the step that was dispatched last, and the state after it
     _saved_step: int = 0
     _saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def initial_state(self) -> TrainState:
-        """The state of the checkpoint, or a fresh one. An evaluation that a kill prevented is made first."""
+        """The state of the checkpoint or of `init_from`, or a fresh one. Makes evaluations that a kill prevented."""
         state, start = self.resumed.state, self.resumed.start
         self._saved_step = 0 if self.resumed.row_count is None else start
         self.resumed = self.resumed._replace(state=None)  # drop our reference: the first step donates the state
@@ -69,9 +69,9 @@ class Session:
         self._evaluate_owed(state, start, self.program.due(start).evaluate if start else ())
         return state
 
-    def call_hooks(self, name: str, step: int, sums: Mapping[str, Any] | None = None) -> None:
-        """Calls the hooks of a moment; `sums` are metrics."""
-        self.hooks.call(name, step, sums or {}, lambda: self._newest[1], self.log)
+    def call_hooks(self, name: str, step: int, raw_metrics: Mapping[str, Any] | None = None) -> None:
+        """Calls the hooks of a moment; `raw_metrics` are as in `Event`."""
+        self.hooks.call(name, step, raw_metrics or {}, lambda: self._newest[1], self.log)
 
     def _evaluate_owed(self, state: TrainState, step: int, names: Iterable[str]) -> None:
         """Makes the evaluations of a step that have no row yet."""
@@ -85,7 +85,7 @@ class Session:
         return self._signum is not None or bool(self.hooks.reason)
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Each step that is left, counted from 1, with its batch on the devices, until a signal comes."""
+        """Each step that is left, counted from 1, with its batch, until a signal comes or a hook stops the run."""
         if self._is_ending():  # a signal interrupted an evaluation in `initial_state`, or a hook stopped the run
             return
         run, strategy, start = self.program.run, self.program.strategy, self.resumed.start
@@ -142,10 +142,7 @@ class Session:
         self.call_hooks("on_step", step, metrics)
 
     def due(self, step: int) -> Due:
-        """The work that is due after a step. A signal makes the step the last.
-
-        Call this once a step: here the processes agree whether the step is the last.
-        """
+        """The work that is due after a step. Call this once a step: the processes agree here whether it is the last."""
         due = self.program.due(step)
         self._signum = self.preemption.signal_after()
         is_lost = False
@@ -171,30 +168,29 @@ class Session:
             return wanted
         return due.log and distributed.gather("time to save", "yes" if wanted else "no")[0] == "yes"
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, is_last: bool = False) -> None:
         """Starts to save the state after the newest step, once all metrics up to it are on disk.
 
-        Raises:
-          DivergedError: the state holds NaN or Inf.
-          HostError: it cannot be written.
+        Raises `DivergedError` if the state holds NaN or Inf, and `HostError` if it cannot be written. With
+        `checkpoint.on_error="continue"` it raises `HostError` only if it `is_last`: no later save would try again.
         """
         step = self.recorder.flush()
         self._enter("save", step)
-        with self.recorder.paused(), self._write_errors():
-            metadata = self._metadata(step)
+        with self.recorder.paused(), self._write_errors(is_last=is_last):
+            run, table, data = self.program.run, self.program.param_table, self.resumed.data
+            accepted = [text for entry in self.resumed.accepted for text in entry["changes"]]
+            metadata = make_metadata(run, table, data, step, row_count=self.log.count, accepted=accepted)
             save_beside_if_moved(self.workdir, self.program, state, metadata, self.resumed.accepted)
+            with self._write_errors():
+                self.store.wait()  # an error of the save before must not prevent this one
             self.log.sync()
             # Loss and gradient of this step may be finite, and the parameters after it not.
             if not self.store.save(state, metadata):
                 raise DivergedError(f"the state after step {step} holds NaN or Inf", step)
             self._saved_step, self._saved_at = step, time.monotonic()
             self.trace.saving(step)
-        self.call_hooks("on_save", step)
-
-    def _metadata(self, step: int) -> Metadata:
-        run, table = self.program.run, self.program.param_table
-        accepted = [text for entry in self.resumed.accepted for text in entry["changes"]]
-        return make_metadata(run, table, self.resumed.data, step, row_count=self.log.count, accepted=accepted)
+        if self._saved_step == step:
+            self.call_hooks("on_save", step)
 
     def evaluate(self, state: TrainState, name: str) -> None:
         """Evaluates the state after the newest step, reports, and writes the result in a row of its own."""
@@ -226,11 +222,14 @@ class Session:
                 raise Break
 
     def finish(self, state: TrainState) -> None:
-        """Waits until the newest state is saved; raises `Interrupted` if a signal ended the run."""
+        """Makes evaluations that are owed, saves the newest state, removes old checkpoints, and calls `on_end`.
+
+        Raises `HostError` if the state is not on disk, and `Interrupted` if a signal ended the run.
+        """
         step = self.recorder.flush()
         self._evaluate_owed(state, step, self.program.evaluations if self.hooks.reason else ())
         if self._saved_step != step:
-            self.save(state)
+            self.save(state, is_last=True)
         self.watch.enter("save", step)
         self.store.wait()
         if distributed.is_primary():
@@ -242,19 +241,19 @@ class Session:
             raise Interrupted(step, self._signum)
 
     def rescue(self) -> str:
-        """Saves the newest state when the main thread hangs or a hook failed; returns a text that names its step."""
+        """Saves the newest state when the main thread hangs or a hook failed; returns a text. Raises as `save` does."""
         step, state = self._newest
         if state is not None and self._saved_step != step:
-            self.save(state)
+            self.save(state, is_last=True)
         self.store.wait()
         return f"step {step} is saved" if step else "no step was complete"
 
     @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        """With `checkpoint.on_error="continue"`, shows an error of the disk, and the run goes on."""
+    def _write_errors(self, *, is_last: bool = False) -> Iterator[None]:
+        """With `checkpoint.on_error="continue"`, shows an error of the disk instead, unless it `is_last`."""
         try:
             yield
         except HostError as error:
-            if self.program.run.checkpoint.on_error == "stop" or distributed.count() > 1:
+            if is_last or self.program.run.checkpoint.on_error == "stop" or distributed.count() > 1:
                 raise
             self.progress.message(f"warning: {error}; the run goes on")

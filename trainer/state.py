@@ -16,7 +16,7 @@ class TrainState:
     """Arrays only: no functions, no config and no random key, since keys and data follow from (seed, step).
 
     Attributes:
-      step: the number of updates made.
+      step: the number of steps made, with those whose update a guard dropped, which the counts of `opt_state` omit.
       params: the trained parameters.
       collections: every other variable collection of the model, such as "batch_stats"; empty for many models.
       opt_state: the optimizer's state, moments and counts.
@@ -53,7 +53,7 @@ def init_state(
     return TrainState(zero, params, variables, optimizer.init(params), averages, guard)
 
 
-def update_ema(ema: Any, params: Any, step: Int32[Array, ""], decay: float) -> Any:
+def update_ema(ema: Any, params: Any, count: Int32[Array, ""], decay: float) -> Any:
     """The EMA params after an update: e + (p − e)·(1 − d), where d = min(decay, t / (t + 1)) after t earlier updates.
 
     So the first 1 / (1 − decay) updates count equally, and the initial parameters do not count.
@@ -61,10 +61,10 @@ def update_ema(ema: Any, params: Any, step: Int32[Array, ""], decay: float) -> A
     Args:
       ema: the EMA params before, in float32 or wider.
       params: the parameters after the update.
-      step: t.
+      count: t.
       decay: at least 0, below 1.
     """
-    weight = jnp.maximum(1 - decay, 1 / (step + 1))
+    weight = jnp.maximum(1 - decay, 1 / (count + 1))
 
     def average(ema: Any, param: Any) -> Any:
         wide = param.astype(ema.dtype)

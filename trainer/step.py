@@ -15,11 +15,11 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
+from trainer.experiment_checks import carried_collections, check_loss, check_same_shapes
 from trainer.guard import drop_bad_update
 from trainer.keys import per_example_keys, step_keys
 from trainer.metrics import Mean, Metrics
 from trainer.optim import Statistics, evaluation_params, global_norm
-from trainer.protocol import carried_collections, check_loss
 from trainer.sharding.reduction import with_float32_sums
 from trainer.state import TrainState, update_ema
 
@@ -31,7 +31,7 @@ class StepSettings:
     experiment: Experiment
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule  # of the run; reported only
-    key: Key[Array, ""]  # the loss of a step draws from fold_in(key, k), where k counts the steps before
+    key: Key[Array, ""]  # of all steps: `step_keys` makes that of one step, from which each microbatch gets its own
     # Microbatch j has the examples j, j + microbatches, … of the batch, so that every device keeps its own examples.
     microbatches: int = 1
     replica_axis: str | None = None  # the axis of `jax.pmap`; None under `jax.jit`
@@ -50,8 +50,8 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     """One update.
 
     The gradient is that of Σ total / Σ weight of the metric "loss": both are summed over microbatches and replicas and
-    divided once. Besides the experiment's metrics there are "grad_norm", of that gradient, "learning_rate", and the
-    statistics.
+    divided once. Besides the experiment's metrics there are "grad_norm", of that gradient, "learning_rate", the
+    statistics and, if the state has a guard, the metrics of `drop_bad_update`.
     """
     axis = settings.replica_axis
     key, example_key = step_keys(settings.key, state.step)
@@ -93,6 +93,7 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     if settings.statistics is not None:
         metrics |= _only_if(settings.is_logged(state.step + 1), settings.statistics, grads, params, opt_state)
     after = TrainState(state.step + 1, params, collections, opt_state, ema)
+    check_same_shapes(dataclasses.replace(state, guard=None), after)
     if state.guard is not None:
         after, dropped = drop_bad_update(state, after, metrics["loss"], own["grad_norm"], settings.spike)
         metrics |= dropped
@@ -172,7 +173,7 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
 
 def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
     """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
-    # Traced once for both uses. (A jitted function would keep its constants inside, where `sharing` cannot see them.)
+    # Traced once for both uses. (A jitted function would hide its constants from `trainer.compile_once`.)
     measure = jax.make_jaxpr(lambda *x: {k: Mean.single(v) for k, v in statistics(*x).items()}, return_shape=True)
     traced, shapes = measure(*arguments)
     nothing = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]

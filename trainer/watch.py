@@ -27,7 +27,7 @@ _DOING = {
     "start": "starting",
     "compile": "compiling",
     "restore": "reading the checkpoint",
-    "data": "waiting for the data of step {step} (examples {examples})",
+    "data": "waiting for the batch of step {step} (positions {positions} in the run's order of examples)",
     "step": "dispatching step {step}",
     "device": "waiting for the devices, at step {step}",
     "evaluate": "evaluating step {step}",
@@ -169,7 +169,7 @@ class Watch:
     def _doing(self) -> str:
         phase, step, _ = self._now
         first = (step - 1) * self._batch_size
-        return _DOING[phase].format(step=step, examples=f"{first:,} to {first + self._batch_size - 1:,} of the order")
+        return _DOING[phase].format(step=step, positions=f"{first:,} to {first + self._batch_size - 1:,}")
 
 
 def stacks() -> str:

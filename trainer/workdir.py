@@ -55,8 +55,8 @@ class Workdir:
         self.config_file, self.params_file, self.checkpoints = (self.path / name for name in names)
         self._identity: tuple[int, int] | None = None  # device and inode when it was locked
 
-    def kept(self) -> dict[str, Any] | None:
-        """The JSON of the run kept here, None if there is none; raises `DamagedError` if the file is not one."""
+    def stored_json(self) -> dict[str, Any] | None:
+        """The JSON of the run stored here, None if there is none; raises `DamagedError` if the file is not one."""
         try:
             value = read_json(self.config_file)
         except FileNotFoundError:
@@ -66,8 +66,8 @@ class Workdir:
         return value
 
     def stored_run(self) -> config.Run | None:
-        """The resolved run kept here, or None; raises `UserError` if its JSON or a class that it names has changed."""
-        if (kept := self.kept()) is None:
+        """The resolved run stored here, or None; raises `UserError` if its JSON or a class it names has changed."""
+        if (kept := self.stored_json()) is None:
             return None
         try:
             return config.from_json(json.dumps(kept))
@@ -95,7 +95,7 @@ class Workdir:
         if not self.config_file.exists():
             raise UserError(f"workdir {self.path} holds files but no run (no config.json): choose a new folder")
         try:
-            self.kept()
+            self.stored_json()
         except DamagedError as error:
             raise UserError(f"{error}; choose another --workdir") from error
 
@@ -103,10 +103,10 @@ class Workdir:
         """Raises `UserError` if the stored run differs from `run` in a setting that is not harmless."""
         self.check()
         try:
-            kept = self.kept() if self.has_checkpoint() else None
+            kept = self.stored_json() if self.has_checkpoint() else None
         except DamagedError:  # the checkpoint has a copy
             kept = None
-        changed = [change.text for change in config.changes(kept, run) if not change.harmless] if kept else []
+        changed = [change.text for change in config.changed_settings(kept, run) if not change.harmless] if kept else []
         if changed:
             raise UserError(f"{self.other_settings(run, changed)}; choose another --workdir")
 
@@ -121,7 +121,7 @@ class Workdir:
     def accepted(self) -> list[dict[str, Any]]:
         """The changes of the trajectory that were accepted here: step, texts, and the hash of the config before."""
         try:
-            found = (self.kept() or {}).get("$accepted", [])
+            found = (self.stored_json() or {}).get("$accepted", [])
         except DamagedError:
             return []
         return found if isinstance(found, list) else []
@@ -159,7 +159,10 @@ class Workdir:
         return self._identity is not None and _identity(self.path) != self._identity
 
     def beside(self) -> "Workdir":
-        """A new workdir beside this one, for a state that can no longer be saved here."""
+        """A new workdir beside this one, or in the temporary folder if the parent is gone.
+
+        It is for a state that can no longer be saved here.
+        """
         parent = self.path.parent if self.path.parent.is_dir() else Path(tempfile.gettempdir())
         return Workdir(parent / f"{self.path.name}.rescued-{secrets.token_hex(4)}")
 
@@ -206,7 +209,7 @@ def _way_out(run: config.Run, changes: Sequence[str]) -> str:
         return ""
     run = copy.deepcopy(run)
     for path, steps in kept.items():
-        config.schedules(run.optimizer)[path].run_steps = steps
+        config.schedules_of(run.optimizer)[path].run_steps = steps
     try:
         config.resolve(run)
     except UserError as error:

@@ -43,7 +43,11 @@ class Planted(nn.Module):
         x = nn.relu(nn.Dense(4, name="first", dtype=self.dtype)(x))
         if self.fault == "overflow":  # 200³ fits into float32, and not into float16
             x = Cube(name="cube")(x)
+        if self.fault == "frozen":
+            x = x + Root(name="root")()
         y = nn.Dense(1, name="squares", dtype=self.dtype, kernel_init=nn.initializers.ones)(x)
+        if self.fault == "backward":
+            y = jnp.sqrt(y**2)
         return Logarithm(name="log")(y) if self.fault == "log" else y
 
 
@@ -57,6 +61,24 @@ class Logarithm(nn.Module):
     @nn.compact
     def __call__(self, y):
         return jnp.log(jnp.abs(y))
+
+
+class Root(nn.Module):
+    """A root of 0, whose derivative is not finite."""
+
+    @nn.compact
+    def __call__(self):
+        return jnp.sqrt(self.param("zero", nn.initializers.zeros, ()) ** 2)
+
+
+class Twice(nn.Module):
+    """Calls a module, another one, the first again, and a last one."""
+
+    @nn.compact
+    def __call__(self, x):
+        again = nn.Dense(6, name="again")
+        x = again(nn.Dense(6, name="between")(again(x)))
+        return jnp.log(jnp.abs(nn.Dense(1, name="last")(x)))
 
 
 class Plain(nn.Module):
@@ -73,7 +95,8 @@ class Task:
     dtype: str = "float32"
 
     def _model(self):
-        return Plain() if self.fault == "loss" else Planted(self.fault, self.dtype)
+        models = {"loss": Plain(), "twice": Twice()}
+        return models.get(self.fault) or Planted(self.fault, self.dtype)
 
     def init(self, key, batch):
         return self._model().init(key, batch["x"])
@@ -86,25 +109,26 @@ class Task:
 
     def source(self, split):
         x = np.random.default_rng(0).uniform(0.5, 1, (EXAMPLES, 6)).astype(np.float32)
-        x[BAD] = {"log": 0.0, "loss": 0.0, "overflow": 300.0, "data": np.nan}[self.fault]
+        x[BAD] = {"overflow": 300.0, "data": np.nan}.get(self.fault, 0.0)
         return ArraySource({"x": x})
 
 
-def planted(fault: str, dtype: str = "float32", steps: int = STEP) -> Run:
+def planted(fault: str, dtype: str = "float32", steps: int = STEP, strategy: str = "data") -> Run:
     # Biases stay 0 under SGD with learning rate 0, so that `squares` gives log(0) at the planted example.
-    optimizer = Optimizer(
-        name="sgd", schedule=config.Schedule(peak=0.0), labels=((".*", "all"),), groups={"all": Group()}
-    )
+    optimizer = Optimizer(name="sgd", schedule=config.Schedule(peak=0.0), groups={"default": Group()})
+    if fault == "frozen":
+        optimizer.labels = (("root/.*", "frozen"), *optimizer.labels)
+        optimizer.groups["frozen"] = Group(frozen=True)
     task = Task(fault, dtype)
     return config.resolve(
-        Run(task, total_steps=steps, batch_size=BATCH, optimizer=optimizer, parallel=Parallel(devices=1))
+        Run(task, total_steps=steps, batch_size=BATCH, optimizer=optimizer, parallel=Parallel(strategy, devices=1))
     )
 
 
 def kept(run: Run, workdir: Path, step: int = STEP) -> tuple[str, Path]:
     """The error and the folder about a step, which a session writes."""
     with open_session(build_program(run), workdir, Progress(run.total_steps, StringIO())) as session:
-        text = str(explain(session, DivergedError("the loss is inf", step)))
+        text = str(explain(session, DivergedError("the loss is inf", step, can_be_skipped=True)))
     return text, workdir / "diverged" / str(step)
 
 
@@ -134,6 +158,33 @@ def test_a_fault_in_the_loss_itself_is_told_from_one_in_a_module(tmp_path):
     result = replay(folder)
     assert "the output of every Linen module is finite: the cause is in the loss" in result.text
     assert "first module" not in result.text
+
+
+def test_a_fault_in_a_backward_pass_is_told_from_one_in_the_loss(tmp_path):
+    text, folder = kept(planted("backward"), tmp_path)
+    assert "recomputed, the grad_norm is nan again" in text
+    result = replay(folder)
+    assert not result.is_finite
+    assert "the loss and the output of every Linen module are finite: the cause is in a backward pass" in result.text
+    assert "in the loss of the experiment" not in result.text
+
+
+def test_a_gradient_that_a_frozen_parameter_would_have_is_not_reported(tmp_path):
+    text, folder = kept(planted("frozen"), tmp_path)
+    assert "recomputed, it is finite" in text
+    result = replay(folder)
+    assert result.is_finite, result.text
+    assert "gradient" not in result.text
+
+
+def test_the_first_gradient_is_that_of_the_module_called_last(tmp_path):
+    _, folder = kept(planted("twice"), tmp_path)
+    assert "first gradient last/" in " ".join(replay(folder).text.split())
+
+
+def test_one_replica_of_pmap_draws_other_dropout_masks_than_the_replay(tmp_path):
+    _, folder = kept(planted("log", strategy="pmap"), tmp_path)
+    assert "under pmap each replica draws dropout masks of its own" in replay(folder).text
 
 
 def test_a_workdir_in_place_of_the_folder_lists_its_steps(tmp_path, capsys):

@@ -30,7 +30,7 @@ class NestedTask(Task):
 
 def differences(kept: str, asked: config.Run) -> list[str]:
     """The texts of the changes of the trajectory between a run as JSON and another run."""
-    return [change.text for change in config.changes(json.loads(kept), asked) if not change.harmless]
+    return [change.text for change in config.changed_settings(json.loads(kept), asked) if not change.harmless]
 
 
 def setting_of(run: config.Run, path: str) -> tuple[Any, str]:

@@ -214,10 +214,10 @@ CUT_SHORT = "; for a run cut short, set optimizer.schedule.run_steps to its full
         ({"name": "linear", "warmup": 2.5}, "warmup has 2.5 steps; a whole number is expected"),
         ({"name": "linear", "end": 99.5, "unit": "examples"}, "end has 99.5 examples; a whole number is expected"),
         ({"name": "step", "boundaries": (5, 7.5)}, "boundaries has 7.5 steps; a whole number is expected"),
-        ({"name": "linear", "end": 101, "unit": "percent"}, "end has 101 percent; of a run there are at most 100"),
+        ({"name": "linear", "end": 101, "unit": "percent"}, "end is 101 percent; a run has at most 100 percent"),
         (
             {"name": "step", "boundaries": (50, 150), "unit": "percent"},
-            "boundaries has 150 percent; of a run there are at most 100",
+            "boundaries is 150 percent; a run has at most 100 percent",
         ),
         ({"name": "linear", "warmup": 20}, f"warmup is 20 steps, but the whole schedule has only 20 steps{CUT_SHORT}"),
         (

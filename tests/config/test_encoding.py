@@ -189,7 +189,8 @@ def test_json_of_no_run_is_refused(kept, reason):
 
 
 def test_settings_that_change_no_update_are_harmless_and_shown():
-    found = config.changes(json.loads(edited("experiment", depth=3)), changed(NESTED, "logging.every_steps", 7))
+    kept, asked = json.loads(edited("experiment", depth=3)), changed(NESTED, "logging.every_steps", 7)
+    found = config.changed_settings(kept, asked)
     assert [change for change in found if change.harmless] == [
         ("experiment.depth was 3, is no setting any more", True),
         ("logging.every_steps was 1, is 7", True),

@@ -81,8 +81,8 @@ def test_an_example_is_another_in_each_epoch_and_under_each_seed():
 def test_evaluation_reads_examples_as_they_are():
     program = build_program(config.resolve(run_of(parallel=config.Parallel(devices=1))))
     assert "flip" in program.train_spec
-    assert "flip" not in program.main.spec
-    (batch, *_) = eval_batches(program.main.source, 8)
+    assert "flip" not in program.main_evaluation.spec
+    (batch, *_) = eval_batches(program.main_evaluation.source, 8)
     np.testing.assert_array_equal(batch["x"], AugmentedTask().source("test").arrays["x"][:8])
 
 

@@ -189,6 +189,11 @@ def test_weights_of_another_shape_are_an_error(of):
         of(*arrays, jnp.ones(4))
 
 
+def test_labels_of_another_shape_than_the_predictions_are_an_error():
+    with pytest.raises(ValueError, match=r"needs values and weights of one shape, not \(4, 1\) and \(4,\)"):
+        ConfusionMatrix.of(jnp.zeros(4, jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.ones(4), classes=2)
+
+
 @flax.struct.dataclass
 class Extremes:
     """A user's own metric: how many values are far out, and their share."""
@@ -236,8 +241,8 @@ def whole(source: Any, ids: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize(("strategy", "devices"), [("data", 1), ("data", 4), ("pmap", 4)])
 def test_an_evaluation_in_uneven_batches_over_devices_gives_the_metrics_of_the_whole_split(strategy, devices):
     program = compiled(strategy, devices)
-    found = evaluate_split(program, program.init(), program.main.source)
-    expected = whole(program.main.source, np.arange(len(program.main.source)))
+    found = evaluate_split(program, program.init(), program.main_evaluation.source)
+    expected = whole(program.main_evaluation.source, np.arange(len(program.main_evaluation.source)))
     assert {name: value for name, value in found.items() if name in expected} == pytest.approx(expected, rel=1e-6)
     assert {"test/matrix/f1_macro", "test/own/share", "test/spread/p50", "test/area"} <= found.keys()
 

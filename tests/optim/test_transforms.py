@@ -227,6 +227,34 @@ def test_a_dataclass_of_the_user_is_an_optimizer():
     np.testing.assert_allclose(found[-1]["bias"], expected, rtol=1e-6, atol=1e-7)
 
 
+@dataclasses.dataclass
+class Grows:
+    """An optimizer of a user whose state changes in the first update."""
+
+    change: str
+
+    def transform(self, learning_rate):
+        def update(updates, state, params=None):
+            del params
+            return updates, {"more": (*state, jnp.zeros(())), "less": state[1:], "kind": list(state)}[self.change]
+
+        return optax.GradientTransformation(lambda params: (jnp.zeros(()), jnp.zeros(())), update)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("more", "a step adds opt_state/others/default/inner/2 to the state"),
+        ("less", "a step returns a state without opt_state/others/default/inner/1"),
+        ("kind", "a step returns a state of another structure, with the same arrays"),
+    ],
+)
+def test_an_optimizer_whose_state_changes_is_refused_in_one_line(change, text):
+    optimizer = config.Optimizer(Grows(change), config.Schedule(peak=1e-2))
+    with pytest.raises(UserError, match=text):
+        build_program(config.resolve(make_run(10, optimizer=optimizer)))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [

@@ -49,7 +49,8 @@ def test_both_steps_of_a_decoder_with_the_kernel_compile(strategy, topology):
     shapes = {"layers": 2, "length": 256, "width": 256, "heads": 4, "kv_heads": 1, "mlp_width": 256, "vocab": 256}
     run = make_run(strategy=strategy, attention="splash", scan=True, remat="full", **shapes)
     program = planning.program_for(run, there, planning.CompileChoice(torus=True))
-    for step, spec in ((program.train_step, program.train_spec), (program.main.step, program.main.spec)):
+    main = program.main_evaluation
+    for step, spec in ((program.train_step, program.train_spec), (main.step, main.spec)):
         arguments = (program.state, program.strategy.abstract_batch(spec))
         compiled = compile_step(step, arguments, len(there.devices), FAST)
         assert isinstance(compiled, CompiledStep)

@@ -43,7 +43,8 @@ def test_both_steps_of_every_strategy_compile_for_every_generation(strategy, top
     there = make_topology(topology)
     run = make_run(strategy=strategy, **SMALL)
     program = planning.program_for(run, there, CompileChoice(torus=True))
-    for step, spec in ((program.train_step, program.train_spec), (program.main.step, program.main.spec)):
+    main = program.main_evaluation
+    for step, spec in ((program.train_step, program.train_spec), (main.step, main.spec)):
         arguments = (program.state, program.strategy.abstract_batch(spec))
         compiled = compile_step(step, arguments, len(there.devices), FAST)
         assert isinstance(compiled, CompiledStep)

@@ -106,7 +106,7 @@ def outcome(strategy: str, devices: int, dropout: float) -> Outcome:
             losses.append(float(metrics["loss"].total / metrics["loss"].weight))
             stays &= addresses(state) == before and all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             if i in (STEPS // 2, STEPS):
-                evaluated.append(evaluate_split(program, state, program.main.source))
+                evaluated.append(evaluate_split(program, state, program.main_evaluation.source))
     jax.tree.map(lambda x, like: assert_same_sharding(x, like), state, program.state)
     numbers = jax.device_get((state.params, state.collections, state.ema))
     return Outcome(np.array(losses), numbers, evaluated, compiled, stays)
@@ -145,7 +145,8 @@ def test_on_one_device_every_sharded_strategy_is_the_same_program(strategy):
 @functools.cache
 def lowered(strategy: str) -> list[str]:
     program = program_of(strategy, 1, 0.3)
-    specs: Any = ((program.train_step, program.train_spec), (program.main.step, program.main.spec))
+    main = program.main_evaluation
+    specs: Any = ((program.train_step, program.train_spec), (main.step, main.spec))
     return [step.lower(program.state, program.strategy.abstract_batch(spec)).as_text() for step, spec in specs]
 
 

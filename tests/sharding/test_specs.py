@@ -107,6 +107,11 @@ def test_an_axis_named_twice_is_an_error_with_the_path():
         specs_of({"a": {"w": leaf(8, 8)}}, rules=((".*", ("fsdp", "fsdp")),))
 
 
+def test_a_logical_axis_named_twice_is_an_error_with_the_path():
+    with pytest.raises(UserError, match=r"a/w has the logical axis 'embed' twice: \('embed', None, 'embed'\)"):
+        specs_of({"a": {"w": leaf(8, 8, 8, names=("embed", None, "embed"))}})
+
+
 def test_a_logical_axis_that_does_not_divide_is_an_error_with_the_path():
     with pytest.raises(
         UserError, match=r"a/w \(7, 8\) does not divide over axis 'fsdp' of size 4 \(logical axes embed"

@@ -118,9 +118,9 @@ def resolve_arguments(options: argparse.Namespace, overrides: Sequence[str]) -> 
 
 
 def _kept_run(workdir: "Workdir") -> "Run | None":
-    from trainer.resume import kept_run  # imports Flax and Orbax, for which a mistyped --config need not wait
+    from trainer.resume import recover_run  # imports Flax and Orbax, for which a mistyped --config need not wait
 
-    return kept_run(workdir)
+    return recover_run(workdir)
 
 
 def override(run: "Run", overrides: Sequence[str]) -> "Run":

@@ -52,7 +52,8 @@ def main(arguments: Arguments) -> int:
     devices = program.strategy.devices
     kind = f"{len(devices)} × {devices[0].device_kind}"
     print(f"devices: {kind}, strategy {run.parallel.strategy}, jax {jax.__version__}")
-    print(f"examples: {len(program.train_source):,} to train on, {len(program.main.source):,} to evaluate on")
+    examples = len(program.train_source), len(program.main_evaluation.source)
+    print("examples: {:,} to train on, {:,} to evaluate on".format(*examples))
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     print(f"state: {state_bytes:,} bytes with the optimizer's moments")
     if arguments.options.compile:

@@ -100,11 +100,11 @@ def main(arguments: Arguments) -> int:
 def _train_shared(run: "Run", path: "AnyPath", session: "SessionOptions") -> None:
     """As `train`, with the program that all runs share which differ only in numbers."""
     from trainer.compilation import compile_ahead
+    from trainer.compile_once import with_shared_program
     from trainer.loop import train_program
     from trainer.program import build_program
-    from trainer.sharing import share
 
-    program = share(build_program(run))
+    program = with_shared_program(build_program(run))
     compile_ahead(program.train_step)
     train_program(program, path, Progress(run.total_steps), **session)
 

@@ -5,9 +5,9 @@ A config file's `get_config()` returns a `Run`. Fields are overridden on the com
 """
 
 # isort: off
-from trainer.config.changes import Change as Change, changes as changes
+from trainer.config.changes import Change as Change, changed_settings as changed_settings
 from trainer.config.checks import check_types as check_types, resolve as resolve
-from trainer.config.checks import schedules as schedules, setting_at as setting_at, type_name as type_name
+from trainer.config.checks import schedules_of as schedules_of, setting_at as setting_at, type_name as type_name
 from trainer.config.encoding import from_json as from_json, import_file as import_file, to_json as to_json
 from trainer.config.encoding import user_errors as user_errors
 from trainer.config.schedules import evaluations as evaluations, evaluations_in_steps as evaluations_in_steps

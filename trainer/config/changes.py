@@ -13,14 +13,14 @@ class Change(NamedTuple):
     """A setting that differs between a run and the run that continues it."""
 
     text: str  # such as "batch_size was 128, is 64"
-    harmless: bool  # whether the updates stay as they were; else the trajectory changes
+    harmless: bool  # whether a run goes on with it unasked: `may_change` of the setting, or a setting that is gone
 
 
-def changes(kept: Mapping[str, Any], asked: Run) -> list[Change]:
+def changed_settings(kept: Mapping[str, Any], asked: Run) -> list[Change]:
     """Every setting that differs between the JSON of a run and the run that is to continue it. Imports no class.
 
-    A setting that the experiment no longer has is harmless. Raises `UserError` if `kept` is not
-    the JSON of a run.
+    A setting that the experiment or an optimizer of the user's own no longer has is harmless, as nothing can be asked
+    of it. Raises `UserError` if `kept` is not the JSON of a run.
     """
     if not isinstance(kept, dict) or kept.get(CLASS) != class_name(Run):
         raise UserError("it is not the JSON of a Run")

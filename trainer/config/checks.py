@@ -26,15 +26,15 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "above": "above", "below
 
 
 def resolve(run: Run) -> Run:
-    """A checked copy of `run` that states the batch size of each evaluation and the `run_steps` of some schedules.
+    """A checked copy of `run` in which missing values are filled in.
 
-    It states `run_steps` for each schedule that depends on the length of the run. Raises `UserError` if a value has the
-    wrong type or is out of range, or if settings contradict each other.
+    These are the `batch_size` of each evaluation, and the `run_steps` of each schedule that depends on the length of
+    the run. Raises `UserError` if a value has the wrong type or is out of range, or if settings contradict each other.
     """
     run = copy.deepcopy(run)
     check_types(run)
     _check_optimizer(run.optimizer)
-    for path, schedule in schedules(run.optimizer).items():
+    for path, schedule in schedules_of(run.optimizer).items():
         schedule_in_steps(schedule, path, run)
         to_the_end = schedule.name in DESCENTS and schedule.end is None
         steps = schedule.run_steps or run.total_steps
@@ -65,7 +65,7 @@ def resolve(run: Run) -> Run:
     return run
 
 
-def schedules(optimizer: Optimizer) -> dict[str, Schedule]:
+def schedules_of(optimizer: Optimizer) -> dict[str, Schedule]:
     """Every schedule of an optimizer by its path in the run, such as `optimizer.schedule`."""
     return {path: value for path, _, value, _ in _fields(optimizer, "optimizer.") if isinstance(value, Schedule)}
 

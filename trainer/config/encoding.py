@@ -73,7 +73,7 @@ def class_name(kind: type) -> str:
 def from_json(text: str) -> Run:
     """The run that `to_json` was given; types and ranges are not checked.
 
-    Settings that the experiment no longer has are left out.
+    Settings that the experiment or an optimizer of the user's own no longer has are left out.
 
     Only the experiment's and the optimizers' classes are imported. Only they, their nested settings and our own
     settings classes are instantiated. Still, trust a workdir as you trust code. Raises `UserError` if the text is not

@@ -66,7 +66,8 @@ class Schedule:
 class Group:
     """The settings that the parameters of one label share.
 
-    One fused pass updates all groups, except those whose optimizer is not one of `FUSED_OPTIMIZERS`.
+    One fused pass updates all groups whose optimizer is in `FUSED_OPTIMIZERS`. Each other group is updated by an Optax
+    transformation of its own.
     """
 
     weight_decay: float = setting(0.0, minimum=0)  # strength of the weight decay; see `Optimizer.decay`

@@ -19,8 +19,8 @@ def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | N
     """The schedule at `path` of `run` with its times in whole updates, and the end of a descent written out.
 
     `examples`, the length of the training split, gives the length of an epoch. Without it, times in epochs are not
-    converted: only their order is checked. Raises `UserError` if settings contradict each other, or if a time rounds to
-    0 updates or lies after the end of the run.
+    converted: only their order is checked. Raises `UserError` if settings contradict each other, if a time rounds to 0
+    updates, or if it lies after the end of the schedule: its own `end`, which may be after the run, or else the run's.
     """
     _check_used(schedule, path)
     unit, length = schedule.unit, schedule.run_steps or run.total_steps
@@ -30,7 +30,7 @@ def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | N
 
     def steps(name: str, time: float) -> Any:
         if unit == "percent" and time > 100:
-            raise UserError(f"{path}.{name} has {time:.12g} percent; of a run there are at most 100")
+            raise UserError(f"{path}.{name} is {time:.12g} percent; a run has at most 100 percent")
         if unit in ("steps", "examples") and time % 1:
             raise UserError(f"{path}.{name} has {time:.12g} {unit}; a whole number is expected")
         count = time if scale is None else round(time * scale)

@@ -48,7 +48,8 @@ class Checkpoint:
     """Whether a checkpoint is also begun as soon as the one before is on disk."""
     on_error: str = setting("stop", choices=("stop", "continue"), may_change=True)
     """When a save or a row of metrics cannot be written, as on a full disk: `stop` ends the run with exit code 3;
-    `continue` says so and tries again at the next checkpoint."""
+    `continue` says so and tries again at the next checkpoint. If the last state cannot be saved, the run ends with exit
+    code 3 all the same."""
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ class Logging:
 
 @dataclasses.dataclass
 class Watch:
-    """Time limits. At those of `stall_*` the run prints what it waits for; at the others it also ends."""
+    """Time limits. When a limit `stall_*` passes, the run prints what it waits for. After any other it also ends."""
 
     grace_seconds: float = setting(20.0, above=0, may_change=True)
     """Seconds after SIGTERM, SIGINT or SIGHUP in which the state is saved and the process ends."""
@@ -69,7 +70,9 @@ class Watch:
     stall_seconds: float = setting(60.0, above=0, may_change=True)
     """No stall is reported before this many seconds, however short the steps are."""
     end_seconds: float | None = setting(1800.0, above=0, may_change=True)
-    """Seconds without a new step after which the run saves its last complete state and ends; None for no end."""
+    """Seconds without progress after which the run ends; None for no end. A new phase of a step and each batch of an
+    evaluation are progress. The last complete state is saved first, except while the run starts, restores, saves or
+    waits for the devices."""
     data_seconds: float = setting(300.0, above=0, may_change=True)
     """Seconds to wait for a batch, after which the run ends and names the batch."""
 
@@ -124,9 +127,9 @@ class Parallel:
     dimension after the other; else one ring runs over all chips. Without a torus it changes nothing."""
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting((), may_change=True)
     """Ordered (regex, PartitionSpec) rules over whole parameter paths, with a mesh axis or None for each dimension.
-    Without rules, the model's logical axes decide; without them, the largest dimension that is a multiple of
-    the size of fsdp is sharded over fsdp. The moments of a parameter are sharded in the same way; under `zero1` and
-    `zero1_tensor`, fsdp shards only the moments."""
+    If there are rules, they must cover every parameter. Without rules, the model's logical axes decide; without them,
+    the largest dimension that is a multiple of the size of fsdp is sharded over fsdp. The moments of a parameter are
+    sharded in the same way; under `zero1` and `zero1_tensor`, fsdp shards only the moments."""
     axis_rules: tuple[tuple[str, str | None], ...] = setting((), may_change=True)
     """The mesh axis over which each logical axis of a Linen model is sharded, or None. These rules come before the
     defaults: vocab, heads and mlp over tensor, vocab and embed over fsdp; head_dim, layers and length replicated. For

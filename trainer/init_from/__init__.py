@@ -15,7 +15,7 @@ from trainer.checkpoint.reading import restore_leaves
 from trainer.errors import UserError, did_you_mean
 from trainer.init_from.sources import VariableSource, open_variables
 from trainer.observe import table
-from trainer.optim.transforms import other_paths, set_count
+from trainer.optim.transforms import candidate_paths, set_count
 from trainer.program import Program
 from trainer.rules import assign, path_of
 from trainer.state import TrainState
@@ -29,13 +29,13 @@ class Row:
 
     name: str
     rule: str  # of `RULES`
-    source: str | None  # the name of the array there; None where it stays fresh
+    source: str | None  # the name of the array in the source; None where the variable stays fresh
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Beginning:
-    """How the first state of a run is made; nothing is read yet but names, shapes and dtypes."""
+class InitPlan:
+    """How the first state of a run is made from a source, of which only names, shapes and dtypes were read."""
 
     program: Program
     source: VariableSource
@@ -44,7 +44,7 @@ class Beginning:
 
     @property
     def start(self) -> int:
-        """Updates that count as made: those of the source if its whole state is carried on, else 0."""
+        """Steps that count as made: those of the source if `optimizer_state` is "carried", else 0."""
         return self.source.step or 0 if _settings(self.program).optimizer_state == "carried" else 0
 
     def __str__(self) -> str:
@@ -59,15 +59,15 @@ class Beginning:
         fresh = program.init()
         replicated = program.strategy.sharding("", ())
         taken = {row.source: row for row in self.rows if row.source is not None}
-        wanted = {
-            there: like[row.name].sharding if self.source.leaves[there].shape == like[row.name].shape else replicated
-            for there, row in taken.items()
-        }
+        wanted = {}
+        for source_name, row in taken.items():
+            fits = self.source.leaves[source_name].shape == like[row.name].shape
+            wanted[source_name] = like[row.name].sharding if fits else replicated
         arrays = self.source.read(wanted)
         values = _variables(program, fresh)
-        for there, row in taken.items():
+        for source_name, row in taken.items():
             make = jax.jit(partial(_RESIZE[row.rule]), out_shardings=like[row.name].sharding)
-            values[row.name] = make(arrays[there], values[row.name])
+            values[row.name] = make(arrays[source_name], values[row.name])
         kinds = ("params", "collections")
         state = _replaced(fresh, {f"{kind}/{name}": x for kind in kinds for name, x in values.items()})
         if state.ema is not None:
@@ -78,25 +78,25 @@ class Beginning:
         return state if self.start == 0 else self._carried(state)
 
     def _carried(self, state: TrainState) -> TrainState:
-        """The state with the step and with every array of the optimizer that fits."""
+        """The state with the step, and with every array of optimizer state, EMA params and guard that fits."""
         assert self.source.metadata is not None
         assert self.source.place is not None
         saved, wanted, places = self.source.metadata.leaves, {}, {}
         copied_from = {row.name: row.source if row.rule == "take" else None for row in self.rows}
         for path, leaf in _paths(self.program.state).items():
-            there = next((there for there in _source_paths(path, copied_from) if there in saved), None)
-            if there is not None and saved[there] == Leaf(tuple(leaf.shape), str(leaf.dtype)):
-                wanted[there] = jax.ShapeDtypeStruct(*saved[there], sharding=leaf.sharding)
-                places[path] = there
+            source_path = next((p for p in _source_paths(path, copied_from) if p in saved), None)
+            if source_path is not None and saved[source_path] == Leaf(tuple(leaf.shape), str(leaf.dtype)):
+                wanted[source_path] = jax.ShapeDtypeStruct(*saved[source_path], sharding=leaf.sharding)
+                places[path] = source_path
         arrays = restore_leaves(self.source.place, self.source.metadata, wanted)
         groups, step = self.program.groups, jnp.asarray(self.start, jnp.int32)
         shardings = jax.tree.map(lambda x: x.sharding, self.program.state.opt_state)
         opt_state = jax.device_put(set_count(state.opt_state, groups, step), shardings)
         counted = dataclasses.replace(state, opt_state=opt_state)
-        return _replaced(counted, {path: arrays[there] for path, there in places.items()})
+        return _replaced(counted, {path: arrays[source_path] for path, source_path in places.items()})
 
 
-def plan_init(program: Program) -> Beginning | None:
+def plan_init(program: Program) -> InitPlan | None:
     """How `Run.init_from` makes the first state; None if the run begins with fresh variables.
 
     Raises `UserError` if there is no such source, or if a variable is not covered or does not fit.
@@ -106,7 +106,7 @@ def plan_init(program: Program) -> Beginning | None:
     is_carried = settings.optimizer_state == "carried"
     source = open_variables(settings.source, raw=is_carried)
     if is_carried and source.step is None:
-        raise UserError(f"init_from.optimizer_state is 'carried', but {source.text} has no state of a run")
+        raise UserError(f"init_from.optimizer_state is 'carried', but the {source.text} are no state of a run")
     if is_carried and (source.step or 0) >= program.run.total_steps:
         left = f"is already at step {source.step}, so nothing is left of total_steps {program.run.total_steps}"
         raise UserError(f"init_from.optimizer_state is 'carried', but the source ({source.text}) {left}")
@@ -124,9 +124,9 @@ def plan_init(program: Program) -> Beginning | None:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         hint = "give init_from.rules ('fresh', 'linear', 'pad' …) or init_from.rename"
-        raise UserError(f"the {source.text} does not fit: {'; '.join(problems[:8])}{more}; {hint}")
+        raise UserError(f"the {source.text} do not fit: {'; '.join(problems[:8])}{more}; {hint}")
     used = {row.source for row in rows}
-    return Beginning(program, source, rows, [there for there in source.leaves if there not in used])
+    return InitPlan(program, source, rows, [name for name in source.leaves if name not in used])
 
 
 def _settings(program: Program) -> config.InitFrom:
@@ -134,21 +134,21 @@ def _settings(program: Program) -> config.InitFrom:
     return program.run.init_from
 
 
-def _row(name: str, rule: str, here: Any, there: str | None, source: VariableSource) -> tuple[Row, str]:
+def _row(name: str, rule: str, here: Any, source_name: str | None, source: VariableSource) -> tuple[Row, str]:
     """The row of a variable, and what is wrong with it."""
     if rule == "fresh":
         return Row(name, rule, None, f"fresh, {_leaf(here)}"), ""
-    if there is None:
+    if source_name is None:
         known = did_you_mean(name, source.leaves)
         return Row(name, rule, None, ""), f"it has no {name}{known}"
-    saved = source.leaves[there]
+    saved = source.leaves[source_name]
     cast = "" if saved.dtype == str(here.dtype) else f", cast from {saved.dtype}"
     if saved.shape == tuple(here.shape):
-        return Row(name, "take", there, f"taken, {_leaf(here)}{cast}"), ""
+        return Row(name, "take", source_name, f"taken, {_leaf(here)}{cast}"), ""
     if rule == "take" or len(saved.shape) != len(here.shape):
         return Row(name, rule, None, ""), f"{name} is {list(saved.shape)} there, {list(here.shape)} here"
     resized = f"{rule} from {list(saved.shape)}, {_leaf(here)}{cast}"
-    return Row(name, rule, there, resized), ""
+    return Row(name, rule, source_name, resized), ""
 
 
 def _leaf(leaf: Any) -> str:
@@ -159,18 +159,18 @@ def _renamed(source: VariableSource, settings: config.InitFrom) -> dict[str, str
     """The names in the source by the names that the first matching pattern of `rename` gives them."""
     used: set[str] = set()
     found: dict[str, str] = {}
-    for there in source.leaves:
-        name = there
+    for source_name in source.leaves:
+        name = source_name
         for pattern, replacement in settings.rename:
             try:
-                if re.fullmatch(pattern, there):
-                    name, _ = re.sub(pattern, replacement, there, count=1), used.add(pattern)
+                if (match := re.fullmatch(pattern, source_name)) is not None:
+                    name, _ = match.expand(replacement), used.add(pattern)
                     break
             except re.error as error:
                 raise UserError(f"init_from.rename {pattern!r} → {replacement!r}: {error}") from error
         if name in found:
-            raise UserError(f"init_from.rename gives {found[name]} and {there} one name, {name}")
-        found[name] = there
+            raise UserError(f"init_from.rename gives {found[name]} and {source_name} one name, {name}")
+        found[name] = source_name
     if idle := [pattern for pattern, _ in settings.rename if pattern not in used]:
         raise UserError(f"init_from.rename {idle[0]!r} matches no array of the {source.text}, or earlier ones do")
     return found
@@ -215,9 +215,9 @@ def _source_paths(path: str, copied_from: Mapping[str, str | None]) -> list[str]
     while name:
         name = name.partition("/")[2]
         if name in copied_from:
-            there = copied_from[name]
-            return [] if there is None else other_paths(path.removesuffix(name) + there)
-    return other_paths(path)  # a count
+            source_name = copied_from[name]
+            return [] if source_name is None else candidate_paths(path.removesuffix(name) + source_name)
+    return candidate_paths(path)  # a count
 
 
 def _pad(x: jax.Array, fresh: jax.Array) -> jax.Array:

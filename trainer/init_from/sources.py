@@ -16,7 +16,7 @@ from trainer.checkpoint.reading import arrays_handler, read_metadata, restore_le
 from trainer.errors import UserError, did_you_mean
 from trainer.files import AnyPath
 from trainer.observe.log import read_rows
-from trainer.restore import schedule_free_averages
+from trainer.restore import schedule_free_paths
 from trainer.rules import path_of
 from trainer.workdir import Workdir
 
@@ -27,7 +27,7 @@ Wanted = Mapping[str, jax.sharding.Sharding]  # by the name of an array
 class VariableSource:
     """Arrays by name: a parameter by its path, another variable by collection and path, as "batch_stats/norm/mean"."""
 
-    text: str  # what it is, for the user
+    text: str  # what it is, for the user: a plural noun, such as "parameters of runs/a, step 6"
     leaves: Mapping[str, Leaf]
     read: Callable[[Wanted], dict[str, jax.Array]]  # with these shardings
     step: int | None = None  # updates made, of a workdir
@@ -71,7 +71,7 @@ def _workdir(folder: Workdir, step: str, raw: bool) -> VariableSource:
     chosen = int(distributed.gather("the step of a source", str(store.choose(step)))[0])
     metadata, place = store.metadata(chosen), store.path(chosen)
     use_ema = metadata.config["optimizer"].get("ema_decay") is not None and not raw
-    params, averages = "ema/" if use_ema else "params/", {} if use_ema or raw else schedule_free_averages(metadata)
+    params, schedule_free = "ema/" if use_ema else "params/", {} if use_ema or raw else schedule_free_paths(metadata)
     names = {
         path.removeprefix(prefix): path
         for path in metadata.leaves
@@ -81,17 +81,17 @@ def _workdir(folder: Workdir, step: str, raw: bool) -> VariableSource:
 
     def read(wanted: Wanted) -> dict[str, jax.Array]:
         shardings = {names[name]: sharding for name, sharding in wanted.items()}
-        for name in wanted.keys() & averages.keys():
-            z, b1 = averages[name]
+        for name in wanted.keys() & schedule_free.keys():
+            z, b1 = schedule_free[name]
             shardings |= {z: wanted[name], b1: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])}
         like = {path: jax.ShapeDtypeStruct(*metadata.leaves[path], sharding=s) for path, s in shardings.items()}
         try:
             arrays = restore_leaves(place, metadata, like)
         except FileNotFoundError as error:
             raise UserError(f"init_from: {place} was removed while it was read; name another step") from error
-        return {name: _average(arrays, names[name], averages.get(name)) for name in wanted}
+        return {name: _average(arrays, names[name], schedule_free.get(name)) for name in wanted}
 
-    kind = "EMA params" if use_ema else "averages" if averages else "parameters"
+    kind = "EMA params" if use_ema else "averages" if schedule_free else "parameters"
     leaves = {name: metadata.leaves[path] for name, path in names.items()}
     return VariableSource(f"{kind} of {folder.path}, step {chosen}", leaves, read, chosen, metadata, place)
 
@@ -140,7 +140,8 @@ def _orbax(place: AnyPath, step: str) -> VariableSource:
         arrays = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(restored)}
         return {name: arrays[names[name]] for name in wanted}
 
-    return VariableSource(f"Orbax's {place}", {name: paths[saved] for name, saved in names.items()}, read)
+    leaves = {name: paths[saved] for name, saved in names.items()}
+    return VariableSource(f"arrays that Orbax saved in {place}", leaves, read)
 
 
 def _safetensors(file: Path) -> VariableSource:
@@ -163,7 +164,7 @@ def _safetensors(file: Path) -> VariableSource:
         arrays = load_file(file)
         return {name: jax.device_put(np.asarray(arrays[names[name]]), sharding) for name, sharding in wanted.items()}
 
-    return VariableSource(str(file), {name: paths[path] for name, path in names.items()}, read)
+    return VariableSource(f"arrays of {file}", {name: paths[path] for name, path in names.items()}, read)
 
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
@@ -173,10 +174,11 @@ _DTYPES |= {f"{sign}{bits}": f"{kind}int{bits}" for sign, kind in (("I", ""), ("
 def _variable_names(paths: Mapping[str, Leaf]) -> dict[str, str]:
     """The path of each variable by its name.
 
-    Strips the leading "params/" and drops optimizer state. A tree without "params" is used as it is.
+    A tree without "params" is used as it is. Of any other, a name lacks the leading "params/", also where it is there
+    twice. The step and everything below "opt_state", "tx" and "ema" is left out.
     """
     if not any(path.startswith("params/") for path in paths):
         return {path: path for path in paths}
     own = {path.removeprefix("params/").removeprefix("params/"): path for path in paths if path.startswith("params/")}
-    others = ("opt_state/", "step", "params/", "tx/", "ema/")
-    return own | {path: path for path in paths if not path.startswith(others)}
+    others = ("opt_state/", "params/", "tx/", "ema/")
+    return own | {path: path for path in paths if path != "step" and not path.startswith(others)}

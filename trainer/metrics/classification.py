@@ -44,7 +44,8 @@ class ConfusionMatrix:
         cls, predictions: Int[Array, "*shape"], labels: Int[Array, "*shape"], weights: _Numbers, classes: int
     ) -> "ConfusionMatrix":
         """Of predicted and true classes from 0 to `classes` − 1. An example with a class beyond them is not counted."""
-        check_shapes("ConfusionMatrix", predictions, weights)
+        for classes_of in (predictions, labels):
+            check_shapes("ConfusionMatrix", classes_of, weights)
         inside = (predictions >= 0) & (predictions < classes) & (labels >= 0) & (labels < classes)
         weights = jnp.where(inside, weights.astype(jnp.float32), 0)
         cells = jnp.where(inside, labels * classes + predictions, 0)

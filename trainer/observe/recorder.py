@@ -94,7 +94,7 @@ class Recorder:
         metrics["loss"].total.block_until_ready()
         bad, numerics = _not_finite(metrics), self._run.numerics
         if bad is not None and numerics.on_nonfinite == "stop":
-            raise DivergedError(f"the {bad[0]} of step {step} is {bad[1]}", step)
+            raise DivergedError(f"the {bad[0]} of step {step} is {bad[1]}", step, can_be_skipped=True)
         if "skipped" not in metrics or not metrics["skipped"].compute():
             return
         if bad is not None:

@@ -13,7 +13,7 @@ from trainer.optim.precision import global_norm
 from trainer.optim.schedule_free import evaluation_params
 from trainer.optim.schedules import build_schedule
 from trainer.optim.statistics import Statistics, build_statistics
-from trainer.optim.transforms import Groups, TransformGroup, find_transform, mixed, split
+from trainer.optim.transforms import Groups, TransformGroup, find_transform, mixed, split_groups
 from trainer.optim.update_rules import Adam, Momentum
 
 __all__ = ["Groups", "Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics"]
@@ -22,7 +22,7 @@ __all__ += ["evaluation_params", "global_norm"]
 
 def build_schedules(run: config.Run, examples: int) -> dict[str, optax.Schedule]:
     """Every schedule of a resolved run as a function of the number of updates already made, by its path in the run."""
-    schedules = config.schedules(run.optimizer).items()
+    schedules = config.schedules_of(run.optimizer).items()
     return {path: build_schedule(config.schedule_in_steps(s, path, run, examples)) for path, s in schedules}
 
 
@@ -78,7 +78,7 @@ def build_optimizer(
     optimizer: config.Optimizer, groups: Groups, labels: Any, seed: int
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation for all groups; `labels` is a tree like the parameters."""
-    own, others = split(groups)
+    own, others = split_groups(groups)
     if others:
         return mixed(own, others, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)
     return fused.fused_groups(own, labels, amsgrad=optimizer.amsgrad, clip_norm=optimizer.clip_norm, seed=seed)

@@ -151,7 +151,7 @@ def adabelief(
       seed: of the stochastic rounding, which depends only on it, on the update, and on the leaf's number in the tree.
 
     Raises:
-      ValueError: an argument is out of its range, or 0 in the dtype in which it is used; `rectify` with `amsgrad`.
+      ValueError: a number out of its range, a bad array or `decay`; from `init`: an eps that is 0, a bad moment dtype.
     """
     b1, b2, eps, eps_root = (x.item() if isinstance(x, np.generic) else x for x in (b1, b2, eps, eps_root))
     rule = Belief(b1, b2, eps, eps_root, nesterov, rectify, sgd_fallback)

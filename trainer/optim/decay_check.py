@@ -56,7 +56,8 @@ def check_decay(
     The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype. With "corrected"
     decay, the subtracted share is additionally multiplied by learning rate / peak; with "fixed" decay, the factor is
     1 − weight decay; "coupled" decay is not checked. The step must keep every bit of parameters without decay and of
-    frozen ones. The check uses the step in which the label decays most, since the first step of a warm-up has no decay.
+    frozen ones. The check uses the step in which the label decays most (of up to 10,000 steps, evenly spaced over the
+    run), since the first step of a warm-up has no decay.
     A parameter that is 0 is replaced by 1, since no decay would change it. The move that an Optax transformation makes
     without gradients is allowed for.
 
@@ -105,7 +106,10 @@ def decay_table(results: Sequence[DecayResult]) -> str:
 
 
 def _steepest(group: ParamGroup | TransformGroup | None, total_steps: int) -> tuple[int, float]:
-    """The count of updates before the step in which a group decays most, and the share of its parameters it loses."""
+    """The count of updates before the step in which a group decays most, and the share of its parameters it loses.
+
+    Of at most 10,000 steps, evenly spaced over the run.
+    """
     if group is None:
         return 0, 0.0
     decay = group.weight_decay if callable(group.weight_decay) else optax.constant_schedule(group.weight_decay or 0.0)

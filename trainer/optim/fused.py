@@ -43,11 +43,11 @@ class ParamGroup:
     rounds_randomly: bool = False  # whether bfloat16 parameters are rounded stochastically, see `rounded_update`
 
 
-Groups = Mapping[str, ParamGroup | None]  # by label; None: the fused pass leaves this label alone
+FusedGroups = Mapping[str, ParamGroup | None]  # by label; None: the fused pass leaves this label alone
 
 
 class ScaleByBeliefState(NamedTuple):
-    """Moments of the gradients, in trees like the parameters."""
+    """Moments of all groups of a fused pass, in trees like the parameters, with the field names of Optax's state."""
 
     count: Int32[Array, ""]  # updates made; stays at the largest int32 when it gets there
     mu: Any  # mean of the gradients (sgd: their decayed sum); `optax.MaskedNode` for a frozen leaf
@@ -66,7 +66,7 @@ class UpdateScalars(NamedTuple):
 
 
 def fused_groups(
-    groups: Groups, labels: Any, *, amsgrad: bool = False, clip_norm: float | None = None, seed: Any = 0
+    groups: FusedGroups, labels: Any, *, amsgrad: bool = False, clip_norm: float | None = None, seed: Any = 0
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that updates each leaf as the group of its label says.
 
@@ -151,8 +151,8 @@ def _update_leaf(
 def scaled_update(group: ParamGroup, scalars: UpdateScalars, g: Array, mu: Array, nu: Any) -> Array:
     """The rule's update times minus the learning rate, from the new moments, without weight decay.
 
-    A cautious group drops the elements that would move against the descent, those with u · g ≥ 0, and multiplies the
-    others by the number of elements over the number of these, at most by 1,000 (Liang et al., arXiv:2411.16085).
+    A cautious group drops the elements with u · g ≥ 0, where u is the signed update, and multiplies the kept ones by
+    (number of all elements) / (number of kept elements), at most by 1,000 (Liang et al., arXiv:2411.16085).
     """
     u = group.rule.update(g, mu, nu, scalars.bias_corrections, -scalars.learning_rate)
     if not group.cautious:
@@ -190,7 +190,7 @@ def prepare_leaf(group: ParamGroup, scalars: UpdateScalars, g: Any, moments: tup
 
 
 def update_scalars(
-    groups: Groups, leaves: Sequence[tuple], count: Int32[Array, ""], clip_norm: float | None
+    groups: FusedGroups, leaves: Sequence[tuple], count: Int32[Array, ""], clip_norm: float | None
 ) -> dict[str, UpdateScalars]:
     """The scalars of each group that has a gradient, in the update after `count` others; leaves are from `flatten`."""
     gradients = [(label, g) for label, g, _, _ in leaves if g is not None and groups[label] is not None]

@@ -16,7 +16,8 @@ STORED = ("float32", "float64", "bfloat16")
 def average(b: Any, mean: Inexact[Array, "*s"], x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
     """b · mean + (1 − b) · x; b = 0 gives x itself.
 
-    If b is a Python number, this is computed as a step from the mean towards x: its weights sum to 1 in float32.
+    If b is a Python number, this is computed as a step from the mean towards x, whose weights sum to 1 in float32. The
+    step is clipped by `clip_for_square`: where |x − mean| is above 4.6e18, the result is nearer to the mean.
     """
     if isinstance(b, jax.Array):
         return b * mean + (1 - b) * x
@@ -211,9 +212,9 @@ def _avalanche(x: UInt32[Array, ""]) -> UInt32[Array, ""]:
 
 
 def opaque(numbers: Any) -> Any:
-    """Numbers with which XLA computes as with arguments, whose values it does not know.
+    """Returns the numbers behind an optimization barrier, so that XLA treats them as arguments, not as constants.
 
-    It would fold constants into each other, as x · 0.002 · 0.01 into x · 0.00002, and so round otherwise. With this,
-    `trainer.sharing` can make them arguments, and no bit of the results changes.
+    Without the barrier XLA folds constants: x · 0.002 · 0.01 becomes x · 0.00002, which is rounded differently. With
+    the barrier, `trainer.compile_once` can turn the constants into arguments without changing a bit of the results.
     """
     return lax.optimization_barrier(numbers)

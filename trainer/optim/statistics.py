@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from trainer.optim import fused
 from trainer.optim.precision import global_norm, one_minus_power, square
-from trainer.optim.transforms import Groups, clip_all, split
+from trainer.optim.transforms import Groups, clip_all, split_groups
 
 Statistics = Callable[[optax.Updates, optax.Params, Any], dict[str, Float[Array, ""]]]
 
@@ -22,18 +22,19 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
 
     - `grad_norm/LABEL`: the norm of the gradient, before clipping;
     - `update_ratio/LABEL`: the norm of the update over that of the new parameters. The update is not yet rounded to the
-      parameters' dtype. In steps without an update of the label, it is its last update; for fused groups that is
-      computed again, with the learning rate of this step;
+      parameters' dtype. In a step that does not update the label, the last update counts. For fused groups this update
+      is recomputed with the learning rate of the present step;
     - `belief/LABEL`: the mean of √(nu/v) over all elements. Here nu and mu are corrected for bias, and v = nu + mu² is
       the second moment of the gradient about zero. Near 1, gradients are noise, and AdaBelief does what Adam would do.
       Near 0, gradients are as mu predicts, and its steps are 1/belief times those of Adam. Momentum has no belief;
-    - `learning_rate/LABEL`, for every label, if two labels have different learning rates;
+    - `learning_rate/LABEL`, for every label, if two labels have learning rates of their own. Two groups with the same
+      `lr_multiplier` other than 1 count as different;
     - `weight_decay/LABEL`, where the weight decay of the label is a schedule.
 
     Fused groups store nothing: the update is recomputed from the moments. For groups of Optax, the state stores the
     norm of the update.
     """
-    fused_only, others = split(groups)
+    fused_only, others = split_groups(groups)
     fused_only = {**fused_only, **dict.fromkeys(others)}
 
     def statistics(grads: optax.Updates, params: optax.Params, state: Any) -> dict[str, Array]:

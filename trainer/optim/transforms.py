@@ -44,7 +44,7 @@ class TransformGroup:
 Groups = Mapping[str, ParamGroup | TransformGroup | None]  # by label; None for a label whose leaves are frozen
 
 
-def split(groups: Groups) -> tuple[fused.Groups, dict[str, TransformGroup]]:
+def split_groups(groups: Groups) -> tuple[fused.FusedGroups, dict[str, TransformGroup]]:
     """Two mappings: groups of the fused pass (frozen labels included), and groups that Optax transformations update."""
     others = {label: group for label, group in groups.items() if isinstance(group, TransformGroup)}
     return {label: group for label, group in groups.items() if not isinstance(group, TransformGroup)}, others
@@ -125,7 +125,7 @@ def _names() -> list[str]:
 
 
 def mixed(
-    groups: fused.Groups,
+    groups: fused.FusedGroups,
     others: Mapping[str, TransformGroup],
     labels: Any,
     *,
@@ -171,7 +171,10 @@ def mixed(
 
 
 def clip_all(grads: list[Any], frozen: list[bool], clip_norm: float | None) -> list[Any]:
-    """Gradients whose common norm is at most `clip_norm`, without those that are None or frozen."""
+    """The gradients, scaled so that their common norm is at most `clip_norm`.
+
+    Those that are None or frozen do not count in the norm and are returned unchanged.
+    """
     if clip_norm is None:
         return grads
     is_used = [g is not None and not still for g, still in zip(grads, frozen, strict=True)]
@@ -211,7 +214,7 @@ def _update(
 
 
 def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
-    """The state of a run's optimizer after `count` updates of the run, in every transformation."""
+    """The optimizer state with every counter set as it is after `count` updates of the run; moments stay."""
     if not isinstance(state, MixedState):
         return state._replace(count=count)
 
@@ -228,7 +231,7 @@ def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
     return MixedState(state.fused._replace(count=count), others)
 
 
-def other_paths(path: str) -> list[str]:
+def candidate_paths(path: str) -> list[str]:
     """The possible paths of an array in a checkpoint: with and without the level `fused/` that `MixedState` adds."""
     inner = "opt_state/fused/"
     if path.startswith(inner):

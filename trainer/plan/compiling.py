@@ -78,7 +78,7 @@ def compile_step(
     """Compiles a step ahead of time.
 
     Args:
-      step: a `compilation.Step`, or a function of `jax.jit` or `jax.pmap`, for the devices of a topology.
+      step: an `AheadCompiled`, or a function of `jax.jit` or `jax.pmap`, for the devices of a topology.
       arguments: shapes, dtypes and shardings.
       device_count: the number of devices.
       options: XLA's compiler options.

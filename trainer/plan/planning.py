@@ -114,15 +114,15 @@ def make_plan(
     if not fast or train is None:
         train = _compile_train(program, topology, choice, fast=fast)
     progress("evaluation step")
-    batch = program.strategy.abstract_batch(program.main.spec)
+    batch = program.strategy.abstract_batch(program.main_evaluation.spec)
     options = _options(choice, fast)
-    evaluation = compile_step(program.main.step, (program.state, batch), len(topology.devices), options)
+    evaluation = compile_step(program.main_evaluation.step, (program.state, batch), len(topology.devices), options)
     return _plan(program, choice, len(compared), train, evaluation, fast, topology.hbm_bytes)
 
 
 def plan_here(program: Program) -> Plan:
     """Compiles both steps of a program for the devices of this process, and returns their plan."""
-    steps = ((program.train_step, program.train_spec), (program.main.step, program.main.spec))
+    steps = ((program.train_step, program.train_spec), (program.main_evaluation.step, program.main_evaluation.spec))
     train, evaluation = (
         compile_step(step, (program.state, program.strategy.abstract_batch(spec)), len(program.strategy.devices), {})
         for step, spec in steps

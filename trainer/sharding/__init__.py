@@ -35,7 +35,8 @@ def _devices(parallel: config.Parallel) -> Sequence[jax.Device]:
             f"XLA_FLAGS=--xla_force_host_platform_device_count={parallel.devices}"
         )
     if parallel.devices and jax.process_count() > 1 and parallel.devices < len(devices):
-        raise UserError(f"parallel.devices is {parallel.devices}; several processes use all of theirs, {len(devices)}")
+        must = f"a run of several processes must use all of its {len(devices)} devices"
+        raise UserError(f"parallel.devices is {parallel.devices}, but {must}")
     return devices[: parallel.devices]
 
 

@@ -1,9 +1,11 @@
 """The dtype in which gradients are summed: over the examples of a device, and over devices.
 
-A model that computes in bfloat16 with float32 parameters, such as `nn.Dense(dtype=jnp.bfloat16)`, casts its parameters.
-Their gradient is summed over examples in bfloat16 and cast afterwards. Under `jax.jit` XLA sums over devices right
-after the sum over examples, before the cast, so in bfloat16, too. Under `jax.pmap` the step sums the gradients after
-the cast, in float32.
+Without this module: a model that computes in bfloat16 with float32 parameters, such as `nn.Dense(dtype=jnp.bfloat16)`,
+casts its parameters. Their gradient is summed over examples in bfloat16 and cast afterwards. Under `jax.jit` XLA sums
+over devices right after the sum over examples, before the cast, so in bfloat16, too. Under `jax.pmap` the step sums the
+gradients over devices after the cast, in float32.
+
+`with_float32_sums` makes both sums in float32, under `jax.jit` and under `jax.pmap`.
 """
 
 import functools
@@ -108,7 +110,10 @@ def _rewritten_parameter(value: Any) -> Any:
 
 
 def _sums_to_widen(jaxpr: core.Jaxpr) -> set[Any]:
-    """The 16-bit sums that are only cast to float32, and then only added up or returned."""
+    """The 16-bit variables that lead to float32 results only: sums, and what they become before the cast.
+
+    On the way they are only moved, scaled, added up and cast to float32.
+    """
     uses: dict[Any, list[Any]] = defaultdict(list)
     for equation in jaxpr.eqns:
         for var in _variables(equation.invars):

@@ -29,7 +29,7 @@ class ParamSpec:
     path: str
     shape: tuple[int, ...]  # of the global array
     axes: DimensionAxes  # one of `AXES` or None for each dimension; an axis of size 1 counts as None
-    why: str  # the rule that decided, or the reason why the parameter is replicated
+    why: str  # what decided: "rule" (of `parallel.rules`), the logical axes or the size; or why it is replicated
 
     def __str__(self) -> str:
         return f"({', '.join(axis or '-' for axis in self.axes)})" if any(self.axes) else "replicated"
@@ -62,8 +62,9 @@ def param_specs(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]
       sizes: the number of devices along each axis.
 
     Raises:
-      UserError: a rule that matches no parameter, an axis that does not exist or does not divide its dimension, or a
-        tensor strategy without rules and logical axes.
+      UserError: a rule that matches no parameter, a parameter that no rule matches, an axis that does not exist or does
+        not divide its dimension, an axis or a logical axis named twice in one parameter, or a tensor strategy without
+        rules and logical axes.
     """
     logical, params = _logical_axes(params), nn.unbox(params)
     if sizes["tensor"] > 1 and not logical and not parallel.rules:
@@ -79,6 +80,8 @@ def param_specs(params: Any, parallel: config.Parallel, sizes: Mapping[str, int]
         if by_rule:
             axes, why = by_rule[i], "rule"
         elif names := logical.get(path):
+            if twice := next((name for name in names if name is not None and names.count(name) > 1), None):
+                raise UserError(f"{path} has the logical axis {twice!r} twice: {names}")
             # Flax's own semantics: rules in order, and no axis of the mesh twice in one array.
             axes, why = nn.logical_to_mesh_axes(names, rules) or (), f"logical axes {', '.join(map(str, names))}"
         else:

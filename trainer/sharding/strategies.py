@@ -112,8 +112,8 @@ class Strategy(abc.ABC):
         return {name: self._abstract(x) for name, x in batch.items()}
 
     def constrain_gradients(self, gradients: Any) -> Any:
-        """Inside a step: the gradients in the sharding in which they are summed; here they are returned unchanged."""
-        return gradients
+        """Called inside a step: returns the gradients in the sharding in which they are summed."""
+        return gradients  # unchanged, unless a strategy overrides this method
 
     def jit_train(self, step: Callable, state: TrainState) -> Callable[[TrainState, Batch], Any]:
         """The jitted update: it donates its state, and returns one with the same shardings. `state` may be abstract."""

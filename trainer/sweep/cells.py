@@ -20,7 +20,7 @@ _NAME_BYTES = 200  # the most bytes of a folder's name in UTF-8; file systems al
 _NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})(:log)?")
 _DIGITS = 4  # of a number that is drawn: enough for a search, and few enough for a name
-# The paths of the settings that `trainer.sharing` makes arguments of the compiled program.
+# The paths of the settings that `compile_once` makes arguments of the compiled program.
 _ARGUMENTS = re.compile(
     rf"{SEED}|optimizer\.(groups\..+\.)?(decay_)?schedule\.(peak|final)|optimizer\.groups\..+\.weight_decay"
 )
@@ -180,5 +180,5 @@ def groups_of(cells: Sequence[Cell]) -> dict[tuple[tuple[str, Any], ...], list[C
 
 
 def constants(cell: Cell) -> tuple[tuple[str, Any], ...]:
-    """The settings that are constants of a cell's compiled program; `trainer.sharing` makes arguments of the others."""
+    """The settings that are constants of a cell's compiled program; `compile_once` makes arguments of the others."""
     return tuple((path, value) for path, value in cell.settings.items() if not _ARGUMENTS.fullmatch(path))

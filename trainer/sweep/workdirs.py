@@ -24,7 +24,7 @@ def check_workdirs(cells: Sequence[Cell], results: Results) -> None:
         return  # nothing is lost by other settings
     for cell, place in places:
         kept = _kept(place)
-        changes = [] if kept is None else config.changes(kept, cell.run)
+        changes = [] if kept is None else config.changed_settings(kept, cell.run)
         if changed := [change.text for change in changes if not change.harmless]:
             raise UserError(f"{place.other_settings(cell.run, changed)}; choose another --workdir for the sweep")
 
@@ -38,13 +38,13 @@ def write_settings(cells: Sequence[Cell], results: Results) -> None:
         except OSError as error:
             raise UserError(f"nothing can be written in {results.folder}: {error.strerror or error}") from error
         kept = _kept(place)
-        if kept is None or config.changes(kept, cell.run):
+        if kept is None or config.changed_settings(kept, cell.run):
             place.write(cell.run, None, place.accepted())
 
 
 def _kept(place: Workdir) -> Any:
     """The JSON of the run in a workdir; None if there is none, or if it is damaged and to be written again."""
     try:
-        return place.kept()
+        return place.stored_json()
     except DamagedError:
         return None

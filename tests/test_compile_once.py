@@ -12,12 +12,12 @@ import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config
+from trainer.compile_once import with_shared_program
 from trainer.data.stream import train_batches
 from trainer.errors import UserError
 from trainer.metrics import Mean
 from trainer.optim.precision import opaque
 from trainer.program import Program, build_program
-from trainer.sharing import share
 
 STEPS = 4
 FIRST = {"seed": 0, "peak": 1e-2, "final": 1e-3, "weight_decay": 0.1}
@@ -66,8 +66,8 @@ def test_other_numbers_are_the_same_program_and_not_a_bit_of_its_results_changes
 
     first, other = (built(numbers, **settings_of_one()) for numbers in (FIRST, OTHER))
     assert text(first) != text(other)
-    assert text(share(first)) == text(share(other))
-    assert results(share(other)) == results(other)
+    assert text(with_shared_program(first)) == text(with_shared_program(other))
+    assert results(with_shared_program(other)) == results(other)
 
 
 def keys_in_the_cache(program: Program, caplog: pytest.LogCaptureFixture) -> set[str]:
@@ -81,7 +81,7 @@ def keys_in_the_cache(program: Program, caplog: pytest.LogCaptureFixture) -> set
 def test_the_first_state_is_made_by_one_program_for_all_seeds(caplog):
     shared, plain = (
         [keys_in_the_cache(change(built(FIRST | {"seed": seed})), caplog) for seed in (0, 1)]
-        for change in (share, lambda program: program)
+        for change in (with_shared_program, lambda program: program)
     )
     assert len(shared[0]) == 1
     assert shared[0] == shared[1]
@@ -107,7 +107,7 @@ def test_a_float_of_the_model_stays_a_constant():
     def shared(factor: float) -> str:
         run = make_run(20, experiment=Scaled(factor=factor))
         run.parallel.devices = 1
-        return text(share(build_program(config.resolve(run))))
+        return text(with_shared_program(build_program(config.resolve(run))))
 
     assert shared(0.5) != shared(0.25)
 
@@ -127,4 +127,4 @@ def test_pmap_is_refused():
     run = make_run(20)
     run.parallel = config.Parallel("pmap", devices=4)
     with pytest.raises(UserError, match="--compile-once cannot share the program of the strategy pmap"):
-        share(build_program(config.resolve(run)))
+        with_shared_program(build_program(config.resolve(run)))

@@ -1,13 +1,14 @@
 """Runs that differ only in numbers share one compiled program, which JAX's compilation cache then holds once.
 
 A program has its constants inside, and so has its key in the cache: another seed or another learning rate compiles
-everything again. `share` makes these constants arguments, where no bit of any result can change:
+everything again. `with_shared_program` makes these constants arguments, where no bit of any result can change:
 
 - random keys, which are integers;
-- arrays that only `jax.lax.optimization_barrier` reads. The optimizer reads peaks and final values of its schedules and
-  its weight decays so, see `trainer.optim.precision.opaque`.
+- arrays that only `jax.lax.optimization_barrier` reads. The optimizer reads three kinds of numbers in this way: peaks
+  and final values of schedules, and weight decays (see `trainer.optim.precision.opaque`).
 
-Every other constant stays inside. XLA folds float constants into each other; as an argument one would round otherwise.
+Every other constant stays inside. XLA folds float constants into each other. If a constant became an argument, it would
+not be folded, and results would be rounded differently.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from trainer import distributed
-from trainer.compilation import Step
+from trainer.compilation import AheadCompiled
 from trainer.errors import UserError
 from trainer.program import Program
 
 
-def share(program: Program) -> Program:
+def with_shared_program(program: Program) -> Program:
     """The program with seed, schedules' values and weight decays as arguments of its compiled functions.
 
     It computes the same, bit for bit. Raises `UserError` for several processes and for `jax.pmap`.
@@ -44,7 +45,7 @@ def share(program: Program) -> Program:
         (call,) = traced.jaxpr.eqns  # of a jitted function, which keeps its constants inside
         return _Shared(call.params["jaxpr"], shapes, "init").jit(out_shardings=state)()
 
-    return dataclasses.replace(program, init=init, train_step=Step(train_step, arguments))
+    return dataclasses.replace(program, init=init, train_step=AheadCompiled(train_step, arguments))
 
 
 class _Shared:

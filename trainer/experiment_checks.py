@@ -1,4 +1,4 @@
-"""Checks of what an experiment returns. They run while a step is traced, so they cost nothing."""
+"""Checks of what an experiment returns. They run while a step is traced or built, so they cost no time of a step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.rules import path_of
 
 
 def check_loss(result: Any) -> tuple[Metrics, Collections]:
-    """The result of a loss if it is as the protocol says. Runs while a step is traced, so it costs nothing."""
+    """The result of `Experiment.loss`; raises `UserError` unless it is as the protocol says."""
     if not (isinstance(result, tuple) and [isinstance(part, Mapping) for part in result] == [True, True]):
         raise UserError(
             "loss must return a pair of mappings, (metrics, collections); without collections (metrics, {})"
@@ -73,9 +73,14 @@ def abstract_params(
 
 
 def check_same_shapes(before: Any, after: Any) -> None:
-    """Raises `UserError` unless a step returns a state with the shapes and dtypes of the one before."""
-    flat = jax.tree_util.tree_leaves_with_path(before)
-    for (path, old), new in zip(flat, jax.tree.leaves(after), strict=True):
+    """Raises `UserError` unless a step returns a state with the structure, shapes and dtypes of the one before."""
+    flat, new_flat = ({path_of(k): x for k, x in jax.tree_util.tree_leaves_with_path(s)} for s in (before, after))
+    for name, old in flat.items():
+        if (new := new_flat.get(name)) is None:
+            raise UserError(f"a step returns a state without {name}; its arrays must stay the same")
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            name = path_of(path)
             raise UserError(f"a step turns {name} from {old.dtype}{list(old.shape)} into {new.dtype}{list(new.shape)}")
+    if more := [name for name in new_flat if name not in flat]:
+        raise UserError(f"a step adds {more[0]} to the state; its arrays must stay the same")
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise UserError("a step returns a state of another structure, with the same arrays; it must stay the same")
