@@ -93,7 +93,7 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
     if settings.statistics is not None:
         metrics |= _only_if(settings.is_logged(state.step + 1), settings.statistics, grads, params, opt_state)
     after = TrainState(state.step + 1, params, collections, opt_state, ema)
-    check_same_shapes(state.replace(guard=None), after)
+    check_same_shapes(dataclasses.replace(state, guard=None), after)
     if state.guard is not None:
         after, dropped = drop_bad_update(state, after, metrics["loss"], own["grad_norm"], settings.spike)
         metrics |= dropped
