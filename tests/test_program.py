@@ -12,9 +12,11 @@ import pytest
 
 from tests.tasks import Task, make_run
 from trainer import config
+from trainer.compilation import quick_options
 from trainer.errors import UserError
 from trainer.metrics import Mean
 from trainer.program import Program, build_program, due, is_logged
+from trainer.sharding import strategies
 
 
 class Sowing(nn.Module):
@@ -180,3 +182,14 @@ def test_the_initial_variables_are_traced_once():
     assert len(seen) == 1
     expected = Task().init(jax.random.split(jax.random.key(program.run.seed))[0], {"x": jnp.zeros((8, 8))})
     jax.tree.map(np.testing.assert_array_equal, init.params, expected["params"])
+
+
+def test_the_first_state_is_compiled_in_less_time_to_the_same_bits(monkeypatch):
+    program, quick = build_program(config.resolve(make_run(4))), {"xla_backend_optimization_level": 1}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert quick_options(jax.devices()) == {}  # the user's own level
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert quick_options(jax.devices()) == quick
+    state = program.init()
+    monkeypatch.setattr(strategies, "quick_options", lambda devices: {"xla_backend_optimization_level": 3})
+    jax.tree.map(np.testing.assert_array_equal, program.init(), state)

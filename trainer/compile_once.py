@@ -19,7 +19,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from trainer import distributed
-from trainer.compilation import AheadCompiled
+from trainer.compilation import AheadCompiled, quick_options
 from trainer.errors import UserError
 from trainer.program import Program
 
@@ -43,7 +43,8 @@ def with_shared_program(program: Program) -> Program:
     def init() -> Any:
         traced, shapes = jax.make_jaxpr(program.init, return_shape=True)()
         (call,) = traced.jaxpr.eqns  # of a jitted function, which keeps its constants inside
-        return _Shared(call.params["jaxpr"], shapes, "init").jit(out_shardings=state)()
+        options = quick_options(strategy.devices)  # as the strategy has them
+        return _Shared(call.params["jaxpr"], shapes, "init").jit(out_shardings=state, compiler_options=options)()
 
     return dataclasses.replace(program, init=init, train_step=AheadCompiled(train_step, arguments))
 

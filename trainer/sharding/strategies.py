@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from trainer import config
+from trainer.compilation import quick_options
 from trainer.experiment import Batch
 from trainer.metrics import Metrics
 from trainer.rules import path_of
@@ -90,7 +91,8 @@ class Strategy(abc.ABC):
 
     def init_state(self, init: Callable[[], TrainState]) -> TrainState:
         """The state, with each shard made on its device."""
-        return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init)))()
+        shardings, options = self.shardings(jax.eval_shape(init)), quick_options(self.devices)
+        return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
     def local_positions(self, batch_size: int) -> np.ndarray:
         """The positions in a global batch of the examples that this process reads, int64, ascending."""
