@@ -365,7 +365,8 @@ def _all(case: Case, folder: Path, options: argparse.Namespace) -> str:
     files = len({place for place, _ in flipped})
     return (
         f"{table_of(cells)}\n\n{len(trials)} trials: {_counted(ends)}. "
-        f"By the real command, {real.total()} of them: {_counted(real)}.\n\n"
+        f"{real.total()} of the trials were repeated with the command `python -m trainer train` in a new process: "
+        f"{_counted(real)}. The others share one compiled program in one process.\n\n"
         f"Flips of one bit, seed {options.seed}: {len(flipped)} in {files} files of the newest step. "
         f"{found[EARLIER] + found[SAID]} were detected, {found[UNNOTICED]} were harmless, "
         f"{found[FAILED] + found[REFUSED]} ended otherwise; after each the run went on to the same state and metrics."

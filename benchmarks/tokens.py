@@ -25,7 +25,7 @@ def packed(length: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, DOCUMENT, 2 * TOKENS // DOCUMENT)
     documents = [rng.integers(2, VOCAB, size, dtype=np.int32) for size in sizes]
-    return pack(documents, np.full(VOCAB, 3, np.int32), length)
+    return pack(documents, np.full(VOCAB, 3, np.int32), length, VOCAB)
 
 
 def stored(rows: dict[str, np.ndarray], length: int, folder: Path) -> PackedSource:
@@ -33,8 +33,8 @@ def stored(rows: dict[str, np.ndarray], length: int, folder: Path) -> PackedSour
     layout = Layout.of(len(rows["bytes"]), length, VOCAB)
     feature = tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
     writer = ShardWriter(folder / "rows", tfds.features.FeaturesDict({"rows": feature}), "uncompressed")
-    for start in range(0, layout.rows, layout.block):
-        writer.write({"rows": to_record({name: x[start : start + layout.block] for name, x in rows.items()})})
+    for start in range(0, layout.rows, layout.rows_per_record):
+        writer.write({"rows": to_record({name: x[start : start + layout.rows_per_record] for name, x in rows.items()})})
     records: Any = ArrayRecordDataSource([str(writer.close().file)])
     return PackedSource(records, layout, "")
 

@@ -1,5 +1,7 @@
 """Handwritten digits with the convolutions of a Fashion-MNIST classifier: fine-tuning.
 
+    apt-get install dataset-fashion-mnist
+    python -m trainer prepare --config=configs/fashion_mnist.py
     python -m trainer train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
     python -m trainer prepare --config=configs/finetune_digits.py
     python -m trainer train --config=configs/finetune_digits.py --workdir=runs/finetune_digits

@@ -1,5 +1,6 @@
 """Images of clothing from a WGAN-GP, with the settings of AdaBelief's authors for small GANs.
 
+    apt-get install dataset-fashion-mnist
     python -m trainer prepare --config=configs/gan_fashion.py
     python -m trainer train --config=configs/gan_fashion.py --workdir=runs/gan_fashion
 
@@ -14,7 +15,7 @@ from trainer.config import Evaluation, Group, Logging, Optimizer, Run, Schedule
 
 
 def get_config() -> Run:
-    """5,000 steps of 64 images, of which every fifth updates the generator."""
+    """5,000 steps of 64 images. Every step updates the discriminator, and every fifth step also the generator."""
     labels = (("generator/.*", "generator"), ("discriminator/.*", "discriminator"))
     groups = {"generator": Group(every_steps=5), "discriminator": Group()}
     optimizer = Optimizer(schedule=Schedule(peak=2e-4), b1=0.5, eps=1e-12, eps_root=1e-12, labels=labels, groups=groups)

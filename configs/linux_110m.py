@@ -1,5 +1,6 @@
 """A decoder of 110 M parameters on the C files of the Linux kernel, for 16 chips.
 
+    pip install 'belief-trainer[examples]'
     apt-get install --no-install-recommends linux-source-6.1
     python -m trainer prepare --config=configs/linux_110m.py
     python -m trainer plan --config=configs/linux_110m.py --topology=v5e:4x4

@@ -1,5 +1,6 @@
 """A decoder of 1 B parameters on the C files of the Linux kernel, for a pod.
 
+    pip install 'belief-trainer[examples]'
     apt-get install --no-install-recommends linux-source-6.1
     python -m trainer prepare --config=configs/linux_1b.py
     python -m trainer plan --config=configs/linux_1b.py --topology=v5p:4x4x4

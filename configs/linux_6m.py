@@ -1,5 +1,6 @@
 """A decoder of 6 M parameters on the C files of the Linux kernel, with a vocabulary of 8,192 tokens.
 
+    pip install 'belief-trainer[examples]'
     apt-get install --no-install-recommends linux-source-6.1
     python -m trainer prepare --config=configs/linux_6m.py
     python -m trainer train --config=configs/linux_6m.py --workdir=runs/linux_6m

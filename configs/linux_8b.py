@@ -1,5 +1,6 @@
 """A decoder of 8 B parameters on the C files of the Linux kernel, for a large pod or two.
 
+    pip install 'belief-trainer[examples]'
     apt-get install --no-install-recommends linux-source-6.1
     python -m trainer prepare --config=configs/linux_8b.py
     python -m trainer plan --config=configs/linux_8b.py --topology=v5p:8x8x8

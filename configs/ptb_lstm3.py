@@ -3,8 +3,8 @@
     mkdir -p data/ptb    # and put ptb.train.txt, ptb.valid.txt and ptb.test.txt there, with 10,000 kinds of words
     python -m trainer train --config=configs/ptb_lstm3.py --workdir=runs/ptb_lstm3
 
-Settings are those of the authors' program. Two things differ: their pieces have random lengths around 70 tokens, and
-each of their layers has two biases, which are added.
+Settings are those of the authors' program. Two things differ. The authors draw random lengths around 70; here every
+piece has 70 tokens. The authors' layers have two bias vectors, as in PyTorch; here a layer has one.
 
 Cost: 2.1e11 floating-point operations a step, and 0.53 GiB on a TPU: compiled for v5e:1x1 (`plan`, libtpu 0.0.52).
 Expected: not trained here; the metric to compare is test/perplexity.

@@ -1,5 +1,6 @@
 """Features of Fashion-MNIST learnt without its labels: SimCLR, and a linear probe.
 
+    apt-get install dataset-fashion-mnist
     python -m trainer prepare --config=configs/simclr_fashion.py
     python -m trainer train --config=configs/simclr_fashion.py --workdir=runs/simclr_fashion
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 ATTENTIONS = ("plain", "splash")
 _AXES = ("batch", "length", "heads", "head_dim")  # logical axes of queries, keys and values
-_BLOCKS = (512, 256, 128)  # positions that the kernel handles at once; it takes multiples of 128 only
+_BLOCKS = (512, 256, 128)  # block sizes along the length; the kernel needs a length that is a multiple of 128
 
 Heads = Float[Array, "examples length heads head_dim"]
 FewerHeads = Float[Array, "examples length kv_heads head_dim"]

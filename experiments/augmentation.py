@@ -131,7 +131,9 @@ def box(
 
 
 def mixup(images: Images, targets: Targets, keys: Keys, alpha: float) -> tuple[Images, Targets]:
-    """The mean of each example and its neighbour (Zhang et al., 2017, arXiv:1710.09412), with a share of its own.
+    """The weighted mean of each example and its neighbour (Zhang et al., 2017, arXiv:1710.09412).
+
+    Each example draws its own weight from Beta(alpha, alpha); its neighbour in the mean gets the rest.
 
     Examples 0 and 1 are neighbours, and 2 and 3, and so on: on any number of devices a device holds whole pairs, as
     long as its microbatches are of an even number of examples. `UserError` if the number here is odd.

@@ -35,7 +35,7 @@ class Encoder(nn.Module):
     ) -> Float[Array, "examples features"]:
         """The features of images with values from 0 to 1."""
         for i, width in enumerate(self.widths):
-            x = conv(width, 3, stride=2, first=i == 0, name=f"conv_{i}", dtype="float32")(x)
+            x = conv(width, 3, stride=2, input_is_image=i == 0, name=f"conv_{i}", dtype="float32")(x)
             x = nn.relu(batch_norm(train, name=f"norm_{i}", dtype="float32")(x))
         return x.mean((1, 2))
 
@@ -67,7 +67,7 @@ def nt_xent(
 
     Args:
       views: two unit vectors for each example; those of other examples are negatives.
-      mask: 0 for an example that is no negative, and whose own result means nothing.
+      mask: 1 for an example, 0 for padding. Padding is not used as a negative, and its own results must be ignored.
       temperature: by which similarities are divided.
       axis: the axis of `jax.pmap` over which the batch is spread; its gradient is right if the gradients of all
         replicas are added up, as the harness does. None if arrays are global.

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Float64, UInt8
 
 import trainer
@@ -34,7 +35,6 @@ def _mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.asarray(np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r"))
 
 
-@functools.lru_cache(maxsize=1)  # read and compiled once for all evaluations of a run
 def load_features(source: str, sharding: jax.sharding.Sharding) -> Features:
     """The function that gives the features of images: the input of the classifier's layer "head".
 
@@ -42,9 +42,19 @@ def load_features(source: str, sharding: jax.sharding.Sharding) -> Features:
       source: the classifier's workdir, or WORKDIR@STEP, where STEP is a number, latest or best.
       sharding: of its variables.
 
-    Raises `UserError` if there is no such checkpoint. The function does so if the model has no layer of that name.
+    It is read and compiled once for all evaluations of a run, and again if another training was launched in the
+    workdir. Raises `UserError` if there is no such checkpoint. The function does so if the model has no layer of that
+    name.
     """
     workdir, _, step = source.partition("@")
+    settings = epath.Path(workdir) / "config.json"  # which each launch writes
+    launch = f"{settings.stat().mtime} {settings.read_text()}" if settings.exists() else ""
+    return _load_features(workdir, step, sharding, launch)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_features(workdir: str, step: str, sharding: jax.sharding.Sharding, launch: str) -> Features:
+    del launch  # part of the cache's key only
     trained = trainer.load(workdir, int(step) if step.isdecimal() else step or "latest", sharding=sharding)
     experiment: Any = trained.experiment
 

@@ -1,8 +1,10 @@
 """Generative adversarial networks on small images: WGAN-GP and SN-GAN.
 
-Generator and discriminator are two labels of one tree of parameters, which an ordinary step of the harness trains: no
-gradient of the one's loss reaches the other, so that the gradient of their sum has for each label that of its own loss.
-`every_steps` of the generator's label is the number of updates of the discriminator for one of the generator.
+Generator and discriminator are two labels of one tree of parameters, which an ordinary step of the harness trains. The
+loss is the sum of the generator loss and the discriminator loss. `jax.lax.stop_gradient` blocks the generator loss from
+the discriminator's parameters, and the other way round. So the gradient of the sum is, for each label, the gradient of
+that label's own loss. `every_steps` of the generator's label is the number of updates of the discriminator for one of
+the generator.
 """
 
 import dataclasses
@@ -46,17 +48,17 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... features"]:
         """The layer applied to the last axis."""
         # Small, as of DCGAN (Radford et al., 2015, arXiv:1511.06434), so that updates of 2e-4 change it soon.
-        fresh = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        kernel: Any = self.param("kernel", fresh, (x.shape[-1], self.features))
+        kernel_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel: Any = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         if self.spectral:
             kernel = kernel / self._largest_singular_value(kernel)
         return x @ kernel + (self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else 0)
 
     def _largest_singular_value(self, kernel: Float[Array, "inputs features"]) -> Float[Array, ""]:
-        def fresh() -> Array:
+        def initial_vector() -> Array:
             return _unit(jax.random.normal(self.make_rng("params"), (self.features,)))
 
-        start = self.variable("spectral", "u", fresh)
+        start = self.variable("spectral", "u", initial_vector)
         right, fixed = start.value, jax.lax.stop_gradient(kernel)
         left = _unit(fixed @ right)
         if self.is_mutable_collection("spectral") and not self.is_initializing():
@@ -201,18 +203,18 @@ class GAN:
         fake, statistics = networks.apply(
             variables, latents, train, method="generate", mutable=["batch_stats"] if train else []
         )
-        moves = train and "spectral" in variables
-        real_scores, spectral = networks.apply(variables, real, method="score", mutable=["spectral"] if moves else [])
+        mutable = ["spectral"] if train and "spectral" in variables else []
+        real_scores, spectral = networks.apply(variables, real, method="score", mutable=mutable)
         score: Callable[..., Any] = functools.partial(networks.apply, method="score")
-        now, constant = {**variables, **spectral}, jax.lax.stop_gradient(fake)
-        gap = real_scores - (fake_scores := score(now, constant))
-        generator_losses = -score(jax.lax.stop_gradient(now), fake)
+        updated, fixed_fake = {**variables, **spectral}, jax.lax.stop_gradient(fake)
+        gap = real_scores - (fake_scores := score(updated, fixed_fake))
+        generator_losses = -score(jax.lax.stop_gradient(updated), fake)
         metrics = {"gap": gap, "generator_loss": generator_losses}
         if self.kind == "sn_gan":
             discriminator_losses = jax.nn.relu(1 - real_scores) + jax.nn.relu(1 + fake_scores)
         else:
-            between = shares * real + (1 - shares) * constant
-            metrics["slope"] = _slopes(functools.partial(score, now), between)
+            between = shares * real + (1 - shares) * fixed_fake
+            metrics["slope"] = _slopes(functools.partial(score, updated), between)
             discriminator_losses = self.penalty * jnp.square(metrics["slope"] - 1) - gap
         metrics |= {"discriminator_loss": discriminator_losses, "loss": generator_losses + discriminator_losses}
         return {name: Mean.of(values, batch["mask"]) for name, values in metrics.items()}, {**statistics, **spectral}
@@ -232,7 +234,7 @@ class GAN:
             return None
         if self.classifier is None:
             return {}
-        features = load_features(self.classifier, _replicated(variables))
+        features = load_features(self.classifier, _replicated_sharding(variables))
         real, fake = list[np.ndarray](), list[np.ndarray]()
         for batch in batches:
             images = self.generate(variables, len(batch["mask"]), jax.random.key(0), sum(map(len, real)))
@@ -281,7 +283,7 @@ def _slopes(score: Callable[[Array], Any], images: Float[Array, "examples h w c"
     return jnp.sqrt(jnp.sum(jnp.square(gradients), axis=(1, 2, 3)) + 1e-12)
 
 
-def _replicated(variables: Variables) -> jax.sharding.Sharding:
+def _replicated_sharding(variables: Variables) -> jax.sharding.Sharding:
     """The sharding of an array that is whole on every device of the variables."""
     sharding = jax.tree.leaves(variables)[0].sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

@@ -38,7 +38,8 @@ class ImageClassification:
     """Standard deviation of the scaled pixels, likewise, by which they are divided."""
     model: str = setting("cnn", choices=MODELS)
     """`cnn` is a small strided CNN; the others are those of `experiments.models`. Each uses some of the settings from
-    here to `stem`; another that is given is an error."""
+    here to `stem`; another that is given is an error. `vgg11` needs images of 32 pixels or more a side, and a ViT needs
+    sides that are multiples of 16."""
     widths: tuple[int, ...] | None = setting(None)
     """Channels of the convolutions of `cnn`, units of the layers of `mlp`, channels of each stage of VGG and ResNets,
     growth of DenseNet; None for those of the named model, (32, 64) for `cnn` and `mlp`."""
@@ -46,14 +47,15 @@ class ImageClassification:
     """Convolutions of each stage of VGG, blocks of each stage of ResNets, layers of each block of DenseNet, blocks of a
     ViT; None for those of the named model."""
     hidden: int | None = setting(None, minimum=1)
-    """Units of a hidden layer of `cnn` or VGG; None for 128, and 512 or 4,096 for VGG."""
+    """Units of a hidden layer of `cnn` or VGG; None for 128 in `cnn`, and for VGG see `stem`."""
     dropout: float = setting(0.0, minimum=0, maximum=1)
     """Dropout rate while training, the share of units that are set to 0."""
     batch_norm: bool = setting(False)
     """Whether `cnn` has BatchNorm after each convolution."""
     stem: str = setting("cifar", choices=("cifar", "imagenet"))
-    """The first layers of ResNets and DenseNet: one convolution, or `imagenet`, which quarters the images' sides. For
-    VGG, whose images they are."""
+    """For ResNets and DenseNet, the first layers: `cifar` is one 3×3 convolution; `imagenet` is a convolution and a
+    max-pooling, which divide height and width by 4. For VGG, the default of `hidden`: 512 for `cifar`, 4,096 for
+    `imagenet`."""
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)  # of training images, on the device
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Dtype of the activations. Parameters, batch statistics and loss are always float32."""
@@ -71,8 +73,8 @@ class ImageClassification:
     ) -> tuple[Metrics, Collections]:
         """Metrics "loss", the cross-entropy in nats, and "accuracy".
 
-        In training the loss is that of mixed and smoothed targets, and a hit counts as much as its class has in the
-        mixture.
+        In training the loss is that of mixed and smoothed targets. With mixup, a prediction scores the weight of the
+        predicted class in the mixed target.
         """
         images, labels, augmentation = self._scaled(batch["image"]), batch["label"], self.augmentation
         if train and augmentation != Augmentation():

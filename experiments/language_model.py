@@ -1,9 +1,10 @@
 """Language modelling: a decoder-only transformer that predicts each token of a text from the tokens before it.
 
-A batch has "tokens", [B, T + 1] of whole numbers, and either "targets", int [B], how many of the T targets of a row
-count from its first on, or "segments", [B, T + 1] of whole numbers: 1, 2, … for the documents packed into a row, 0 for
-padding. No document sees another, and the first token of a document is no target. An entry "bytes" [B] gives the bytes
-of text that the targets of a row stand for, by which bits per byte are counted; without it each target is a byte.
+A batch has "tokens", [B, T + 1] of whole numbers. One of two further entries says which of the T targets of a row
+count; without either, all do. "targets", int [B], is their number, starting with the first. "segments", [B, T + 1] of
+whole numbers, is 1, 2, … for the documents packed into a row, and 0 for padding: no document sees another, and the
+first token of a document is no target. An entry "bytes" [B] gives the bytes of text in the targets that count, by which
+bits per byte are computed; without it each target is a byte.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from trainer.report import ReportWriter
 
 
 @jax.checkpoint  # the backward pass then keeps the logits and no other array of their size, whatever XLA fuses
-def score(
+def cross_entropy_and_hits(
     logits: Float[Array, "examples length vocab"], targets: Int[Array, "examples length"]
 ) -> tuple[Float[Array, "examples length"], Bool[Array, "examples length"]]:
     """The cross-entropy in nats of each target, and whether no other token has a higher logit."""
@@ -65,7 +66,7 @@ def windows(texts: Sequence[bytes | np.ndarray], length: int) -> dict[str, np.nd
     return {"tokens": np.concatenate(tokens), "targets": np.concatenate(targets).astype(np.int32)}
 
 
-def counted(batch: Batch) -> Bool[Array, "examples length"]:
+def target_mask(batch: Batch) -> Bool[Array, "examples length"]:
     """Whether each target of a batch counts: those of windows up to "targets", those of packed rows by "segments"."""
     if "segments" in batch:
         segments = batch["segments"]
@@ -79,14 +80,15 @@ def text_metrics(
     losses: Float[Array, "examples length"], hits: Bool[Array, "examples length"], batch: Batch
 ) -> dict[str, Mean]:
     """Metrics "loss" in nats per target, "bits_per_byte" and "accuracy", over the targets that count."""
-    weights = batch["mask"][:, None] * counted(batch)
+    weights = batch["mask"][:, None] * target_mask(batch)
     loss = Mean.of(losses, weights)
     size = jnp.sum(batch["mask"] * batch["bytes"]) if "bytes" in batch else loss.weight
     bits = Mean(loss.total / math.log(2), size)
     return {"loss": loss, "bits_per_byte": bits, "accuracy": Mean.of(hits, weights)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once for each model
+# Compiled once for each model, temperature and top_k, and each length of prompt and of text.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _continued(
     model: Transformer, temperature: float, top_k: int | None, variables: Variables, prompt: Array, keys: Array
 ) -> Array:
@@ -192,12 +194,12 @@ class LanguageModel:
         tokens = batch["tokens"].astype(jnp.int32)
         segments = batch["segments"][:, :-1].astype(jnp.int32) if "segments" in batch else None
         logits = self._model(train).apply(variables, tokens[:, :-1], segments, **options)
-        return score(logits, tokens[:, 1:])
+        return cross_entropy_and_hits(logits, tokens[:, 1:])
 
     def predict(self, variables: Variables, batch: Batch) -> dict[str, Array]:
         """ "log_likelihood" [B], the sum over the targets of each row, in nats, and "targets" [B], how many count."""
         losses, _ = self._scores(variables, batch, train=False)
-        is_target = counted(batch)
+        is_target = target_mask(batch)
         return {"log_likelihood": -jnp.sum(losses * is_target, axis=-1), "targets": is_target.sum(axis=-1)}
 
     def generate(

@@ -1,15 +1,16 @@
 """Documents packed into rows of a fixed length: how rows are made, how they are stored, and the source that reads them.
 
-The documents of a split, each after the token `BEGIN`, form one stream of tokens. A row is T + 1 tokens of the stream;
-the last token of a row is the first one of the next. So each token is an input once and a target once, a document goes
-on in the next row, and only the last row of a stream is filled up.
+The documents of a part, each after the token `BEGIN`, form one stream of tokens. A split has one part or more. A row is
+T + 1 tokens of the stream; the last token of a row is the first one of the next. So each token but the last of a stream
+is an input once, and each token but the first is a target once. A document goes on in the next row, and only the last
+row of a stream has padding.
 
 A row has
 
-- "tokens", uint16, or int32 for more than 65,536 tokens, [T + 1];
-- "segments", uint8, or uint16 for long rows, [T + 1]: 1, 2, … for the documents in the row, 0 for what fills it up;
-- "bytes", int32: how many bytes of text the targets stand for that count. A target counts if its segment is that of
-  the token before it and not 0. So `BEGIN` never counts, and all bytes of all documents do.
+- "tokens", uint16, or int32 if the vocabulary that is asked for has more than 65,536 tokens, [T + 1];
+- "segments", uint8, or uint16 for long rows, [T + 1]: 1, 2, … for the documents in the row, 0 for padding;
+- "bytes", int32: the bytes of text in the targets that count. A target counts if its segment is that of the token
+  before it and not 0. So `BEGIN` never counts, and all bytes of all documents do.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,13 +28,15 @@ _LEAST_RECORDS = 256  # in a split, if it has so many rows: the order of an epoc
 Rows = dict[str, np.ndarray]
 
 
-def pack(documents: Iterable[np.ndarray], lengths: np.ndarray, length: int) -> Rows:
+def pack(documents: Iterable[np.ndarray], lengths: np.ndarray, length: int, vocab: int) -> Rows:
     """The rows of documents.
 
     Args:
       documents: the tokens of each, without `BEGIN`; empty ones are left out.
-      lengths: bytes of each token of the vocabulary, int32.
+      lengths: bytes of each token that the tokenizer has, int32.
       length: T.
+      vocab: the vocabulary size that is asked for, which decides the dtype of tokens. The tokenizer has fewer tokens if
+        its texts were too short.
     """
     pieces = [np.zeros(0, np.int32)]
     for tokens in documents:
@@ -50,19 +53,19 @@ def pack(documents: Iterable[np.ndarray], lengths: np.ndarray, length: int) -> R
     if count:
         segments[-1, len(stream) - (count - 1) * length :] = 0
     return {
-        "tokens": tokens.astype(token_dtype(len(lengths))),
+        "tokens": tokens.astype(token_dtype(vocab)),
         "segments": segments,
-        "bytes": (lengths[tokens[:, 1:]] * counted(segments)).sum(axis=1, dtype=np.int32),
+        "bytes": (lengths[tokens[:, 1:]] * target_mask(segments)).sum(axis=1, dtype=np.int32),
     }
 
 
-def counted(segments: np.ndarray) -> np.ndarray:
+def target_mask(segments: np.ndarray) -> np.ndarray:
     """Whether each target of rows counts: bool [rows, T]."""
     return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
 
 
 def token_dtype(vocab: int) -> np.dtype:
-    """The dtype of tokens."""
+    """The dtype of tokens, for a vocabulary size that is asked for."""
     return np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
 
 
@@ -72,10 +75,10 @@ def segment_dtype(length: int) -> np.dtype:
 
 
 class Layout(NamedTuple):
-    """How the rows of a split are stored: `block` rows in each record, fewer in the last."""
+    """How the rows of a split are stored: `rows_per_record` rows in each record, fewer in the last."""
 
     rows: int
-    block: int
+    rows_per_record: int
     length: int
     vocab: int
 
@@ -88,11 +91,11 @@ class Layout(NamedTuple):
     @property
     def records(self) -> int:
         """The number of records."""
-        return -(-self.rows // self.block)
+        return -(-self.rows // self.rows_per_record)
 
     def rows_of(self, record: int) -> int:
         """The number of rows in a record."""
-        return min(self.block, self.rows - record * self.block)
+        return min(self.rows_per_record, self.rows - record * self.rows_per_record)
 
 
 def to_record(rows: Rows) -> np.ndarray:
@@ -114,7 +117,7 @@ class PackedSource(BatchSource):
     def __init__(self, records: Sequence[bytes], layout: Layout, identity: str) -> None:
         """Reads nothing yet; `records` are read by index, as often as rows of them are asked for."""
         self._records, self._layout = records, layout
-        self.block, self.identity = layout.block, identity
+        self.block, self.identity = layout.rows_per_record, identity
         self._newest = (-1, b"")  # the number of the record that was read last, and the record
 
     def __len__(self) -> int:

@@ -31,14 +31,14 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length features"]:
         """Projects each position by itself."""
-        fresh = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
+        kernel_init = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
         shape = (x.shape[-1], self.features)
-        kernel: Any = self.param("kernel", nn.with_logical_partitioning(fresh, self.axes), shape)
+        kernel: Any = self.param("kernel", nn.with_logical_partitioning(kernel_init, self.axes), shape)
         return x @ kernel.astype(x.dtype)
 
 
-class Places(NamedTuple):
-    """Where the tokens of a batch stand.
+class TokenPositions(NamedTuple):
+    """The positions and documents of the tokens of a batch.
 
     Attributes:
       positions: int32, in the token's document: [length], or [examples, length] if there are segments.
@@ -49,13 +49,13 @@ class Places(NamedTuple):
     segments: Array | None
 
 
-def places(length: int, segments: Int[Array, "examples length"] | None = None) -> Places:
-    """The places of `length` tokens, counted from 0 in each row, or in each run of equal segments of a row."""
+def token_positions(length: int, segments: Int[Array, "examples length"] | None = None) -> TokenPositions:
+    """The positions of `length` tokens, counted from 0 in each row, or in each run of equal segments of a row."""
     positions = jnp.arange(length)
     if segments is None:
-        return Places(positions, None)
+        return TokenPositions(positions, None)
     begins = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-    return Places(positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1), segments)
+    return TokenPositions(positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1), segments)
 
 
 class Attention(nn.Module):
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "examples length width"], places: Places
+        self, x: Float[Array, "examples length width"], where: TokenPositions
     ) -> Float[Array, "examples length width"]:
         """Each position attends to itself and to the positions before it in its document."""
         width = x.shape[-1]
@@ -85,19 +85,19 @@ class Attention(nn.Module):
         if self.cache:
             mixed = self._continued(query, key, value)
         else:
-            query, key = (rotary(x, places.positions) for x in (query, key))
-            mixed = attend(self.attention, query, key, value, places.segments)
+            query, key = (rotary(x, where.positions) for x in (query, key))
+            mixed = attend(self.attention, query, key, value, where.segments)
         return Projection(width, ("heads", "embed"), self.gain, name="out")(mixed.reshape(x.shape))
 
     def _continued(self, query: Array, key: Array, value: Array) -> Array:
         """Attention to the positions in the cache too, to which the new ones are added."""
-        first = self.variable("cache", "positions", lambda: jnp.zeros((), jnp.int32))
-        start, shape = first.value, (key.shape[0], self.cache, *key.shape[2:])
+        count = self.variable("cache", "length", lambda: jnp.zeros((), jnp.int32))
+        start, shape = count.value, (key.shape[0], self.cache, *key.shape[2:])
         positions = start + jnp.arange(query.shape[1])
         kept = [self.variable("cache", name, jnp.zeros, shape, key.dtype) for name in ("keys", "values")]
         for variable, new in zip(kept, (rotary(key, positions), value), strict=True):
             variable.value = jax.lax.dynamic_update_slice_in_dim(variable.value, new, start, axis=1)
-        first.value = start + query.shape[1]
+        count.value = start + query.shape[1]
         sees = jnp.arange(self.cache) <= positions[:, None]
         keys, values = (variable.value for variable in kept)
         return jax.nn.dot_product_attention(rotary(query, positions), keys, values, mask=sees[None, None])
@@ -137,12 +137,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "examples length width"], places: Places
+        self, x: Float[Array, "examples length width"], where: TokenPositions
     ) -> tuple[Float[Array, "examples length width"], None]:
         """The residual stream after the block, as `nn.scan` carries it: (stream, None)."""
         attention = Attention(self.heads, self.kv_heads, self.gain, self.attention, self.cache, name="attention")
         mlp = MLP(self.mlp_width, self.activation, self.gain, name="mlp")
-        for name, layer in {"attention": lambda x: attention(x, places), "mlp": mlp}.items():
+        for name, layer in {"attention": lambda x: attention(x, where), "mlp": mlp}.items():
             y = layer(norm(f"{name}_norm", x.dtype)(x))
             y = nn.Dropout(self.dropout, deterministic=not self.train, name=f"{name}_dropout")(y)
             x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
@@ -171,13 +171,13 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens: Int[Array, "examples length"], segments: Int[Array, "examples length"] | None = None
     ) -> Float[Array, "examples length vocab"]:
-        """Logits, float32, of the token after each position; `segments` are those of `Places`."""
-        fresh = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
-        table = nn.Embed(self.vocab, self.width, embedding_init=fresh, name="embed").embedding.astype(self.dtype)
+        """Logits, float32, of the token after each position; `segments` are those of `TokenPositions`."""
+        boxed = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
+        table = nn.Embed(self.vocab, self.width, embedding_init=boxed, name="embed").embedding.astype(self.dtype)
         x = lookup(table, tokens) * math.sqrt(self.width)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
 
-        block, where = remat(Block, self.remat, scanned=self.scan), places(tokens.shape[1], segments)
+        block, where = remat(Block, self.remat, scanned=self.scan), token_positions(tokens.shape[1], segments)
         settings: dict[str, Any] = {
             "heads": self.heads,
             "kv_heads": self.kv_heads,

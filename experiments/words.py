@@ -11,21 +11,24 @@ END = "<eos>"  # the word at the end of each line
 UNKNOWN = "<unk>"
 
 
-class Words:
-    """The words of a text, numbered in the order in which they first appear."""
+class Vocabulary:
+    """The words of a text by number, in the order in which they first appear."""
 
     def __init__(self, text: str) -> None:
         """Words are what white space separates; the end of a line is the word <eos>."""
         self.words = list(dict.fromkeys(_split(text)))
         self._numbers = {word: number for number, word in enumerate(self.words)}
         # In bytes of UTF-8, with the space or the end of the line after a word, so that <eos> has none left.
-        self.sizes = np.array([0 if word == END else len(word.encode()) + 1 for word in self.words], np.int32)
+        self.byte_counts = np.array([0 if word == END else len(word.encode()) + 1 for word in self.words], np.int32)
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, text: str) -> np.ndarray:
-        """The numbers of the words of a text, int32; other words are <unk>, and a `UserError` if there is no <unk>."""
+        """The numbers of the words of a text, int32. An unknown word becomes <unk>.
+
+        Raises `UserError` for an unknown word if the vocabulary has no <unk>.
+        """
         words, unknown = _split(text), self._numbers.get(UNKNOWN)
         found = [self._numbers.get(word, unknown) for word in words]
         if None in found:
@@ -33,9 +36,15 @@ class Words:
         return np.array(found, np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The words as a text, separated by spaces."""
+        """The words as a text: spaces between the words of a line, and a line feed for each <eos>."""
         words = (self.words[token] if token < len(self.words) else UNKNOWN for token in tokens)
-        return " ".join(words).replace(f" {END} ", "\n").replace(f" {END}", "\n")
+        lines: list[list[str]] = [[]]
+        for word in words:
+            if word == END:
+                lines.append([])
+            else:
+                lines[-1].append(word)
+        return "\n".join(map(" ".join, lines))
 
 
 def _split(text: str) -> list[str]:

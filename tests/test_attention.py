@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 from experiments.attention import ATTENTIONS, attend
 from experiments.language_model import LanguageModel
-from experiments.transformer import places
+from experiments.transformer import token_positions
 
 LENGTHS = ((7, 1, 12, 5), (20, 6))  # of the documents in each row; the rest of a row is padding
 LENGTH = 28  # targets of a row
@@ -93,8 +93,8 @@ def test_heads_sharded_over_more_devices_than_there_are_key_heads_give_the_same(
 def test_positions_begin_anew_at_each_document():
     segments = jnp.array([[1, 1, 1, 2, 3, 3, 0, 0], [4, 4, 4, 4, 4, 4, 4, 4]])
     expected = [[0, 1, 2, 0, 0, 1, 0, 1], list(range(8))]
-    assert places(8, segments).positions.tolist() == expected
-    assert places(8).positions.tolist() == expected[1]
+    assert token_positions(8, segments).positions.tolist() == expected
+    assert token_positions(8).positions.tolist() == expected[1]
 
 
 def documents() -> list[np.ndarray]:

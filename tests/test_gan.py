@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,20 @@ def test_the_evaluation_named_samples_is_the_distance_in_the_features_of_the_cla
     real = features_of(classifier, np.asarray(take(task.source("test"), np.arange(21))["image"], np.float64))
     assert row["samples/frechet_fashion_cnn"] == pytest.approx(frechet_distance(real, fake), rel=1e-3)
     assert row["samples/examples"] == SIZES["test"]
+
+
+def test_a_classifier_that_is_trained_again_in_its_workdir_is_read_again(tmp_path):
+    sharding, images, found = jax.sharding.SingleDeviceSharding(jax.devices()[0]), make_batch(2)["image"], []
+    for seed in (0, 1):
+        experiment = Labelled(classes=3, widths=(4,), hidden=6)
+        run = make_run(3, experiment=experiment, seed=seed, parallel=config.Parallel(devices=1))
+        train(run, tmp_path / "run", verbose=False)
+        features = load_features(f"{tmp_path}/run@latest", sharding)
+        assert load_features(f"{tmp_path}/run@latest", sharding) is features
+        found.append(np.asarray(features(images)))
+        np.testing.assert_allclose(found[-1], features_of(tmp_path / "run", np.asarray(images)), rtol=1e-4, atol=1e-5)
+        shutil.rmtree(tmp_path / "run")
+    assert not np.allclose(*found)
 
 
 def test_without_a_classifier_there_is_no_distance_and_other_evaluations_are_by_the_loss():

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from experiments.lstm import LSTMLanguageModel
-from experiments.words import Words
+from experiments.words import Vocabulary
 from trainer import config, train
+from trainer.data import eval_source
 from trainer.data.stream import eval_batches, train_batches
 from trainer.errors import UserError
+from trainer.evaluation import evaluate_split
 from trainer.observe.log import read_rows
 from trainer.program import build_program
 
@@ -254,7 +256,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Text files of words: 10 kinds in the training split, and a word in the validation split that is not there."""
     folder = tmp_path_factory.mktemp("words")
     rng = np.random.default_rng(0)
-    kinds = Words(TEXT).words
+    kinds = Vocabulary(TEXT).words
     lines = [" ".join(rng.choice(kinds[:5] + kinds[6:], rng.integers(3, 9))) for _ in range(30)]
     (folder / "ptb.train.txt").write_text(TEXT + "".join(f" {line} \n" for line in lines))
     (folder / "ptb.valid.txt").write_text(" the dog sat \n it was the cat \n")
@@ -262,18 +264,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_words_are_numbered_as_they_appear_and_lines_end_in_eos():
-    words = Words(TEXT)
+    words = Vocabulary(TEXT)
     assert words.words == ["no", "it", "was", "n't", "<unk>", "<eos>", "the", "cat", "sat", "mat"]
     assert words.encode("the dog sat\n").tolist() == [6, 4, 8, 5]
     assert words.decode([6, 7, 5, 0, 1, 5]) == "the cat\nno it\n"
-    assert words.sizes.sum() == sum(len(word) + 1 for word in words.words if word != "<eos>")
+    assert words.decode([5, 6, 5, 5, 5, 7]) == "\nthe\n\n\ncat"
+    assert words.decode([]) == ""
+    assert words.byte_counts.sum() == sum(len(word) + 1 for word in words.words if word != "<eos>")
     with pytest.raises(UserError, match="the word 'dog' is not in the training text, nor is <unk>"):
-        Words("a b\n").encode("a dog")
+        Vocabulary("a b\n").encode("a dog")
 
 
 def test_the_training_source_has_each_token_but_the_first_as_a_target_once_and_rows_continue_rows(files):
     source = task(files=files).source("train")
-    text = Words(Path(files.format(split="train")).read_text()).encode(Path(files.format(split="train")).read_text())
+    written = Path(files.format(split="train")).read_text()
+    text = Vocabulary(written).encode(written)
     pieces = len(source) // STREAMS
     streams = [[source[STREAMS * i + b] for i in range(pieces)] for b in range(STREAMS)]
     found = [text[0]]
@@ -282,7 +287,7 @@ def test_the_training_source_has_each_token_but_the_first_as_a_target_once_and_r
         assert count == 0 or piece["tokens"][0] == found[-1]
         found += piece["tokens"][1 : 1 + count].tolist()
     np.testing.assert_array_equal(found, text)
-    assert sum(piece["bytes"] for piece in itertools.chain(*streams)) == Words(TEXT).sizes[text[1:]].sum()
+    assert sum(piece["bytes"] for piece in itertools.chain(*streams)) == Vocabulary(TEXT).byte_counts[text[1:]].sum()
 
 
 def test_batches_hold_the_next_piece_of_each_stream_on_any_number_of_processes_and_from_any_step(files):
@@ -301,12 +306,12 @@ def test_batches_hold_the_next_piece_of_each_stream_on_any_number_of_processes_a
 
 
 def test_an_evaluation_has_each_token_but_the_first_as_a_target_once(files):
-    source = task(files=files).source("valid")
+    source = eval_source(task(files=files).source("valid"))
     (batch,) = eval_batches(source, len(source))
     rows = zip(batch["tokens"], batch["targets"], strict=True)
     found = np.concatenate([tokens[1 : 1 + count] for tokens, count in rows])
     assert len(source) == 3
-    words = Words(Path(files.format(split="train")).read_text())
+    words = Vocabulary(Path(files.format(split="train")).read_text())
     assert words.decode([batch["tokens"][0, 0], *found]) == "the <unk> sat\nit was the cat\n"
     assert batch["bytes"].sum() == len("<unk> sat\nit was the cat\n")
 
@@ -323,6 +328,29 @@ def run_of(files: str, steps: int = 6, **settings: Any) -> config.Run:
         "parallel": config.Parallel(devices=1),
     }
     return config.resolve(config.Run(total_steps=steps, **fields | settings))
+
+
+def test_the_training_split_is_evaluated_as_whole_streams_too(files):
+    run = run_of(files, experiment=task(files=files), evaluations={"fit": config.Evaluation("train", batch_size=2)})
+    program = build_program(run)
+    state, written = program.init(), Path(files.format(split="train")).read_text()
+    source = program.evaluations["fit"].source
+    assert len(source) == 3
+    found = evaluate_split(program, state, source, name="fit")
+    params, text, total = in_float64(state.params), Vocabulary(written).encode(written), 0.0
+    length = -(-(len(text) - 1) // 3)
+    for start in range(0, len(text) - 1, length):
+        tokens = text[start : start + length + 1]
+        logits, _ = reference(params, tokens[:-1], row_states(in_float64(state.collections["carry"]), 0, 0))
+        total += cross_entropies(logits, tokens[1:]).sum()
+    assert found["fit/loss"] == pytest.approx(total / (len(text) - 1), rel=1e-4)
+
+
+def test_any_split_is_trained_on_as_pieces_and_evaluated_as_streams(files, tmp_path):
+    run = run_of(files, steps=1, loading=config.Loading(split="valid"))
+    train(run, tmp_path / "run", verbose=False)
+    (row,) = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "valid/loss" in row]
+    assert row["valid/examples"] == 3
 
 
 @pytest.mark.slow
@@ -384,7 +412,7 @@ def test_batches_of_half_the_streams_carry_the_state_of_all(files):
 def test_generated_words_are_the_likeliest_of_the_float64_loop(files):
     model, values = task(files=files), variables()
     text = model.generate(values, "the cat", 9, key=jax.random.key(0), temperature=0.0)
-    words, exact = Words(Path(files.format(split="train")).read_text()), in_float64(values)
+    words, exact = Vocabulary(Path(files.format(split="train")).read_text()), in_float64(values)
     tokens = words.encode("the cat").tolist()
     for _ in range(9):
         logits, _ = reference(exact["params"], tokens, row_states(exact["carry"], 0, 0))

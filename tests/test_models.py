@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.models import MODELS, make_model
+from trainer.errors import UserError, model_errors
 from trainer.rules import path_of
 
 EXAMPLES, SIDE, CLASSES = 3, 32, 4
@@ -57,6 +58,20 @@ def test_models_have_as_many_parameters_as_published(name, stem, parameters):
     model = make_model(name, classes=1000 if large else 10, **({} if stem is None else {"stem": stem}))
     shapes = nn.unbox(boxed(model, 224 if large else 32)["params"])
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "too_small", "enough"),
+    [("vgg11", "cifar", 28, 32), ("densenet121", "cifar", 7, 8), ("densenet121", "imagenet", 28, 32)],
+)
+def test_images_that_poolings_leave_nothing_of_are_one_line_of_the_model(name, stem, too_small, enough):
+    model = make_model(name, classes=CLASSES, stem=stem, **SMALL[name])
+    boxed(model, enough)
+    with (
+        pytest.raises(UserError, match=r"does not fit its batch .*/models/.*ValueError: .* too small"),
+        model_errors({"image": jax.ShapeDtypeStruct((1, too_small, too_small, 3), np.uint8)}),
+    ):
+        boxed(model, too_small)
 
 
 def small(name: str) -> nn.Module:
@@ -250,6 +265,6 @@ def test_activations_in_bfloat16_leave_variables_and_logits_in_float32(name):
     shapes = nn.unbox(boxed(model))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {np.dtype("float32")}
     jaxpr = jax.make_jaxpr(lambda values, x: model.apply(values, x, train=False))(shapes, images())
-    large = ("cnn", "mlp")  # whose logits are rounded, as before there were others
-    assert jaxpr.out_avals[0].dtype == ("bfloat16" if name in large else "float32")
+    in_dtype = ("cnn", "mlp")  # their logits have the dtype of the activations
+    assert jaxpr.out_avals[0].dtype == ("bfloat16" if name in in_dtype else "float32")
     assert any(getattr(e.outvars[0].aval, "dtype", None) == "bfloat16" for e in jaxpr.eqns)

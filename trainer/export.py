@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from trainer.data import batch_spec, open_source
+from trainer.data import batch_spec, eval_source, open_source
 from trainer.errors import UserError, error_origin
 from trainer.experiment import Batch
 from trainer.restore import Trained, predictor
@@ -40,7 +40,7 @@ def write_stablehlo(trained: Trained, file: Path) -> str:
     """
     experiment, run = trained.experiment, trained.run
     predict = predictor(experiment).predict
-    spec = batch_spec(open_source(experiment, run.evaluation.split), 1)
+    spec = batch_spec(eval_source(open_source(experiment, run.evaluation.split)), 1)
     (size,) = export.symbolic_shape("batch")
     like = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in spec.items() if name != "mask"}
 

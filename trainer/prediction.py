@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer import config, distributed
-from trainer.data import batch_spec, open_source
+from trainer.data import batch_spec, eval_source, open_source
 from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError
@@ -44,7 +44,7 @@ def predict_split(
         folder.check_run(run)
         predict = predictor(run.experiment).predict
         named = run.evaluation if split is None else run.evaluations.get(split)
-        source = open_source(run.experiment, named.split if named else str(split))
+        source = eval_source(open_source(run.experiment, named.split if named else str(split)))
         size = run.evaluation.batch_size or run.batch_size
         spec = batch_spec(source, size)
         boxed = abstract_params(run.experiment, lambda: run.experiment.init(jax.random.key(0), zeros(spec)), spec)

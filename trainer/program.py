@@ -13,7 +13,7 @@ import optax
 
 from trainer import config
 from trainer.compilation import AheadCompiled, compile_ahead, gc_paused
-from trainer.data import FirstExamples, batch_spec, open_source
+from trainer.data import FirstExamples, batch_spec, eval_source, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.experiment_checks import abstract_params
@@ -163,7 +163,7 @@ def _evaluations(
     for name, settings in config.evaluations_in_steps(run, len(train_source)).items():
         if settings.split not in sources:
             sources[settings.split] = open_source(run.experiment, settings.split)
-        source = sources[settings.split]
+        source = eval_source(sources[settings.split])
         source = source if settings.max_examples is None else FirstExamples(source, settings.max_examples)
         spec = batch_spec(source, settings.batch_size or run.batch_size)
         jitted = strategy.jit_eval(partial(eval_step, run.experiment, strategy.axis_name, settings.ema), state)

@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from experiments.datasets.parts import Partial, PartwiseBuilder, Shard, ShardWriter
+from experiments.datasets.parts import PartwiseBuilder, Shard, ShardWriter, UnfinishedFolder
 from trainer.errors import UserError
 
 PACKAGE = "linux-source-6.1"
@@ -37,7 +37,7 @@ class LinuxSource(PartwiseBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, archive: str | None = None, **options: Any) -> None:
-        """Reads nothing yet; `archive` is a tar file, compressed as its name says or not, by default Debian's."""
+        """Reads nothing yet; `archive` is a .tar, .tar.xz, .tar.gz or .tar.bz2 file, by default Debian's."""
         self._archive = Path(archive or ARCHIVE)
         super().__init__(**options)
 
@@ -62,16 +62,16 @@ class LinuxSource(PartwiseBuilder):
         with self._archive.open("rb") as file:
             return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "part_bytes": PART_BYTES}
 
-    def write(self, partial: Partial) -> Mapping[str, list[Shard]]:
+    def write(self, unfinished: UnfinishedFolder) -> Mapping[str, list[Shard]]:
         """One shard a split for each part of the archive."""
         parts: list[Mapping[str, Any]] = []
-        while entry := partial.entry(f"part-{len(parts):05}"):
+        while entry := unfinished.entry(f"part-{len(parts):05}"):
             parts.append(entry)
         if not parts or not parts[-1]["is_last"]:
-            self._read_on(partial, parts)
+            self._read_on(unfinished, parts)
         shards = [shard for part in parts for shard in part["shards"]]
         splits = {
-            split: [Shard(partial.path(name), *sizes) for own, name, *sizes in shards if own == split]
+            split: [Shard(unfinished.path(name), *sizes) for own, name, *sizes in shards if own == split]
             for split in SPLITS
         }
         for split, own in splits.items():
@@ -81,33 +81,33 @@ class LinuxSource(PartwiseBuilder):
         package = _package_version() if self._archive == Path(ARCHIVE) else "unknown"
         assert self.info.metadata is not None
         self.info.metadata.update(
-            archive=self._archive.name, kernel=kernel, package=package, **partial.entry("identity")
+            archive=self._archive.name, kernel=kernel, package=package, **unfinished.entry("identity")
         )
         counts = ", ".join(f"{sum(shard.examples for shard in own):,} {split}" for split, own in splits.items())
         print(f"linux_source: kernel {kernel}, Debian's package {package}; files: {counts}", flush=True)
         return splits
 
-    def _read_on(self, partial: Partial, parts: list[Mapping[str, Any]]) -> None:
+    def _read_on(self, unfinished: UnfinishedFolder, parts: list[Mapping[str, Any]]) -> None:
         """Adds the parts after those that are complete."""
         skipped = parts[-1]["members"] if parts else 0
         if parts:
             print(f"linux_source: goes on after {skipped:,} entries of the archive", flush=True)
-        part = _Part(partial, len(parts), self.info.features)
+        part = _Part(unfinished, len(parts), self.info.features)
         for member, path, text, share in _files(self._archive, skipped):
             part.add(member, path, text)
             if part.text_bytes >= PART_BYTES:
                 parts.append(part.close(is_last=False))
                 files = sum(shard[2] for one in parts for shard in one["shards"])
                 print(f"linux_source: {files:,} files, {share:.0%} of the archive", flush=True)
-                part = _Part(partial, len(parts), self.info.features)
+                part = _Part(unfinished, len(parts), self.info.features)
         parts.append(part.close(is_last=True))
 
 
 class _Part:
     """A part that is being written: one shard for each split that has a file in it."""
 
-    def __init__(self, partial: Partial, number: int, features: Any) -> None:
-        self._partial, self._number, self._features = partial, number, features
+    def __init__(self, unfinished: UnfinishedFolder, number: int, features: Any) -> None:
+        self._unfinished, self._number, self._features = unfinished, number, features
         self._writers: dict[str, ShardWriter] = {}
         self._members, self._kernel, self.text_bytes = 0, "", 0
 
@@ -119,7 +119,7 @@ class _Part:
             return
         split = split_of(path)
         if split not in self._writers:
-            file = self._partial.path(f"{split}-{self._number:05}.array_record")
+            file = self._unfinished.path(f"{split}-{self._number:05}.array_record")
             self._writers[split] = ShardWriter(file, self._features)
         self._writers[split].write({"path": path, "text": text})
         self.text_bytes += len(text)
@@ -133,7 +133,7 @@ class _Part:
             "is_last": is_last,
             "shards": [[split, s.file.name, s.examples, s.num_bytes] for split, s in shards.items()],
         }
-        self._partial.commit(f"part-{self._number:05}", entry)
+        self._unfinished.commit(f"part-{self._number:05}", entry)
         return entry
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.datasets.parts import Partial, PartwiseBuilder, Shard, ShardWriter
+from experiments.datasets.parts import PartwiseBuilder, Shard, ShardWriter, UnfinishedFolder
 from trainer.data.tfds import TfdsSource
 from trainer.errors import NotPreparedError, UserError
 
@@ -34,7 +34,7 @@ def config_name(dataset: str, vocab: int, length: int) -> str:
 class PackedText(PartwiseBuilder):
     """Feature "rows": the bytes of several rows.
 
-    The metadata have "rows", the number of rows of each split, and "fill", the number of tokens that fill them up.
+    The metadata have "rows", the number of rows of each split, and "fill", the number of padding tokens in them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -88,27 +88,27 @@ class PackedText(PartwiseBuilder):
             "parts": [SAMPLE_BYTES, SAMPLE_OF_ONE, PART_BYTES, SHARD_BYTES],
         }
 
-    def write(self, partial: Partial) -> Mapping[str, list[Shard]]:
+    def write(self, unfinished: UnfinishedFolder) -> Mapping[str, list[Shard]]:
         """The tokenizer, the packed rows of each part of a split, and the shards, in which all rows are mixed."""
         from experiments.packing import Layout
         from experiments.tokenizer import Tokenizer
 
-        identity = partial.entry("identity")
-        self._train_tokenizer(partial)
-        tokenizer = Tokenizer(partial.path(TOKENIZER).read_bytes())
+        identity = unfinished.entry("identity")
+        self._train_tokenizer(unfinished)
+        tokenizer = Tokenizer(unfinished.path(TOKENIZER).read_bytes())
         shards, rows, fill, sizes = {}, {}, {}, {}
         for split in identity["splits"]:
-            parts = list(self._packed(partial, split, tokenizer))
+            parts = list(self._packed(unfinished, split, tokenizer))
             rows[split], fill[split], sizes[split] = (
                 sum(part[key] for part in parts) for key in ("rows", "fill", "bytes")
             )
             if not rows[split]:
                 raise UserError(f"split {split!r} of data set {self._dataset!r} has no text")
             layout = Layout.of(rows[split], self._length, self._vocab)
-            shards[split] = list(self._mixed(partial, split, [part["rows"] for part in parts], layout))
+            shards[split] = list(self._mixed(unfinished, split, [part["rows"] for part in parts], layout))
             tokens = rows[split] * self._length
             print(
-                f"packed_text: {split}: {tokens:,} tokens in {rows[split]:,} rows, {fill[split]:,} of them fill up "
+                f"packed_text: {split}: {tokens:,} tokens in {rows[split]:,} rows, {fill[split]:,} of them are padding "
                 f"({fill[split] / tokens:.3%}); {sizes[split]:,} bytes of text, "
                 f"{sizes[split] / (tokens - fill[split]):.2f} a token",
                 flush=True,
@@ -117,16 +117,16 @@ class PackedText(PartwiseBuilder):
         self.info.metadata.update(identity, tokenizer=tokenizer.sha256, rows=rows, fill=fill, bytes=sizes)
         return shards
 
-    def other_files(self, partial: Partial) -> Iterable[Path]:
+    def other_files(self, unfinished: UnfinishedFolder) -> Iterable[Path]:
         """The tokenizer and its checksum, in the format of `sha256sum`."""
-        checksum = partial.path(f"{TOKENIZER}.sha256")
-        checksum.write_text(f"{partial.entry('tokenizer')['sha256']}  {TOKENIZER}\n")
-        return partial.path(TOKENIZER), checksum
+        checksum = unfinished.path(f"{TOKENIZER}.sha256")
+        checksum.write_text(f"{unfinished.entry('tokenizer')['sha256']}  {TOKENIZER}\n")
+        return unfinished.path(TOKENIZER), checksum
 
-    def _train_tokenizer(self, partial: Partial) -> None:
+    def _train_tokenizer(self, unfinished: UnfinishedFolder) -> None:
         from experiments.tokenizer import Tokenizer, train
 
-        if partial.entry("tokenizer"):
+        if unfinished.entry("tokenizer"):
             return
         sample, size = [], 0
         for _, text in self._texts("train", 0):
@@ -136,10 +136,10 @@ class PackedText(PartwiseBuilder):
                 break
         model = train(sample, self._vocab)
         tokenizer = Tokenizer(model)
-        partial.path(TOKENIZER).write_bytes(model)
+        unfinished.path(TOKENIZER).write_bytes(model)
         few = "" if len(tokenizer.pieces) == self._vocab else f" ({self._vocab:,} were asked for: the texts are short)"
         print(f"packed_text: {len(tokenizer.pieces):,} tokens learnt from {size:,} bytes{few}", flush=True)
-        partial.commit("tokenizer", {"sha256": tokenizer.sha256})
+        unfinished.commit("tokenizer", {"sha256": tokenizer.sha256})
 
     def _texts(self, split: str, start: int) -> Iterator[tuple[int, bytes]]:
         """The texts of a split in a fixed random order from place `start` on, each with the number of texts so far."""
@@ -148,18 +148,20 @@ class PackedText(PartwiseBuilder):
         for place in range(start, len(order)):
             yield place + 1, bytes(texts[int(order[place])]["text"])
 
-    def _packed(self, partial: Partial, split: str, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+    def _packed(self, unfinished: UnfinishedFolder, split: str, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
         """The entries of a split's parts; their rows lie in a .npy file for each array."""
         number, start, total = 0, 0, len(TfdsSource(self._dataset, split, ("text",), self._folder))
         while start < total:
-            step = f"{split}-{number:05}"
-            if (entry := partial.entry(step)) is None:
-                entry = self._pack(partial, step, split, start, tokenizer)
+            task = f"{split}-{number:05}"
+            if (entry := unfinished.entry(task)) is None:
+                entry = self._pack(unfinished, task, split, start, tokenizer)
                 print(f"packed_text: {split}: {entry['stop']:,} of {total:,} texts are packed", flush=True)
             yield entry
             number, start = number + 1, entry["stop"]
 
-    def _pack(self, partial: Partial, step: str, split: str, start: int, tokenizer: Any) -> Mapping[str, Any]:
+    def _pack(
+        self, unfinished: UnfinishedFolder, task: str, split: str, start: int, tokenizer: Any
+    ) -> Mapping[str, Any]:
         from experiments.packing import pack
 
         texts: list[bytes] = []
@@ -174,38 +176,40 @@ class PackedText(PartwiseBuilder):
             if size >= PART_BYTES:
                 break
         documents += tokenizer.encode_all(texts, threads)
-        rows = pack(documents, tokenizer.lengths, self._length)
+        rows = pack(documents, tokenizer.lengths, self._length, self._vocab)
         for name, array in rows.items():
-            np.save(partial.path(f"{step}.{name}.npy"), array)
+            np.save(unfinished.path(f"{task}.{name}.npy"), array)
         fill = int((rows["segments"][:, 1:] == 0).sum())
         if int(rows["bytes"].sum()) != size:
             raise AssertionError(f"{size} bytes of text were packed, {rows['bytes'].sum()} are counted")
         entry = {"stop": stop, "rows": len(rows["bytes"]), "fill": fill, "bytes": size}
-        partial.commit(step, entry)
+        unfinished.commit(task, entry)
         return entry
 
-    def _mixed(self, partial: Partial, split: str, counts: list[int], layout: Any) -> Iterator[Shard]:
+    def _mixed(self, unfinished: UnfinishedFolder, split: str, counts: list[int], layout: Any) -> Iterator[Shard]:
         """The shards of a split: its rows in a fixed random order."""
         from experiments.packing import to_record, token_dtype
 
-        row_bytes = (self._length + 1) * token_dtype(self._vocab).itemsize
-        records = max(SHARD_BYTES // (row_bytes * layout.block), 1)  # in a shard
+        row_bytes, many = (self._length + 1) * token_dtype(self._vocab).itemsize, layout.rows_per_record
+        records = max(SHARD_BYTES // (row_bytes * many), 1)  # in a shard
         order = np.random.default_rng(1).permutation(layout.rows)
         for number, first in enumerate(range(0, layout.records, records)):
-            step = f"shard-{split}-{number:05}"
-            if (entry := partial.entry(step)) is None:
-                rows = _gathered(partial, split, counts, order[first * layout.block :][: records * layout.block])
-                writer = ShardWriter(partial.path(f"{step}.array_record"), self.info.features, "uncompressed")
-                for start in range(0, len(rows["bytes"]), layout.block):
-                    record = {name: array[start : start + layout.block] for name, array in rows.items()}
+            task = f"shard-{split}-{number:05}"
+            if (entry := unfinished.entry(task)) is None:
+                rows = _gathered(unfinished, split, counts, order[first * many :][: records * many])
+                writer = ShardWriter(unfinished.path(f"{task}.array_record"), self.info.features, "uncompressed")
+                for start in range(0, len(rows["bytes"]), many):
+                    record = {name: array[start : start + many] for name, array in rows.items()}
                     writer.write({"rows": to_record(record)})
                 shard = writer.close()
                 entry = {"examples": shard.examples, "num_bytes": shard.num_bytes}
-                partial.commit(step, entry)
-            yield Shard(partial.path(f"{step}.array_record"), **entry)
+                unfinished.commit(task, entry)
+            yield Shard(unfinished.path(f"{task}.array_record"), **entry)
 
 
-def _gathered(partial: Partial, split: str, counts: list[int], indices: np.ndarray) -> dict[str, np.ndarray]:
+def _gathered(
+    unfinished: UnfinishedFolder, split: str, counts: list[int], indices: np.ndarray
+) -> dict[str, np.ndarray]:
     """The rows at `indices` of all parts, from which one part after the other is mapped into memory."""
     rows: dict[str, np.ndarray] = {}
     begins = np.cumsum([0, *counts])
@@ -213,7 +217,7 @@ def _gathered(partial: Partial, split: str, counts: list[int], indices: np.ndarr
     for part in np.unique(parts).tolist():
         chosen = parts == part
         for name in ("tokens", "segments", "bytes"):
-            array = np.load(partial.path(f"{split}-{part:05}.{name}.npy"), mmap_mode="r")
+            array = np.load(unfinished.path(f"{split}-{part:05}.{name}.npy"), mmap_mode="r")
             if name not in rows:
                 rows[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
             rows[name][chosen] = array[indices[chosen] - begins[part]]

@@ -1,7 +1,7 @@
 """Data sets that are written part by part, so that a killed `prepare` goes on where it was.
 
-A builder writes its files into a folder beside its own, `VERSION.partial`, in steps of a name each. A step ends with a
-small JSON file, its entry; a step that has an entry is not made again. When all are made, TFDS gets the files.
+A builder writes its files into a folder beside its own, `VERSION.partial`, in tasks, each with a name. A task ends with
+a small JSON file, its entry; a task that has an entry is not done again. When all are done, TFDS gets the files.
 """
 
 import abc
@@ -22,7 +22,7 @@ from trainer.errors import UserError
 _ENTRY = ".entry.json"
 
 
-class Partial:
+class UnfinishedFolder:
     """The folder of a data set that is not finished."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -33,22 +33,22 @@ class Partial:
         folder.mkdir(parents=True, exist_ok=True)
         self.commit("identity", identity)
 
-    def entry(self, step: str) -> Any:
-        """The entry that `commit` was given for a step; None if the step is not made."""
+    def entry(self, task: str) -> Any:
+        """The entry that `commit` was given for a task; None if the task is not done."""
         try:
-            return json.loads((self.folder / (step + _ENTRY)).read_text())
+            return json.loads((self.folder / (task + _ENTRY)).read_text())
         except FileNotFoundError:
             return None
 
     def path(self, name: str) -> Path:
-        """Where a step writes a file; what a killed step left there is written again."""
+        """Where a task writes a file; what a killed task left there is written again."""
         return self.folder / name
 
-    def commit(self, step: str, entry: Mapping[str, Any]) -> None:
-        """Ends a step: its files are complete, and `entry` (JSON) is what later steps need to know of it."""
-        unfinished = self.folder / f"{step}.unfinished"
-        unfinished.write_text(json.dumps(entry))
-        unfinished.replace(self.folder / (step + _ENTRY))
+    def commit(self, task: str, entry: Mapping[str, Any]) -> None:
+        """Ends a task: its files are complete, and `entry` (JSON) is what later tasks need to know of it."""
+        half_written = self.folder / f"{task}.unfinished"
+        half_written.write_text(json.dumps(entry))
+        half_written.replace(self.folder / (task + _ENTRY))
 
 
 class Shard(NamedTuple):
@@ -81,19 +81,19 @@ class ShardWriter:
 
 
 class PartwiseBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
-    """A builder that writes its shards in a `Partial`, and goes on there after a kill."""
+    """A builder that writes its shards in an `UnfinishedFolder`, and goes on there after a kill."""
 
     @abc.abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """JSON of all that the files are made of; with another one, `prepare` begins anew."""
 
     @abc.abstractmethod
-    def write(self, partial: Partial) -> Mapping[str, Iterable[Shard]]:
-        """Makes the steps that are not made; the shards of each split, in order, none without an example."""
+    def write(self, unfinished: UnfinishedFolder) -> Mapping[str, Iterable[Shard]]:
+        """Does the missing tasks, and returns the shards of each split in order. No shard may be empty."""
 
-    def other_files(self, partial: Partial) -> Iterable[Path]:
+    def other_files(self, unfinished: UnfinishedFolder) -> Iterable[Path]:
         """Further files that belong beside the shards."""
-        del partial
+        del unfinished
         return ()
 
     def download_and_prepare(self, **options: Any) -> None:
@@ -109,8 +109,8 @@ class PartwiseBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registra
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         del dl_manager, download_config  # nothing is downloaded
-        partial = Partial(Path(f"{self._data_dir_root}/{self.info.full_name}.partial"), self.identity())
-        splits = {name: list(shards) for name, shards in self.write(partial).items()}
+        unfinished = UnfinishedFolder(Path(f"{self._data_dir_root}/{self.info.full_name}.partial"), self.identity())
+        splits = {name: list(shards) for name, shards in self.write(unfinished).items()}
         infos = []
         for name, shards in splits.items():
             template = self._get_filename_template(split_name=name)
@@ -118,7 +118,7 @@ class PartwiseBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registra
                 _place(shard.file, Path(template.sharded_filepath(shard_index=index, num_shards=len(shards))))
             lengths, size = [shard.examples for shard in shards], sum(shard.num_bytes for shard in shards)
             infos.append(tfds.core.SplitInfo(name, lengths, size, template))
-        for file in self.other_files(partial):
+        for file in self.other_files(unfinished):
             _place(file, Path(self.data_dir) / file.name)
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
 

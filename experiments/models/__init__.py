@@ -17,7 +17,8 @@ def make_model(name: str, *, classes: int, dtype: str = "float32", **given: Any)
     Args:
       name: one of `MODELS`.
       classes: number of logits.
-      dtype: of the activations; parameters, batch statistics and logits are float32.
+      dtype: of the activations. Parameters and batch statistics are float32; logits too, but not those of `cnn` and
+        `mlp`, which have this dtype.
       given: the settings of `UNSET`, as `ImageClassification` describes them; by default those of the named model.
 
     Raises `UserError` for an unknown name, a setting that the model does not use, or a wrong number of sizes.

@@ -24,11 +24,11 @@ class StridedCNN(nn.Module):
         self, x: Float[Array, "examples height width channels"], train: bool
     ) -> Float[Array, "examples classes"]:
         """Logits of images with values from 0 to 1."""
-        fresh, bias = nn.initializers.lecun_normal(), not self.batch_norm
+        kernel_init, bias = nn.initializers.lecun_normal(), not self.batch_norm
         for i, width in enumerate(self.widths):
             stride = 1 if i == 0 and x.shape[1] < 16 else 2
-            settings = {"stride": stride, "padding": "SAME", "fresh": fresh, "bias": bias, "first": i == 0}
-            x = conv(width, 3, name=f"conv_{i}", dtype=self.dtype, **settings)(x)
+            settings = {"stride": stride, "padding": "SAME", "kernel_init": kernel_init, "bias": bias}
+            x = conv(width, 3, name=f"conv_{i}", dtype=self.dtype, input_is_image=i == 0, **settings)(x)
             if self.batch_norm:
                 x = batch_norm(train, name=f"norm_{i}", dtype=self.dtype)(x)
             x = nn.relu(x)

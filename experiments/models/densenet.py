@@ -42,7 +42,7 @@ class DenseNet(nn.Module):
     def __call__(
         self, x: Float[Array, "examples height width channels"], train: bool
     ) -> Float[Array, "examples classes"]:
-        """Logits."""
+        """Logits of images that the stem and the poolings leave a pixel or more of."""
         x = Stem(self.stem, 2 * self.growth, self.stem == "imagenet", self.dtype, name="stem")(x, train)
         for block, count in enumerate(self.blocks):
             for i in range(count):
@@ -50,6 +50,8 @@ class DenseNet(nn.Module):
             if block + 1 < len(self.blocks):
                 x = nn.relu(batch_norm(train, name=f"norm_{block}", dtype=self.dtype)(x))
                 x = conv(x.shape[-1] // 2, 1, name=f"conv_{block}", dtype=self.dtype)(x)
+                if min(x.shape[1:3]) < 2:
+                    raise ValueError(f"the images are too small: {x.shape[1]}×{x.shape[2]} pixels are left to pool")
                 x = nn.avg_pool(x, (2, 2), (2, 2))
         x = nn.relu(batch_norm(train, name="norm", dtype=self.dtype)(x))
         return dense(self.classes, name="head", dtype="float32", axes=("embed", None))(x.mean((1, 2)))

@@ -32,7 +32,7 @@ class Stem(nn.Module):
         """Features of images."""
         large = self.kind == "imagenet"
         side, stride = (7, 2) if large else (3, 1)
-        x = conv(self.width, side, name="conv", dtype=self.dtype, stride=stride, first=True)(x)
+        x = conv(self.width, side, name="conv", dtype=self.dtype, stride=stride, input_is_image=True)(x)
         if self.norm:
             x = nn.relu(batch_norm(train, name="norm", dtype=self.dtype)(x))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if large else x

@@ -24,11 +24,13 @@ class VGG(nn.Module):
     def __call__(
         self, x: Float[Array, "examples height width channels"], train: bool
     ) -> Float[Array, "examples classes"]:
-        """Logits; every stage halves the image, so it needs 2 to the power of their number pixels a side."""
+        """Logits. Each stage halves the image, so five stages need images of 32 pixels or more a side."""
+        if min(x.shape[1:3]) < (least := 2 ** len(self.blocks)):
+            raise ValueError(f"images of {x.shape[1]}×{x.shape[2]} pixels are too small; a side has {least} or more")
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             for i in range(count):
-                name, first = f"{stage}_{i}", stage == i == 0
-                x = conv(width, 3, name=f"conv_{name}", dtype=self.dtype, bias=True, first=first)(x)
+                name, is_first = f"{stage}_{i}", stage == i == 0
+                x = conv(width, 3, name=f"conv_{name}", dtype=self.dtype, bias=True, input_is_image=is_first)(x)
                 x = nn.relu(batch_norm(train, name=f"norm_{name}", dtype=self.dtype)(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)

@@ -29,10 +29,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length width"]:
         """The weighted values of all heads, projected."""
-        width, fresh = x.shape[-1], nn.initializers.xavier_uniform()
+        width, kernel_init = x.shape[-1], nn.initializers.xavier_uniform()
         query, key, value = (
             nn.with_logical_constraint(
-                dense(width, name=name, dtype=self.dtype, axes=("embed", "heads"), fresh=fresh)(x).reshape(
+                dense(width, name=name, dtype=self.dtype, axes=("embed", "heads"), kernel_init=kernel_init)(x).reshape(
                     *x.shape[:2], self.heads, -1
                 ),
                 ("batch", "length", "heads", "head_dim"),
@@ -40,7 +40,7 @@ class Attention(nn.Module):
             for name in ("query", "key", "value")
         )
         mixed = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
-        return dense(width, name="out", dtype=self.dtype, axes=("heads", "embed"), fresh=fresh)(mixed)
+        return dense(width, name="out", dtype=self.dtype, axes=("heads", "embed"), kernel_init=kernel_init)(mixed)
 
 
 class MLP(nn.Module):
@@ -51,10 +51,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "examples length width"]) -> Float[Array, "examples length width"]:
         """Transforms each position by itself."""
-        width, fresh = x.shape[-1], nn.initializers.xavier_uniform()
-        x = nn.gelu(dense(4 * width, name="up", dtype=self.dtype, fresh=fresh)(x), approximate=False)
+        width, kernel_init = x.shape[-1], nn.initializers.xavier_uniform()
+        x = nn.gelu(dense(4 * width, name="up", dtype=self.dtype, kernel_init=kernel_init)(x), approximate=False)
         x = nn.with_logical_constraint(x, ("batch", "length", "mlp"))
-        return dense(width, name="down", dtype=self.dtype, axes=("mlp", "embed"), fresh=fresh)(x)
+        return dense(width, name="down", dtype=self.dtype, axes=("mlp", "embed"), kernel_init=kernel_init)(x)
 
 
 class Block(nn.Module):
@@ -96,7 +96,7 @@ class ViT(nn.Module):
         """Logits of images whose sides are multiples of the patch."""
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(f"images of {x.shape[1]}×{x.shape[2]} pixels do not divide into patches of {self.patch}")
-        fresh = nn.initializers.lecun_normal()
+        kernel_init = nn.initializers.lecun_normal()
         patches = conv(
             self.width,
             self.patch,
@@ -104,9 +104,9 @@ class ViT(nn.Module):
             dtype=self.dtype,
             stride=self.patch,
             bias=True,
-            first=True,
+            input_is_image=True,
             padding=0,
-            fresh=fresh,
+            kernel_init=kernel_init,
         )(x)
         x = patches.reshape(x.shape[0], -1, self.width)
         token = self._param("class_token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)
@@ -118,8 +118,8 @@ class ViT(nn.Module):
             x = Block(self.heads, self.dropout, self.dtype, name=f"block_{i}")(x, train)
         x = _norm("norm", self.dtype)(x[:, 0])
         zeros = nn.initializers.zeros
-        return dense(self.classes, name="head", dtype="float32", axes=("embed", None), fresh=zeros)(x)
+        return dense(self.classes, name="head", dtype="float32", axes=("embed", None), kernel_init=zeros)(x)
 
-    def _param(self, name: str, fresh: Any, shape: tuple[int, ...]) -> Array:
-        value: Any = self.param(name, nn.with_logical_partitioning(fresh, (None, None, "embed")), shape)
+    def _param(self, name: str, init: Any, shape: tuple[int, ...]) -> Array:
+        value: Any = self.param(name, nn.with_logical_partitioning(init, (None, None, "embed")), shape)
         return value

@@ -82,21 +82,21 @@ def small_parts(change: Callable[[object, str, int], None] = setattr) -> None:
         change(packed_text, name, size)
 
 
-if __name__ == "__main__":  # data_dir, archive, number of the step after whose end the process is killed
-    from experiments.datasets.parts import Partial
+if __name__ == "__main__":  # data_dir, archive, number of the task after whose end the process is killed
+    from experiments.datasets.parts import UnfinishedFolder
     from experiments.packed_language_model import PackedLanguageModel
 
     small_parts()
-    commit, steps = Partial.commit, iter(range(10**6))
+    commit, tasks = UnfinishedFolder.commit, iter(range(10**6))
 
-    def commit_and_die(self: Partial, step: str, entry: Any) -> None:
-        """Dies by SIGKILL when a step has ended, or just before."""
-        last = next(steps) == int(sys.argv[3])
+    def commit_and_die(self: UnfinishedFolder, task: str, entry: Any) -> None:
+        """Dies by SIGKILL when a task has ended, or just before."""
+        last = next(tasks) == int(sys.argv[3])
         if last and sys.argv[4] == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        commit(self, step, entry)
+        commit(self, task, entry)
         if last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Partial.commit = commit_and_die
+    UnfinishedFolder.commit = commit_and_die
     PackedLanguageModel(**settings(Path(sys.argv[1]), Path(sys.argv[2]))).prepare()

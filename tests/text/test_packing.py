@@ -52,7 +52,7 @@ def reference(docs: list[np.ndarray], length: int) -> list[tuple[list[int], list
 @pytest.mark.parametrize(("count", "longest"), [(0, 0), (1, 0), (1, 1), (1, 500), (40, 3), (40, 200)])
 def test_rows_are_those_of_a_loop_over_tokens(length, count, longest):
     docs = documents(count, longest)
-    rows, expected = pack(docs, LENGTHS, length), reference(docs, length)
+    rows, expected = pack(docs, LENGTHS, length, VOCAB), reference(docs, length)
     assert rows["tokens"].shape == rows["segments"].shape == (len(expected), length + 1)
     for number, name in enumerate(("tokens", "segments", "bytes")):
         np.testing.assert_array_equal(list(rows[name]), [row[number] for row in expected])
@@ -63,11 +63,27 @@ def test_rows_are_those_of_a_loop_over_tokens(length, count, longest):
 def test_dtypes_hold_every_token_and_every_segment():
     shortest = [np.array([5], np.int32)] * 600  # as many documents in a row as there can be
     for length in (506, 507, 508, 509, 1000):
-        assert pack(shortest, LENGTHS, length)["segments"].max() <= np.iinfo(segment_dtype(length)).max
+        assert pack(shortest, LENGTHS, length, VOCAB)["segments"].max() <= np.iinfo(segment_dtype(length)).max
     assert segment_dtype(256) == np.uint8
     assert [token_dtype(vocab).name for vocab in (258, 1 << 16, (1 << 16) + 1)] == ["uint16", "uint16", "int32"]
     large = np.array([1 << 16], np.int32)
-    assert pack([large], np.ones((1 << 16) + 1, np.int32), 4)["tokens"][0, 1] == 1 << 16
+    assert pack([large], np.ones((1 << 16) + 1, np.int32), 4, (1 << 16) + 1)["tokens"][0, 1] == 1 << 16
+
+
+def test_a_vocabulary_that_is_larger_than_the_texts_can_fill_is_packed_and_read(tmp_path, monkeypatch):
+    small_parts(monkeypatch.setattr)
+    archive = write_archive(tmp_path / "linux.tar.xz")
+    large = PackedLanguageModel(**settings(tmp_path, archive) | {"vocab": 70_000})
+    large.prepare()
+    assert len(large.tokenizer().pieces) < 1 << 16 < large.vocab
+    source = large.source("test")
+    rows = source.take(np.arange(len(source)))
+    texts = [content for path, content in files().items() if _split(path) == "test"]
+    assert rows["tokens"].dtype == np.int32
+    assert rows["bytes"].sum() == sum(map(len, texts))
+    is_target = (rows["segments"][:, 1:] == rows["segments"][:, :-1]) & (rows["segments"][:, 1:] != 0)
+    expected = np.concatenate(large.tokenizer().encode_all(texts))
+    np.testing.assert_array_equal(np.sort(rows["tokens"][:, 1:][is_target]), np.sort(expected))
 
 
 def stored(rows: dict[str, np.ndarray], block: int, vocab: int = VOCAB) -> PackedSource:
@@ -86,7 +102,7 @@ def stored(rows: dict[str, np.ndarray], block: int, vocab: int = VOCAB) -> Packe
 @pytest.mark.parametrize("block", [1, 5, 16, 1000])
 def test_rows_come_back_from_records_as_numpy_indexes_them(block, length, longest, vocab):
     lengths = np.resize(LENGTHS, vocab)
-    rows = pack(documents(300, longest), lengths, length)
+    rows = pack(documents(300, longest), lengths, length, vocab)
     source, count, rng = stored(rows, block, vocab), len(rows["bytes"]), np.random.default_rng(0)
     assert len(source) == count
     assert rows["segments"].max() > 1
@@ -115,7 +131,7 @@ def test_a_record_is_read_once_for_rows_that_follow_each_other():
             Counting.reads += 1
             return super().__getitem__(index)
 
-    source = stored(pack(documents(200, 30), LENGTHS, 8), 16)
+    source = stored(pack(documents(200, 30), LENGTHS, 8, VOCAB), 16)
     source._records = Counting(source._records)
     batches = Batches(source, seed=0, batch_size=8, steps=100)
     list(batches.read(0, 16))  # 128 rows, 8 blocks of 16
@@ -123,7 +139,7 @@ def test_a_record_is_read_once_for_rows_that_follow_each_other():
 
 
 def test_in_memory_rows_are_read_in_the_same_order():
-    source = stored(pack(documents(200, 30), LENGTHS, 8), 16)
+    source = stored(pack(documents(200, 30), LENGTHS, 8, VOCAB), 16)
     memory: Any = load_into_memory(source, 1 << 30)
     assert memory.is_in_memory
     assert fingerprint(memory) == fingerprint(source)
@@ -135,7 +151,7 @@ def test_in_memory_rows_are_read_in_the_same_order():
 
 
 def test_another_tokenizer_is_another_fingerprint_of_the_same_rows():
-    rows = pack(documents(20, 30), LENGTHS, 8)
+    rows = pack(documents(20, 30), LENGTHS, 8, VOCAB)
     one, other = stored(rows, 4), stored(rows, 4)
     assert fingerprint(one) == fingerprint(other)
     other.identity = "another"

@@ -114,6 +114,12 @@ def open_source(experiment: Experiment, split: str) -> RandomAccessSource:
     return source
 
 
+def eval_source(source: RandomAccessSource) -> RandomAccessSource:
+    """The source that evaluations and predictions read: its attribute `in_evaluations` if it has one, else itself."""
+    found = getattr(source, "in_evaluations", None)
+    return source if found is None else found
+
+
 def block_of(source: RandomAccessSource) -> int:
     """The number of consecutive examples that the order of a run keeps together."""
     return source.block if isinstance(source, BatchSource) else 1

@@ -6,6 +6,7 @@ import numpy as np
 
 from trainer.data import ArraySource
 from trainer.errors import UserError
+from trainer.experiment import RandomAccessSource
 
 
 class Streams(ArraySource):
@@ -17,8 +18,13 @@ class Streams(ArraySource):
     place: "stream" and "piece", int32.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """`arrays` are [streams, pieces, …], one for each entry.
+    def __init__(self, arrays: Mapping[str, np.ndarray], *, in_evaluations: RandomAccessSource | None = None) -> None:
+        """Checks and flattens the arrays.
+
+        Args:
+          arrays: [streams, pieces, …], one for each entry.
+          in_evaluations: the source that evaluations read instead, since they carry no state between batches; None for
+            the pieces themselves.
 
         Raises `UserError` if the arrays disagree in streams or pieces, and for an entry named "stream" or "piece".
         """
@@ -31,6 +37,7 @@ class Streams(ArraySource):
         if taken := sorted(place.keys() & flat.keys()):
             raise UserError(f"streams have an entry {taken[0]!r} of their own: give that of the data another name")
         super().__init__({**flat, **place})
+        self.in_evaluations = in_evaluations
 
     def order(self, seed: int) -> "InOrder":
         """The order in which a run of any seed reads the examples."""
