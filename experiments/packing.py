@@ -55,11 +55,11 @@ def pack(documents: Iterable[np.ndarray], lengths: np.ndarray, length: int, voca
     return {
         "tokens": tokens.astype(token_dtype(vocab)),
         "segments": segments,
-        "bytes": (lengths[tokens[:, 1:]] * target_mask(segments)).sum(axis=1, dtype=np.int32),
+        "bytes": (lengths[tokens[:, 1:]] * segment_target_mask(segments)).sum(axis=1, dtype=np.int32),
     }
 
 
-def target_mask(segments: np.ndarray) -> np.ndarray:
+def segment_target_mask(segments: np.ndarray) -> np.ndarray:
     """Whether each target of rows counts: bool [rows, T]."""
     return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
 

@@ -16,7 +16,7 @@ from tests import image_sets
 from tests.text.kernel_tree import write_archive
 from trainer import config, train
 from trainer.commands.arguments import load_config
-from trainer.data import tfds
+from trainer.data import eval_source, tfds
 from trainer.observe.log import read_rows
 from trainer.optim.decay_check import check_decay
 from trainer.program import build_program
@@ -201,4 +201,4 @@ def test_config_trains_one_shrunk_step(path, shrunk, tmp_path):
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert row["step"] == 1
     assert 0 < row["train/loss"] < LARGEST_LOSS.get(path.stem, 10)
-    assert row[f"{run.evaluation.split}/examples"] == len(run.experiment.source(run.evaluation.split))
+    assert row[f"{run.evaluation.split}/examples"] == len(eval_source(run.experiment.source(run.evaluation.split)))
