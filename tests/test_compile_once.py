@@ -3,12 +3,15 @@
 import dataclasses
 import logging
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.tasks import Task, make_run
 from trainer import config
@@ -70,6 +73,19 @@ def test_other_numbers_are_the_same_program_and_not_a_bit_of_its_results_changes
     assert results(with_shared_program(other)) == results(other)
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[None]:
+    """A compilation cache of its own: an earlier test may have turned that of this process off."""
+    wanted = {"jax_enable_compilation_cache": True, "jax_compilation_cache_dir": str(tmp_path)}
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for settings in (wanted, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX looks at the settings at its first compilation only
+        if settings is wanted:
+            yield
+
+
 def keys_in_the_cache(program: Program, caplog: pytest.LogCaptureFixture) -> set[str]:
     """The keys under which JAX's compilation cache has what makes the first state."""
     caplog.clear()
@@ -78,6 +94,7 @@ def keys_in_the_cache(program: Program, caplog: pytest.LogCaptureFixture) -> set
     return set(re.findall(r"jit_init-[0-9a-f]{16,}", caplog.text))
 
 
+@pytest.mark.usefixtures("cache")
 def test_the_first_state_is_made_by_one_program_for_all_seeds(caplog):
     shared, plain = (
         [keys_in_the_cache(change(built(FIRST | {"seed": seed})), caplog) for seed in (0, 1)]

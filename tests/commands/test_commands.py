@@ -577,11 +577,14 @@ def test_dry_run_fails_as_the_run_would_and_prints_nothing_else(experiment, code
 def test_dry_run_takes_a_random_split_that_the_run_does_not_load(capsys, tmp_path):
     source = RandomTestSplit().source("test")
     size = sum(array.nbytes for array in stack([source[0]]).values())
-    # The first examples of the split would fit into memory, the whole split does not.
-    flags = ["--config.evaluation.max_examples=8", f"--config.loading.in_memory_bytes={size * (len(source) - 1)}"]
+    flags = [f"--config.loading.in_memory_bytes={size * (len(source) - 1)}"]
     file = config_file(tmp_path, "RandomTestSplit()")
     assert tried(output(capsys, "train", "--dry-run", file, *flags))
     output(capsys, "train", file, *flags, f"--workdir={tmp_path}/run")
+    flags += ["--config.evaluation.max_examples=8"]  # these would be in memory
+    for command in (["--dry-run"], [f"--workdir={tmp_path}/other"]):
+        assert run(["train", file, *flags, *command]) == 2
+        assert "differs each time an example is read" in one_line(capsys.readouterr().err)
 
 
 def test_dry_run_of_a_run_that_carries_a_state_on_tries_its_first_steps(capsys, tmp_path):

@@ -29,6 +29,7 @@ from trainer.errors import HostError, UserError
 _BEAT_SECONDS = 1.0
 _BLAME_SECONDS = 3.0  # before this process is blamed; the death of another one is noticed sooner than that
 _ENDS = "the run ends, launch it again to go on from the last checkpoint"
+_ENDING = threading.RLock()  # an RLock: the handler of SIGCONT may interrupt its own thread in `_end`
 
 _monitor: "_PeerMonitor | None" = None  # None in a run of one process
 _own_activity: tuple[int, str, float] = (0, "starting", time.monotonic())  # step, activity, since when
@@ -239,7 +240,11 @@ class _PeerMonitor:
 
 
 def _end(text: str, code: int) -> None:
-    """Ends this process at once, with its children; an orderly exit would wait for the other processes."""
+    """Ends this process at once, with its children; an orderly exit would wait for the other processes.
+
+    A second thread that calls it waits for the end, so that one of them prints.
+    """
+    _ENDING.acquire()  # never released
     if text:
         with suppress(OSError):  # standard error may be closed or full
             os.write(2, b"\n" * os.isatty(2) + f"error: {text}\n".encode())
