@@ -1,6 +1,7 @@
 """Workdirs in buckets, where files cannot be appended to and are copied instead."""
 
 import errno
+import gc
 from contextlib import closing
 from pathlib import Path
 
@@ -111,6 +112,11 @@ def test_a_mirror_of_a_folder_is_the_folder_and_one_of_a_bucket_is_gone_when_it_
     mirror.close()
     assert (tmp_path / "bucket" / "a" / "b").read_bytes() == b"1"
     assert not mirror.folder.exists()
+    forgotten = Mirror(epath.Path(tmp_path / "bucket"))
+    folder = forgotten.folder
+    del forgotten  # as after an error
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_a_run_is_kept_in_a_bucket_as_in_a_folder(tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,12 +29,13 @@ class Mirror:
 
     def __init__(self, place: AnyPath) -> None:
         self._place = place
-        self._scratch = None if isinstance(place, Path) else tempfile.TemporaryDirectory(prefix="trainer-")
-        self.folder = Path(self._scratch.name if self._scratch is not None else place)
+        self.folder = place if isinstance(place, Path) else Path(tempfile.mkdtemp(prefix="trainer-"))
+        # Also removes a temporary folder that an error left behind.
+        self._remove = None if self.folder is place else weakref.finalize(self, shutil.rmtree, self.folder, True)
 
     def push(self) -> None:
         """Copies every file to the bucket, if the place is one."""
-        if self._scratch is not None:
+        if self._remove is not None and self._remove.alive:
             for file in (path for path in self.folder.rglob("*") if path.is_file()):
                 target = self._place / file.relative_to(self.folder).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +44,8 @@ class Mirror:
     def close(self) -> None:
         """Copies for the last time, and removes a temporary folder."""
         self.push()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
+        if self._remove is not None:
+            self._remove()
 
 
 class Workdir:
