@@ -104,6 +104,7 @@ def test_variables_whose_names_have_slashes_come_back_as_they_were(tmp_path):
 
 def test_the_variables_are_those_of_the_run_on_one_device(trained):
     found, state = load(trained.workdir), trained.state
+    assert re.fullmatch(r"Trained\(Predicting, step 4, 211 parameters(, test/\w+ [\d.]+)+\)", repr(found))
     assert_equal(found.variables, {"params": state.params if state.ema is None else state.ema, **state.collections})
     assert {x.sharding for x in jax.tree.leaves(found.variables)} == {
         jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -35,6 +35,13 @@ class Trained:
     step: int  # steps made
     metrics: Mapping[str, float]  # of this step, as far as they were logged, such as "test/accuracy"
 
+    def __repr__(self) -> str:
+        """One line, with the evaluations and without the arrays: a notebook prints it."""
+        count = sum(x.size for x in jax.tree.leaves(self.variables["params"]))
+        found = {name: value for name, value in self.metrics.items() if not name.startswith("train/")}
+        metrics = "".join(f", {name} {value:.4g}" for name, value in found.items())
+        return f"Trained({type(self.experiment).__name__}, step {self.step}, {count:,} parameters{metrics})"
+
     @property
     def experiment(self) -> Experiment:
         """That of the run."""

@@ -18,12 +18,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboardX.record_writer import RecordWriter
+from tensorflow_datasets.core.download import downloader
 
 from experiments.datasets.fashion_mnist_local import DEFAULT_FOLDER, FOLDER_VARIABLE, read_idx
 from trainer.data import batch_spec, take
 from trainer.data.memory import load_into_memory
 from trainer.data.tfds import TfdsSource, prepare
-from trainer.errors import NotPreparedError, UserError
+from trainer.errors import HostError, NotPreparedError, UserError
 
 FEATURES = ("image", "label")
 REPOSITORY = Path(__file__).parents[2]
@@ -390,3 +391,19 @@ def test_encoded_images_are_decoded_without_tensorflow(tmp_path):
     assert len(source) == 3
     for example in (source[i] for i in range(3)):
         np.testing.assert_array_equal(example["image"], pixels(int(example["label"])))
+
+
+class Fetched(ManyFeatures):
+    """A data set whose files lie at an address at which nobody listens."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        dl_manager.download("http://127.0.0.1:9/file")
+        return {"train": self._generate_examples()}
+
+
+def test_a_file_that_cannot_be_fetched_is_one_line_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(downloader, "MAX_RETRIES", 1)  # ten take minutes
+    with pytest.raises(HostError, match=r"^data set 'fetched': http://127.0.0.1:9/file cannot be fetched: is there a "):
+        prepare("fetched", str(tmp_path))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from trainer.errors import NotPreparedError, UserError, did_you_mean
+from trainer.errors import HostError, NotPreparedError, UserError, did_you_mean
 
 
 class TfdsSource:
@@ -71,10 +71,12 @@ def prepare(name: str, data_dir: str | None = None, **options: Any) -> None:
     """Writes a data set as ArrayRecord, if it is not there yet. The builder must be TFDS's own, or imported.
 
     `options` are arguments of the builder. Raises `UserError` if the builder has no such argument, lacks files that the
-    user has to fetch, or needs TensorFlow, which is not installed.
+    user has to fetch, or needs TensorFlow, which is not installed; `HostError` if files cannot be fetched.
     """
     if _prepared(name, data_dir) is not None:
         return
+    from requests import RequestException  # TFDS fetches files with it; slow to import, and only needed here
+
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()  # hundreds of lines in a log
     try:
@@ -96,6 +98,9 @@ def prepare(name: str, data_dir: str | None = None, **options: Any) -> None:
             f"data set {name!r}: TFDS's builder needs TensorFlow to write it: pip install tensorflow, {elsewhere}; "
             "reading it needs none"
         ) from error
+    except RequestException as error:  # TFDS has tried several times
+        address = error.request.url if error.request is not None else "its files"
+        raise HostError(f"data set {name!r}: {address} cannot be fetched: is there a network?") from error
     except AssertionError as error:  # files that the user has to fetch
         raise UserError(f"data set {name!r}: {' '.join(str(error).split())}") from error
 
