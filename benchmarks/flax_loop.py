@@ -28,7 +28,7 @@ def optimizer(name: str, run: Any) -> optax.GradientTransformation:
     steps = run.total_steps
     if name == "vae":
         return optax.adam(1e-3)
-    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731 - one line
     if name == "resnet":
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, warmup_steps=50, decay_steps=steps)
         decay = optax.add_decayed_weights(1e-4, decayed)

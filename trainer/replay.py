@@ -25,7 +25,7 @@ from trainer.rules import path_of
 
 @dataclasses.dataclass
 class NotFinite:
-    """What is not finite in one execution of a step. If everything is finite, the fields keep their defaults."""
+    """The parts of one execution of a step that are not finite. If all is finite, the fields keep their defaults."""
 
     module: str | None = None  # the first Linen module, in the order in which calls end
     loss: float | None = None

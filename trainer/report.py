@@ -1,4 +1,4 @@
-"""What an experiment shows of its model: files in a workdir, and the same in TensorBoard."""
+"""Reports of an experiment on its model: files in a workdir, and the same in TensorBoard."""
 
 import errno
 import io

@@ -104,7 +104,7 @@ def _become_command(pipes: Sequence[tuple[int, int]], arguments: Sequence[str], 
         os.dup2(source, target)
     for descriptor in {null, *pipes[0], *pipes[1]} - {0, 1, 2}:
         os.close(descriptor)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115 - open to the end
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     os.environ.update(env)
     os.chdir(folder)

@@ -17,7 +17,7 @@ from trainer.optional import Augment
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_READ_BYTES = 1 << 22  # bytes: consecutive batches of a `BatchSource` are read together up to this size
+_READ_BYTES = 1 << 20  # bytes: consecutive batches of a `BatchSource` are read together up to this size
 
 
 @dataclass(eq=False, repr=False)
@@ -133,7 +133,7 @@ class _BatchGroups:
     def __init__(self, batches: Batches, start: int) -> None:
         example_bytes = sum(array.nbytes for array in take(batches.source, np.arange(1)).values())
         self._batches = batches
-        self._many = min(max(_READ_BYTES // (len(batches.batch_positions) * example_bytes), 1), 256)
+        self._many = min(max(_READ_BYTES // (len(batches.batch_positions) * example_bytes), 1), 64)
         self._firsts = range(start, len(batches), self._many)
 
     def __len__(self) -> int:

@@ -173,7 +173,7 @@ def mixed(
 def clip_all(grads: list[Any], frozen: list[bool], clip_norm: float | None) -> list[Any]:
     """The gradients, scaled so that their common norm is at most `clip_norm`.
 
-    Those that are None or frozen do not count in the norm and are returned unchanged.
+    Gradients that are None or frozen do not count in the norm and are returned unchanged.
     """
     if clip_norm is None:
         return grads

@@ -35,8 +35,8 @@ class Failure(NamedTuple):
 class Results:
     """The results of the cells in a folder, compared by a metric. They are read anew at each call.
 
-    What is written here stays true when a cell goes on: its metrics after a rung, for example, although the rows of
-    `metrics.jsonl` may be written again after a kill.
+    Metrics that are written here stay true when a cell goes on after a rung, although a kill may cause the rows of
+    `metrics.jsonl` to be written again.
     """
 
     folder: Path
