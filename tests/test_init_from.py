@@ -264,7 +264,7 @@ def test_a_safetensors_file_is_a_source_also_in_bfloat16(old, tmp_path):
     ("settings", "text"),
     [
         ({"rules": ((r"out/.*", "fresh"), (".*", "take"))}, "it has no first/kernel"),
-        ({"rename": RENAME}, r"out/kernel is \[16, 3\] there, \[16, 5\] here; give init_from.rules"),
+        ({"rename": RENAME}, r"out/kernel is \[16, 3\] there, \[16, 5\] here; give init_from.rename, or in the config"),
         ({"rename": ((r"dens/(.*)", r"first/\1"),)}, "init_from.rename 'dens/.*' matches no array"),
         ({"rename": ((r"norm/.*", "one"),)}, "init_from.rename gives norm/bias and norm/scale one name, one"),
         ({"rename": ((r"(", "one"),)}, r"init_from.rename '\(' → 'one': missing \)"),
@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(old, tmp_path, settin
     with pytest.raises(UserError, match=text) as raised:
         train(run, tmp_path / "run", verbose=False)
     assert "\n" not in str(raised.value)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "torn"])
@@ -305,8 +305,10 @@ def test_the_flag_begins_from_a_workdir_and_the_same_command_goes_on(old, tmp_pa
     assert f"begins from the parameters of {old}, step 3" in shown
     assert command(flags) == 0
     assert "resumed from step 6 (finished" in capsys.readouterr().out
-    assert command([*flags[:-1], f"--init-from={old}@6"]) == 2
-    assert "init_from.source was" in capsys.readouterr().err
+    for accepted in ([], ["--accept-changes"]):  # it could not be read, so nothing can be accepted
+        assert command([*flags[:-1], f"--init-from={old}@6", *accepted]) == 2
+        once = f"workdir {tmp_path / 'run'} has checkpoints, and a run begins from one source only"
+        assert f"{once}: choose another --workdir to begin from {old}@6" in capsys.readouterr().err
 
 
 def test_a_carried_state_has_the_trained_and_the_ema_params_as_they_were(tmp_path):

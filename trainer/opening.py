@@ -60,12 +60,12 @@ def open_session(
             _check_profile(profile, 0, run.total_steps)
             _check_evaluations(program)
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
+            plan = None if store.step_names() else init_from.plan_init(program)  # before the folder is made
             if distributed.is_primary():
                 folder.check()
                 stack.enter_context(folder.locked())
             source, eval_sources = _load(program)
             data = describe_data(source)
-            plan = None if store.step_names() else init_from.plan_init(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again

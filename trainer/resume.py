@@ -122,6 +122,9 @@ class Resume:
         """The accepted changes of the trajectory; raises `UserError` if there are any that nobody accepted."""
         with distributed.collective_errors("the changes"):
             changed = self._trajectory_changes(metadata.config)
+            if (first := self.program.run.init_from) and any(text.startswith("init_from") for text in changed):
+                why = f"workdir {self.workdir.path} has checkpoints, and a run begins from one source only"
+                raise UserError(f"{why}: choose another --workdir to begin from {first.source}")
             labels = {p.path: (p.label, p.weight_decay) for p in self.program.param_table.rows}
             for path, (label, decay) in labels.items():
                 old = tuple(metadata.param_labels.get(path, (label, decay)))
@@ -132,9 +135,17 @@ class Resume:
                 changed.append(f"the training examples: {problem}")
             if changed and not self.accept_changes:
                 go_on = f"go on with these settings from step {metadata.step} with --accept-changes"
-                other = self.workdir.other_settings(self.program.run, changed)
-                raise UserError(f"{other}; choose another --workdir, or {go_on}")
+                carried = f"--init-from={self.workdir.path} --config.init_from.optimizer_state=carried"
+                new = f"choose another --workdir (to begin there from this state: {carried})"
+                other = self.workdir.other_settings(self.program.run, self._with_length(metadata.config, changed))
+                raise UserError(f"{other}; {new}, or {go_on}")
             return changed
+
+    def _with_length(self, kept: Mapping[str, Any], changed: list[str]) -> list[str]:
+        """The texts, with that of `total_steps` before the first schedule's `run_steps`, which follows it."""
+        length = [c.text for c in config.changed_settings(kept, self.program.run) if c.text.startswith("total_steps ")]
+        place = next((i for i, text in enumerate(changed) if ".run_steps was " in text), None)
+        return changed if place is None else [*changed[:place], *length, *changed[place:]]
 
     def _state(self, step: int, metadata: Metadata, changed: bool) -> TrainState:
         """The state of a step; of a changed run, with fresh arrays where the saved ones do not fit."""

@@ -105,6 +105,20 @@ def test_none_removes_the_schedule_of_a_group_and_build_makes_one(folder):
     assert removed.optimizer.groups["default"].schedule is None
 
 
+@pytest.mark.parametrize(("text", "number"), [("1e3", 1000), ("2.5E2", 250), ("1e22", 10**22), ("1e8", 10**8)])
+def test_a_whole_number_may_be_in_scientific_notation(text, number, folder):
+    if number > 1e20:
+        with pytest.raises(UserError, match="total_steps is 10000000000000000000000; it must be at most"):
+            parsed(f"--config.total_steps={text}")
+    else:
+        assert parsed(f"--config.total_steps={text}").total_steps == number
+
+
+def test_a_fraction_in_scientific_notation_is_no_whole_number(folder):
+    with pytest.raises(UserError, match=r"config.total_steps is '1.25e1'; int is expected"):
+        parsed("--config.total_steps=1.25e1")
+
+
 def test_group_with_any_name_can_be_overridden(folder):
     (folder / "own.py").write_text(
         ONE_FILE.replace("batch_size=8,", "batch_size=8, optimizer=OPTIMIZER,").replace(

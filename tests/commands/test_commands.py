@@ -338,7 +338,9 @@ def test_workdir_of_another_config_is_left_alone(workdir, capsys, data_dir):
     assert message.startswith(
         f"workdir {workdir} holds a run with other settings: experiment.model was 'mlp', is 'cnn'"
     )
-    end = "; choose another --workdir, or go on with these settings from step 3 with --accept-changes"
+    carried = f"--init-from={workdir} --config.init_from.optimizer_state=carried"
+    end = f"; choose another --workdir (to begin there from this state: {carried}), or go on with these settings "
+    end += "from step 3 with --accept-changes"
     assert message.endswith(end)
     assert contents(workdir) == before
 

@@ -176,7 +176,7 @@ def test_length_of_the_run_is_written_down_when_the_schedule_follows_it(schedule
 
 
 PER_EXAMPLE = " (in steps: 0.0625 per example)"
-CUT_SHORT = "; for a run cut short, set optimizer.schedule.run_steps to its full length"
+CUT_SHORT = "; to try a few steps of a run give --until, or set optimizer.schedule.run_steps to its full length"
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_wsd_whose_parts_were_both_rounded_up_fits():
     )
 
 
-CUT_SHORT = "; for a run cut short, set optimizer.schedule.run_steps to its full length"
+CUT_SHORT = "; to try a few steps of a run give --until, or set optimizer.schedule.run_steps to its full length"
 ASCEND = "they must ascend, the first above the warm-up"
 
 

@@ -160,6 +160,8 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
         except (SyntaxError, ValueError):
             return texts[-1]
     expected = config.type_name(hint)
+    if int in (hint, *typing.get_args(hint)):
+        texts = [_whole(text) for text in texts]
     if None in texts and hint is not bool:
         raise UserError(f"{path} has no value: {expected} is expected")
     holder = dataclasses.make_dataclass("Holder", [("value", hint)])(current)
@@ -173,6 +175,12 @@ def _parse(path: str, hint: Any, current: Any, texts: Sequence[str | None]) -> A
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"{path} is {expected}, which no flag can set: set it in the config file") from error
     return parsed.value.value
+
+
+def _whole(text: str | None) -> str | None:
+    """The digits of a whole number in scientific notation, such as 1e6 or 2.5e3; any other text as it is."""
+    is_scientific = text is not None and re.fullmatch(r"\d+(\.\d+)?[eE]\d{1,2}", text)
+    return f"{float(text):.0f}" if is_scientific and float(text).is_integer() else text
 
 
 def load_config(text: str) -> Any:

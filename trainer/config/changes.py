@@ -8,6 +8,8 @@ from trainer.config.encoding import CLASS, SETTINGS_CLASSES, class_keys, class_n
 from trainer.config.settings import Run
 from trainer.errors import UserError
 
+_SETTINGS = class_name(Run).removesuffix(Run.__qualname__)  # before the name of our own settings' classes
+
 
 class Change(NamedTuple):
     """A setting that differs between a run and the run that continues it."""
@@ -54,6 +56,10 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and CLASS in value:
-        return value[CLASS]
-    text = repr(tuple(value) if isinstance(value, list) else value)
+        if not value[CLASS].startswith(_SETTINGS):
+            return value[CLASS]
+        settings = (f"{name}={_shown(one)}" for name, one in value.items() if not name.startswith("$"))
+        text = f"{value[CLASS].removeprefix(_SETTINGS)}({', '.join(settings)})"
+    else:
+        text = repr(tuple(value) if isinstance(value, list) else value)
     return text if len(text) <= 60 else text[:57] + "..."

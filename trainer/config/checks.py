@@ -204,7 +204,8 @@ def setting_at(run: Run, path: str) -> tuple[Any, str, Any]:
         elif isinstance(node, dict):
             known = dict.fromkeys(node, (typing.get_args(hint) or (Any,))[-1])
         else:
-            first = f"; create it first: in the config file, or by --{walked}=build" if node is None else ""
+            made = "--init-from=SOURCE" if walked == "config.init_from" else f"--{walked}=build"
+            first = f"; create it first: in the config file, or by {made}" if node is None else ""
             raise UserError(f"{walked} is {node!r} and has no field {name!r}{first}")
         if isinstance(node, dict) and walked.endswith(".options"):  # only Optax knows the names of its options
             known = {**known, name: Any}

@@ -74,7 +74,7 @@ def _check_order(given: Schedule, in_steps: Schedule, path: str, length: float, 
     unit, warmup, hint = given.unit, f"{given.warmup:.12g} {given.unit}", measure
     if given.end is None:
         whole, end = length, f"{length} steps"
-        hint += f"; for a run cut short, set {path}.run_steps to its full length"
+        hint += f"; to try a few steps of a run give --until, or set {path}.run_steps to its full length"
     else:  # a descent with an end of its own, which may lie past that of the run
         whole, end = in_steps.end or 0, f"{given.end:.12g} {unit}"
     if in_steps.warmup >= whole:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -222,10 +223,15 @@ class Preemption:
 def how_to_continue() -> str:
     """Text for the user: the command that continues the run, if `trainer` or `python -m trainer` started it."""
     program = Path(sys.argv[0])
-    ours = {"__main__.py": "python -m trainer", "trainer": "trainer"}.get(program.name)
+    ours = {"__main__.py": f"{_interpreter()} -m trainer", "trainer": "trainer"}.get(program.name)
     if ours is None or count() > 1 or (program.name == "__main__.py" and program.parent.name != "trainer"):
         return "launch it again to go on"
     return f"continue with: {ours} {shlex.join(sys.argv[1:])}"
+
+
+def _interpreter() -> str:
+    """What the user types for this Python: `python`, or its path if the shell finds another one or none."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
 
 
 def _in_jupyter() -> bool:

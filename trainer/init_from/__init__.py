@@ -123,7 +123,7 @@ def plan_init(program: Program) -> InitPlan | None:
         problems += [problem] if problem else []
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        hint = "give init_from.rules ('fresh', 'linear', 'pad' …) or init_from.rename"
+        hint = "give init_from.rename, or in the config init_from.rules such as [('head/.*', 'fresh'), ('.*', 'take')]"
         raise UserError(f"the {source.text} do not fit: {'; '.join(problems[:8])}{more}; {hint}")
     used = {row.source for row in rows}
     return InitPlan(program, source, rows, [name for name in source.leaves if name not in used])
