@@ -9,6 +9,7 @@ TPU := $(VENV)/.tpu
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+TESTS ?= tests # the files and folders that `quick` runs
 # XLA's code generator, told to optimise nothing, compiles in half the time. `exhaustive` and `prove` leave it as users
 # have it.
 FAST := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
@@ -55,7 +56,7 @@ prove: $(STAMP)
 		--config.loading.in_memory_bytes=0
 
 quick: $(STAMP)
-	$(FAST) $(PYTEST) -m "not slow and not tpu and not exhaustive"
+	$(FAST) $(PYTEST) -m "not slow and not tpu and not exhaustive" $(TESTS)
 
 # Without the test that interrupts a command while Python starts: there coverage.py catches the interrupt.
 coverage: $(TPU)

@@ -30,7 +30,7 @@ def test_quick_does_not_install_the_tpu_compiler_and_leaves_out_its_tests(tmp_pa
     quick, every = commands("quick", tmp_path / "venv"), commands("test", tmp_path / "venv")
     assert "--editable '.[dev]'" in quick
     assert ".[tpu]" not in quick
-    assert quick.rstrip().endswith('-m "not slow and not tpu and not exhaustive"')
+    assert quick.rstrip().endswith('-m "not slow and not tpu and not exhaustive" tests')
     assert "--editable '.[tpu]'" in every
     assert " -m pytest " in every
     assert "not tpu" not in every
