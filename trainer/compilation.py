@@ -7,7 +7,7 @@ import platform
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class AheadCompiled:
     def __init__(self, jitted: Any, arguments: tuple[Any, ...]) -> None:
         """`arguments` are those of every call, abstract: a `jax.ShapeDtypeStruct` with its sharding for each array."""
         self.jitted, self._arguments = jitted, arguments
-        self._compiled: Future[Callable[..., Any]] | None = None
+        self._compiled: futures.Future[Callable[..., Any]] | None = None
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -49,8 +49,13 @@ class AheadCompiled:
         """Makes the first call wait for a `compile` in another thread; returns whether it is needed."""
         if self._compiled is not None or not hasattr(self.jitted, "lower"):
             return False
-        self._compiled = Future()
+        self._compiled = futures.Future()
         return True
+
+    def wait(self) -> None:
+        """Waits until `compile` is done, if it was announced."""
+        if self._compiled is not None:
+            futures.wait([self._compiled])
 
     def compile(self) -> None:
         """Compiles what was announced. An error is raised by the first call instead."""
@@ -61,11 +66,16 @@ class AheadCompiled:
             self._compiled.set_exception(error)
 
 
-def compile_ahead(*steps: AheadCompiled) -> None:
-    """Compiles steps in a thread, one after the other. XLA compiles without Python's lock, so other work goes on."""
+def compile_ahead(*steps: AheadCompiled, after: AheadCompiled | None = None) -> None:
+    """Compiles steps in a thread, one after the other. XLA compiles without Python's lock, so other work goes on.
+
+    If the step `after` is being compiled, the thread first waits for it: that one is needed earlier.
+    """
     announced = [step for step in steps if step.announce()]
 
     def run() -> None:
+        if after is not None:
+            after.wait()
         for step in announced:
             step.compile()
 

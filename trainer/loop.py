@@ -62,7 +62,7 @@ def train_program(
 
     with open_session(program, workdir, progress, **options) as session:
         state = session.initial_state()
-        compile_ahead(*(one.step for one in program.evaluations.values()))
+        compile_ahead(*(one.step for one in program.evaluations.values()), after=program.train_step)
         for step, batch in session.batches():
             state, metrics = program.train_step(state, batch)
             session.record(step, state, metrics)
