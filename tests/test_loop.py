@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.launched import launch
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
@@ -30,7 +31,7 @@ TASK = Task(dropout=0.5, noise=0.3)
 def quietly(run: config.Run, workdir: Path):
     """The final state of a run, and what it showed."""
     shown = StringIO()
-    return train(run, workdir, progress=Progress(run.total_steps, shown)), shown.getvalue()
+    return launch(run, workdir, Progress(run.total_steps, shown)), shown.getvalue()
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -44,6 +45,7 @@ def assert_equal(a, b):
 def settings(**changes):
     return {
         "experiment": TASK,
+        "parallel": config.Parallel(devices=2),
         "checkpoint": config.Checkpoint(every_steps=5),
         "optimizer": dataclasses.replace(make_run().optimizer, schedule=config.Schedule(peak=1e-2)),
     } | changes
@@ -58,7 +60,7 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("strategy", ["data", "pmap"])
 def test_ten_and_ten_steps_are_twenty_to_the_bit(strategy, tmp_path):
-    parallel = config.Parallel(strategy=strategy)
+    parallel = config.Parallel(strategy, devices=2)
     optimizer = dataclasses.replace(settings()["optimizer"], groups=EVERYTHING)
     whole, _ = quietly(make_run(20, **settings(parallel=parallel, optimizer=optimizer)), tmp_path / "whole")
     quietly(make_run(10, **settings(parallel=parallel, optimizer=optimizer)), tmp_path / "parts")
@@ -76,7 +78,7 @@ def test_either_strategy_resumes_the_other(tmp_path):
     finals = {}
     for first, second in (("data", "data"), ("data", "pmap"), ("pmap", "data")):
         for steps, strategy in ((5, first), (10, second)):
-            run = make_run(steps, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
+            run = make_run(steps, **settings(experiment=task, parallel=config.Parallel(strategy, devices=2)))
             finals[first, second], _ = quietly(run, tmp_path / f"{first}-{second}")
     for mixed in (("data", "pmap"), ("pmap", "data")):
         jax.tree.map(
@@ -85,7 +87,7 @@ def test_either_strategy_resumes_the_other(tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    run = make_run(5, **settings())
+    run = make_run(2, **settings())
     first, _ = quietly(run, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
     again, shown = quietly(run, tmp_path / "run")
@@ -98,7 +100,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
     bad = int(Order(200, 0)(np.arange(9 * 16, 10 * 16)).min())  # in the tenth batch
     task = dataclasses.replace(TASK, examples=200, explode_at=bad)
-    run = make_run(20, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
+    run = make_run(20, **settings(experiment=task, parallel=config.Parallel(strategy, devices=2)))
     with pytest.raises(
         DivergedError, match="loss of step 10 is inf; the run is stopped, the last checkpoint is that of"
     ) as e:
@@ -135,7 +137,7 @@ def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
                 os.kill(os.getpid(), signum)
 
     with pytest.raises(Interrupted, match=signal.Signals(signum).name) as stopped:
-        train(run, tmp_path / "run", progress=Signalling(run.total_steps, StringIO()))
+        launch(run, tmp_path / "run", Signalling(run.total_steps, StringIO()))
     step = Store(tmp_path / "run" / "checkpoints", run.checkpoint).steps()[-1]
     assert f"step {step}," in str(stopped.value)
     assert 12 <= step <= 16
@@ -165,7 +167,7 @@ def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
     quietly(make_run(2, **settings()), tmp_path / "run")
     monkeypatch.setattr("trainer.program.param_table", lambda params, labels, *a: ParamTable((), config.Optimizer()))
     with pytest.raises(UserError, match="other settings: dense/kernel is no parameter any more"):
-        quietly(make_run(4, **settings()), tmp_path / "run")
+        train(make_run(4, **settings()), tmp_path / "run", verbose=False)
 
 
 @dataclasses.dataclass
