@@ -28,10 +28,10 @@ from trainer.workdir import Workdir
 TASK = Task(dropout=0.5, noise=0.3)
 
 
-def quietly(run: config.Run, workdir: Path):
+def quietly(run: config.Run, workdir: Path, **options: Any):
     """The final state of a run, and what it showed."""
     shown = StringIO()
-    return launch(run, workdir, Progress(run.total_steps, shown)), shown.getvalue()
+    return launch(run, workdir, Progress(run.total_steps, shown), **options), shown.getvalue()
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -73,13 +73,25 @@ def test_ten_and_ten_steps_are_twenty_to_the_bit(strategy, tmp_path):
     assert [row["step"] for row in training[0]] == list(range(1, 21))
 
 
+class StopsAt:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, event):
+        if event.step == self.step:
+            event.stop("halfway")
+
+
 def test_either_strategy_resumes_the_other(tmp_path):
     task = dataclasses.replace(TASK, dropout=0.0)
     finals = {}
     for first, second in (("data", "data"), ("data", "pmap"), ("pmap", "data")):
-        for steps, strategy in ((5, first), (10, second)):
-            run = make_run(steps, **settings(experiment=task, parallel=config.Parallel(strategy, devices=2)))
-            finals[first, second], _ = quietly(run, tmp_path / f"{first}-{second}")
+        for hooks, strategy in (([StopsAt(5)], first), ([], second)):
+            run = make_run(10, **settings(experiment=task, parallel=config.Parallel(strategy, devices=2)))
+            state, shown = quietly(run, tmp_path / f"{first}-{second}", hooks=hooks)
+            assert int(state.step) == (5 if hooks else 10)
+        assert "resumed from step 5" in shown
+        finals[first, second] = state
     for mixed in (("data", "pmap"), ("pmap", "data")):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), finals[mixed], finals["data", "data"]
@@ -129,7 +141,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
-    run = make_run(100_000, **settings(logging=config.Logging(every_steps=1)))
+    run = make_run(20, **settings())
 
     class Signalling(Progress):
         def update(self, step, loss, examples_per_second, seconds_left):
@@ -142,8 +154,8 @@ def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
     assert f"step {step}," in str(stopped.value)
     assert 12 <= step <= 16
     assert stopped.value.signum == signum
-    whole, _ = quietly(make_run(20, **settings()), tmp_path / "whole")
-    resumed, _ = quietly(make_run(20, **settings()), tmp_path / "run")
+    whole, _ = quietly(run, tmp_path / "whole")
+    resumed, _ = quietly(run, tmp_path / "run")
     assert_equal(resumed, whole)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -265,7 +277,7 @@ def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_p
 )
 def test_steps_that_cannot_be_profiled_are_refused(steps, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train(make_run(4), tmp_path / "run", verbose=False, profile=steps)
+        launch(make_run(4), tmp_path / "run", profile=steps)
     assert not (tmp_path / "run").exists()
 
 
