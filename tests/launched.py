@@ -25,3 +25,14 @@ def program_of(run: config.Run) -> Program:
 def launch(run: config.Run, workdir: Path, progress: Progress | None = None, **options: Any) -> TrainState:
     """`trainer.train` without output, but for the program."""
     return train_program(program_of(run), workdir, progress or Progress(run.total_steps, StringIO()), **options)
+
+
+class StopsAt:
+    """A hook that ends a run after a step, which is then saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, event):
+        if event.step == self.step:
+            event.stop("halfway")

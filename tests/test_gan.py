@@ -20,7 +20,7 @@ from experiments.frechet import frechet_distance, load_features
 from experiments.gan import GAN, Linear, patches
 from experiments.image_classification import ImageClassification
 from tests.few_steps import STRATEGIES, Outcome, assert_same, few_steps
-from tests.launched import launch, program_of
+from tests.launched import StopsAt, launch, program_of
 from tests.tasks import make_run
 from trainer import config, load, train
 from trainer.data import ArraySource, take
@@ -277,7 +277,7 @@ def bits(state: Any) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_run_that_is_continued_has_the_same_bits_and_reports_a_grid_of_samples(tmp_path):
     whole = launch(small_run("sn_gan", 4), tmp_path / "whole")
-    launch(small_run("sn_gan", 2), tmp_path / "run")
+    assert int(launch(small_run("sn_gan", 4), tmp_path / "run", hooks=[StopsAt(2)]).step) == 2
     assert bits(launch(small_run("sn_gan", 4), tmp_path / "run")) == bits(whole)
     trained = load(tmp_path / "run")
     vectors = flatten_dict(trained.variables["spectral"]["discriminator"], sep="/")
@@ -342,9 +342,9 @@ def features_of(classifier: Path, images: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("pmap", marks=pytest.mark.exhaustive)])
 def test_the_evaluation_named_samples_is_the_distance_in_the_features_of_the_classifier(tmp_path, classifier, strategy):
-    task = dataclasses.replace(TASKS["wgan_gp"], classifier=f"{classifier}@latest")
+    task = dataclasses.replace(TASKS["sn_gan"], classifier=f"{classifier}@latest")
     run = small_run(
-        "wgan_gp",
+        "sn_gan",
         1,
         experiment=task,
         parallel=config.Parallel(strategy, devices=4),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.launched import launch
+from tests.launched import StopsAt, launch
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
@@ -71,15 +71,6 @@ def test_ten_and_ten_steps_are_twenty_to_the_bit(strategy, tmp_path):
     training = [[row for row in rows(tmp_path / d) if "train/loss" in row] for d in ("whole", "parts")]
     assert training[0] == training[1]
     assert [row["step"] for row in training[0]] == list(range(1, 21))
-
-
-class StopsAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, event):
-        if event.step == self.step:
-            event.stop("halfway")
 
 
 def test_either_strategy_resumes_the_other(tmp_path):
