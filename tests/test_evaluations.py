@@ -55,6 +55,7 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
         assert steps(tmp_path / "run", name) == found
     last = {name: value for row in rows_of(tmp_path / "run") if row["step"] == 12 for name, value in row.items()}
     trained = load(tmp_path / "run")
+    measure = jax.jit(lambda *arrays: run.experiment.loss(*arrays, key=jax.random.key(0), train=False)[0])
     for name, split, count, params in (
         ("often", "test", 5, trained.variables["params"]),
         ("train-set", "train", 50, trained.variables["params"]),
@@ -63,9 +64,7 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
         assert last[f"{name}/examples"] == count
         batch = jax.tree.map(jnp.asarray, take(run.experiment.source(split), np.arange(count)))
         variables = {**trained.variables, "params": params}
-        metrics, _ = run.experiment.loss(
-            variables, batch | {"mask": jnp.ones(count)}, key=jax.random.key(0), train=False
-        )
+        metrics = measure(variables, batch | {"mask": jnp.ones(count)})
         assert last[f"{name}/loss"] == pytest.approx(metrics["loss"].compute(), rel=1e-5)
     assert last["examples/loss"] != last["test/loss"]
     assert evaluate(tmp_path / "run", split="often")["often/loss"] == pytest.approx(last["often/loss"], rel=1e-6)
