@@ -36,6 +36,7 @@ from configs.toy import get_config
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.errors import HostError, UserError
+from trainer.experiment import Experiment
 from trainer.loop import train_program
 from trainer.observe.progress import Progress
 from trainer.observe.rows import row_or_none
@@ -73,9 +74,10 @@ class Case(NamedTuple):
     checksums: dict[str, int]  # of the last checkpoint
 
 
-def make_case(folder: Path) -> Case:
-    """Trains the run in `folder`, and makes the killed workdir beside it."""
+def make_case(folder: Path, experiment: Experiment | None = None) -> Case:
+    """Trains the run in `folder`, of `experiment` if there is one, and makes the killed workdir beside it."""
     run = get_config()
+    run.experiment = experiment or run.experiment
     run.total_steps, run.logging.every_steps, run.evaluation.every_steps = STEPS, 1, 4
     run.checkpoint.every_steps, run.checkpoint.keep_last = 4, 4
     program = build_program(config.resolve(run))

@@ -30,8 +30,8 @@ class Breaks:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("workdir")
     parser.add_argument("breaks", type=int)
+    parser.add_argument("workdirs", nargs="+")
     add_group_options(parser)
     options = parser.parse_args()
     startup.initialize(options.coordinator, options.process, options.processes)
@@ -41,11 +41,12 @@ def main() -> None:
         checkpoint=config.Checkpoint(every_steps=2),
         logging=config.Logging(every_steps=1),
     )
-    hooks = [EarlyStopping("test/loss", patience=3, min_delta=0.05), Breaks(options.breaks)]
-    with distributed.fail_fast():
-        state = train(run, options.workdir, verbose=False, hooks=hooks)
-    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
-    print(f"step {int(state.step)} of {run.total_steps}: {digest.hexdigest()}", flush=True)
+    for workdir in options.workdirs:
+        hooks = [EarlyStopping("test/loss", patience=3, min_delta=0.2), Breaks(options.breaks)]
+        with distributed.fail_fast():
+            state = train(run, workdir, verbose=False, hooks=hooks)
+        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
+        print(f"step {int(state.step)} of {run.total_steps}: {digest.hexdigest()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,14 @@ def outcome(strategy: str, devices: int) -> Outcome:
     return few_steps(TASK, strategy, devices)
 
 
+CASES = [
+    pytest.param(strategy, marks=[] if strategy in ("fsdp_tensor", "pmap") else [pytest.mark.exhaustive])
+    for strategy in STRATEGIES
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", CASES)
 def test_four_devices_give_the_losses_and_parameters_of_one(strategy):
     found = outcome(strategy, 4)
     assert_same(found, outcome("data", 1))

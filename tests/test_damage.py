@@ -6,13 +6,21 @@ import pytest
 
 from benchmarks import damage
 from benchmarks.damage import DAMAGES, EARLIER, FAILED, NEWEST, REFUSED, SAID, UNNOTICED, Case, flip, try_it
+from experiments.toy import Toy
 
 STEP = f"checkpoints/{NEWEST}"
 
 
+class Undrawn(Toy):
+    """Makes no picture: drawing it would take most of a launch."""
+
+    def report(self, step, variables, writer):
+        pass
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return damage.make_case(tmp_path_factory.mktemp("damage"))
+    return damage.make_case(tmp_path_factory.mktemp("damage"), Undrawn())
 
 
 @pytest.mark.slow

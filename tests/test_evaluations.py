@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.launched import launch
 from tests.tasks import Net, Task, make_run
 from tests.test_hooks import BreaksAt, FailedError, bits
 from trainer import config, evaluate, load, train
@@ -54,6 +55,7 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
         assert steps(tmp_path / "run", name) == found
     last = {name: value for row in rows_of(tmp_path / "run") if row["step"] == 12 for name, value in row.items()}
     trained = load(tmp_path / "run")
+    measure = jax.jit(lambda *arrays: run.experiment.loss(*arrays, key=jax.random.key(0), train=False)[0])
     for name, split, count, params in (
         ("often", "test", 5, trained.variables["params"]),
         ("train-set", "train", 50, trained.variables["params"]),
@@ -62,9 +64,7 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
         assert last[f"{name}/examples"] == count
         batch = jax.tree.map(jnp.asarray, take(run.experiment.source(split), np.arange(count)))
         variables = {**trained.variables, "params": params}
-        metrics, _ = run.experiment.loss(
-            variables, batch | {"mask": jnp.ones(count)}, key=jax.random.key(0), train=False
-        )
+        metrics = measure(variables, batch | {"mask": jnp.ones(count)})
         assert last[f"{name}/loss"] == pytest.approx(metrics["loss"].compute(), rel=1e-5)
     assert last["examples/loss"] != last["test/loss"]
     assert evaluate(tmp_path / "run", split="often")["often/loss"] == pytest.approx(last["often/loss"], rel=1e-6)
@@ -73,20 +73,20 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
 
 def test_a_killed_run_makes_every_evaluation_that_it_owes(tmp_path):
     run = run_of(checkpoint=config.Checkpoint(every_steps=6))
-    whole = train(run, tmp_path / "whole", verbose=False)
+    whole = launch(run, tmp_path / "whole")
     for step in (5, 8):
         with pytest.raises(FailedError):
-            train(run, tmp_path / "run", verbose=False, hooks=[BreaksAt(step)])
+            launch(run, tmp_path / "run", hooks=[BreaksAt(step)])
     file = tmp_path / "run" / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if not ('"step": 8' in line and "often/" in line)))
-    assert bits(train(run, tmp_path / "run", verbose=False)) == bits(whole)
+    assert bits(launch(run, tmp_path / "run")) == bits(whole)
     assert sorted(map(str, rows_of(tmp_path / "run"))) == sorted(map(str, rows_of(tmp_path / "whole")))
 
 
 def test_the_best_metric_of_a_named_evaluation_is_kept(tmp_path):
     checkpoint = config.Checkpoint(every_steps=2, keep_last=1, best_metric="often/loss", best_mode="max")
-    train(run_of(checkpoint=checkpoint), tmp_path / "run", verbose=False)
+    launch(run_of(checkpoint=checkpoint), tmp_path / "run")
     losses = {row["step"]: row["often/loss"] for row in rows_of(tmp_path / "run") if "often/loss" in row}
     best = max(losses, key=lambda step: losses[step])
     assert load(tmp_path / "run", "best").step == best
@@ -131,7 +131,7 @@ class Named(Task):
 )
 def test_settings_that_contradict_each_other_are_named(tmp_path, settings, text):
     with pytest.raises(UserError, match=text):
-        train(run_of(**settings), tmp_path / "run", verbose=False)
+        launch(run_of(**settings), tmp_path / "run")
 
 
 @dataclasses.dataclass
@@ -169,7 +169,7 @@ class Neighbours(Task):
         writer.figure("losses", figure)
 
 
-@pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap"])
+@pytest.mark.parametrize("strategy", [pytest.param("data", marks=pytest.mark.exhaustive), "fsdp", "pmap"])
 def test_an_evaluation_of_ones_own_and_a_report(tmp_path, strategy):
     parallel = config.Parallel(strategy, devices=4, min_shard_size=0)
     run = run_of(
@@ -180,7 +180,7 @@ def test_an_evaluation_of_ones_own_and_a_report(tmp_path, strategy):
         evaluations={"knn": config.Evaluation(every_steps=2, batch_size=8)},
         checkpoint=config.Checkpoint(every_steps=2, best_metric="knn/accuracy"),
     )
-    train(run, tmp_path / "run", verbose=False)
+    launch(run, tmp_path / "run")
     rows = [row for row in rows_of(tmp_path / "run") if "knn/accuracy" in row]
     assert [row["step"] for row in rows] == [2, 4, 6]
     trained = load(tmp_path / "run")
@@ -219,7 +219,7 @@ def test_a_best_metric_that_ones_own_evaluation_does_not_give_is_named(tmp_path)
         checkpoint=config.Checkpoint(every_steps=2, best_metric="knn/acuracy"),
     )
     with pytest.raises(UserError, match=r"best_metric 'knn/acuracy' is not evaluated; did you mean 'knn/accuracy'\?"):
-        train(run, tmp_path / "run", verbose=False)
+        launch(run, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeyp
     run = run_of(3, experiment=Neighbours(), evaluations={})
     stream = io.StringIO()
     (tmp_path / "run").mkdir()
-    train(run, tmp_path / "first", verbose=False)
+    launch(run, tmp_path / "first")
     (tmp_path / "first" / "config.json").rename(tmp_path / "run" / "config.json")
     (tmp_path / "run" / "reports").write_text("a file in its place")
-    train(run, tmp_path / "run", progress=Progress(3, stream))
+    launch(run, tmp_path / "run", progress=Progress(3, stream))
     assert stream.getvalue().count("Not a directory; the report lacks it") >= 1
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 

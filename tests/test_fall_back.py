@@ -21,7 +21,10 @@ from trainer.observe.progress import Progress
 from trainer.program import Program, build_program
 
 RUN = make_run(
-    12, checkpoint=config.Checkpoint(every_steps=4, keep_last=3), evaluation=config.Evaluation(every_steps=4)
+    12,
+    parallel=config.Parallel(devices=2),
+    checkpoint=config.Checkpoint(every_steps=4, keep_last=3),
+    evaluation=config.Evaluation(every_steps=4),
 )
 RUN.optimizer.schedule.final = 1e-3  # so that a longer run is possible
 

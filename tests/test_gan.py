@@ -20,6 +20,7 @@ from experiments.frechet import frechet_distance, load_features
 from experiments.gan import GAN, Linear, patches
 from experiments.image_classification import ImageClassification
 from tests.few_steps import STRATEGIES, Outcome, assert_same, few_steps
+from tests.launched import StopsAt, launch, program_of
 from tests.tasks import make_run
 from trainer import config, load, train
 from trainer.data import ArraySource, take
@@ -225,7 +226,7 @@ def small_run(kind: str, total_steps: int, **settings: Any) -> config.Run:
 
 
 def test_the_generator_moves_at_every_third_step_and_the_discriminator_at_all():
-    program = build_program(config.resolve(small_run("sn_gan", 4)))
+    program = program_of(small_run("sn_gan", 4))
     state, moved = program.init(), []
     for batch in train_batches(program.train_source, seed=0, batch_size=8, start=0, stop=4):
         before = jax.device_get(state.params)
@@ -242,8 +243,9 @@ def outcome(kind: str, strategy: str, devices: int) -> Outcome:
     return few_steps(TASKS[kind], strategy, devices, labels=LABELS, groups=groups)
 
 
+OFTEN = (("wgan_gp", "fsdp_tensor"), ("sn_gan", "pmap"))
 CASES = [
-    pytest.param(kind, strategy, marks=[] if strategy in ("fsdp_tensor", "pmap") else [pytest.mark.exhaustive])
+    pytest.param(kind, strategy, marks=[] if (kind, strategy) in OFTEN else [pytest.mark.exhaustive])
     for kind in TASKS
     for strategy in STRATEGIES
 ]
@@ -274,9 +276,9 @@ def bits(state: Any) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_run_that_is_continued_has_the_same_bits_and_reports_a_grid_of_samples(tmp_path):
-    whole = train(small_run("sn_gan", 4), tmp_path / "whole", verbose=False)
-    train(small_run("sn_gan", 2), tmp_path / "run", verbose=False)
-    assert bits(train(small_run("sn_gan", 4), tmp_path / "run", verbose=False)) == bits(whole)
+    whole = launch(small_run("sn_gan", 4), tmp_path / "whole")
+    assert int(launch(small_run("sn_gan", 4), tmp_path / "run", hooks=[StopsAt(2)]).step) == 2
+    assert bits(launch(small_run("sn_gan", 4), tmp_path / "run")) == bits(whole)
     trained = load(tmp_path / "run")
     vectors = flatten_dict(trained.variables["spectral"]["discriminator"], sep="/")
     assert vectors.keys() == {"down_0/u", "down_1/u", "head/u"}
@@ -340,9 +342,9 @@ def features_of(classifier: Path, images: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("pmap", marks=pytest.mark.exhaustive)])
 def test_the_evaluation_named_samples_is_the_distance_in_the_features_of_the_classifier(tmp_path, classifier, strategy):
-    task = dataclasses.replace(TASKS["wgan_gp"], classifier=f"{classifier}@latest")
+    task = dataclasses.replace(TASKS["sn_gan"], classifier=f"{classifier}@latest")
     run = small_run(
-        "wgan_gp",
+        "sn_gan",
         1,
         experiment=task,
         parallel=config.Parallel(strategy, devices=4),

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.launched import launch
 from tests.tasks import Task, make_run
 from trainer import config, train
 from trainer.errors import HostError, UserError
@@ -37,7 +38,7 @@ def bits(state) -> list[bytes]:
 def plain(tmp_path_factory):
     """The final state and the rows of a run without hooks."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    state = train(run_of(), folder, verbose=False)
+    state = launch(run_of(), folder)
     return bits(state), list(read_rows(folder / "metrics.jsonl"))
 
 
@@ -90,7 +91,7 @@ def test_each_moment_is_called_with_its_step_and_its_metrics_and_no_number_chang
 def test_a_hook_stops_the_run_evaluated_and_saved_and_another_launch_goes_on_bit_for_bit(tmp_path, plain, moment):
     hook = type("Stop", (), {moment: lambda self, event: event.stop("enough") if event.step >= 5 else None})()
     stream = StringIO()
-    state = train(run_of(), tmp_path / "run", progress=Progress(12, stream), hooks=[hook])
+    state = launch(run_of(), tmp_path / "run", progress=Progress(12, stream), hooks=[hook])
     last = int(state.step)
     # A row is written when later steps are in flight.
     assert last == {"on_step": 5, "on_evaluate": 6, "on_save": 5}.get(moment, last) <= 10
@@ -98,7 +99,7 @@ def test_a_hook_stops_the_run_evaluated_and_saved_and_another_launch_goes_on_bit
     rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
     assert moment == "on_save" or any("test/loss" in row for row in rows if row["step"] == last)
     assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
-    assert bits(train(run_of(), tmp_path / "run", verbose=False)) == plain[0]
+    assert bits(launch(run_of(), tmp_path / "run")) == plain[0]
 
 
 class FailedError(Exception):
@@ -113,7 +114,7 @@ def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_pat
 
     hook, folder = type("Failing", (), {moment: fail})(), tmp_path / "run"
     with pytest.raises(FailedError, match="of the user") as raised:
-        train(run_of(), folder, verbose=False, hooks=[hook])
+        launch(run_of(), folder, hooks=[hook])
     (note,) = raised.value.__notes__
     if moment == "on_start":
         assert note == "a hook ended the run; no step was complete"
@@ -122,7 +123,7 @@ def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_pat
         step = int(note.split()[-3])
         assert step == {"on_step": 4, "on_evaluate": 4, "on_save": 5, "on_end": 12}.get(moment, step) >= 4
         assert (folder / "checkpoints" / str(step)).is_dir()
-    assert bits(train(run_of(), folder, verbose=False)) == plain[0]
+    assert bits(launch(run_of(), folder)) == plain[0]
     assert sorted(read_rows(folder / "metrics.jsonl"), key=str) == sorted(plain[1], key=str)
 
 
@@ -146,10 +147,10 @@ def test_a_save_that_cannot_begin_calls_no_hook_and_one_that_is_the_last_must_su
         hook, stream = Recorded(), StringIO()
         options: Any = {"progress": Progress(12, stream), "hooks": [hook, Blocks(workdir, last)]}
         if last == 7:
-            assert bits(train(run, workdir, **options)) == plain[0]
+            assert bits(launch(run, workdir, **options)) == plain[0]
         else:
             with pytest.raises(HostError, match=r"checkpoint 12 cannot be written: .*; there is no checkpoint yet"):
-                train(run, workdir, **options)
+                launch(run, workdir, **options)
         steps = {name: [step for moment, step, _ in hook.calls if moment == name] for name in ("on_save", "on_end")}
         assert steps == ({"on_save": [10, 12], "on_end": [12]} if last == 7 else {"on_save": [], "on_end": []})
         assert "warning: checkpoint 5 cannot be written: " in stream.getvalue()
@@ -160,7 +161,7 @@ def test_a_failed_hook_says_that_the_newest_state_is_not_saved(tmp_path):
     run, folder = run_of(), tmp_path / "run"
     run.checkpoint.on_error = "continue"
     with pytest.raises(FailedError) as raised:
-        train(run, folder, verbose=False, hooks=[Blocks(folder), BreaksAt(7)])
+        launch(run, folder, hooks=[Blocks(folder), BreaksAt(7)])
     (note,) = raised.value.__notes__
     assert note.startswith("a hook ended the run; the newest state is not saved: checkpoint 7 cannot be written: ")
 
@@ -174,23 +175,30 @@ class BreaksAt:
             raise FailedError
 
 
-@pytest.mark.parametrize("broken", [[3], [6], [5, 7, 8]], ids=str)
-def test_early_stopping_stops_a_resumed_run_where_it_stops_an_undisturbed_one(tmp_path, broken):
-    def stopping():
-        return EarlyStopping("test/loss", patience=3, min_delta=0.05)
+def stopping() -> EarlyStopping:
+    return EarlyStopping("test/loss", patience=3, min_delta=0.05)
 
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> list[bytes]:
+    """The final state of a run that nothing disturbs until it is stopped early."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    state = launch(run_of(200), folder, hooks=[stopping()])
+    assert 8 <= int(state.step) < 200
+    losses = [row["test/loss"] for row in read_rows(folder / "metrics.jsonl") if "test/loss" in row]
+    assert int(state.step) == 2 * expected_stop(losses, 3, 0.05)
+    return bits(state)
+
+
+@pytest.mark.parametrize("broken", [[3], [6], [5, 7, 8]], ids=str)
+def test_early_stopping_stops_a_resumed_run_where_it_stops_an_undisturbed_one(tmp_path, stopped, broken):
     run = run_of(200)
-    whole = train(run, tmp_path / "whole", verbose=False, hooks=[stopping()])
-    assert 8 <= int(whole.step) < 200
-    losses = [row["test/loss"] for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if "test/loss" in row]
-    assert int(whole.step) == 2 * expected_stop(losses, 3, 0.05)
     for step in broken:
         with pytest.raises(FailedError):
-            train(run, tmp_path / "run", verbose=False, hooks=[stopping(), BreaksAt(step)])
-    resumed = train(run, tmp_path / "run", verbose=False, hooks=[stopping()])
-    assert bits(resumed) == bits(whole)
+            launch(run, tmp_path / "run", hooks=[stopping(), BreaksAt(step)])
+    assert bits(launch(run, tmp_path / "run", hooks=[stopping()])) == stopped
     once_more = Recorded()
-    assert bits(train(run, tmp_path / "run", verbose=False, hooks=[stopping(), once_more])) == bits(whole)
+    assert bits(launch(run, tmp_path / "run", hooks=[stopping(), once_more])) == stopped
     assert [name for name, _, _ in once_more.calls] == ["on_start", "on_end"]
 
 
@@ -209,7 +217,7 @@ def expected_stop(losses: list[float], patience: int, min_delta: float) -> int:
 def test_early_stopping_of_a_metric_that_should_grow(tmp_path):
     hook = EarlyStopping("test/accuracy", patience=2, mode="max", min_delta=0.5)
     stream = StringIO()
-    state = train(run_of(100), tmp_path / "run", progress=Progress(100, stream), hooks=[hook])
+    state = launch(run_of(100), tmp_path / "run", progress=Progress(100, stream), hooks=[hook])
     assert int(state.step) == 6  # the first evaluation is the best one, as no other is better by a half
     assert re.search(
         r"stopped at step 6: test/accuracy did not improve on 0\.\d+ in 2 evaluations, up to step 6", stream.getvalue()
@@ -218,16 +226,16 @@ def test_early_stopping_of_a_metric_that_should_grow(tmp_path):
 
 def test_a_metric_that_is_not_evaluated_is_named_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"metric 'test/los' is not evaluated; did you mean 'test/loss'\?"):
-        train(run_of(), tmp_path / "run", verbose=False, hooks=[EarlyStopping("test/los", patience=1)])
+        launch(run_of(), tmp_path / "run", hooks=[EarlyStopping("test/los", patience=1)])
 
 
 def test_early_stopping_looks_at_its_own_evaluation_among_several(tmp_path):
     run = run_of(100, evaluations={"quick": config.Evaluation(every_steps=1, max_examples=4)})
-    state = train(run, tmp_path / "run", verbose=False, hooks=[EarlyStopping("test/loss", patience=2, min_delta=9.0)])
+    state = launch(run, tmp_path / "run", hooks=[EarlyStopping("test/loss", patience=2, min_delta=9.0)])
     assert int(state.step) == 6
     unknown = r"metric 'quik/loss' names the evaluation 'quik', which the run does not have; did you mean 'quick'\?"
     with pytest.raises(UserError, match=unknown):
-        train(run, tmp_path / "other", verbose=False, hooks=[EarlyStopping("quik/loss", patience=2)])
+        launch(run, tmp_path / "other", hooks=[EarlyStopping("quik/loss", patience=2)])
 
 
 class Split(Task):
@@ -241,17 +249,16 @@ def test_early_stopping_finds_an_evaluation_with_a_slash_in_its_name(tmp_path):
     evaluation = config.Evaluation("test/hard", batch_size=8, every_steps=2)
     run = run_of(100, experiment=Split(), evaluation=evaluation)
     hooks = [EarlyStopping("test/hard/loss", patience=2, min_delta=9.0)]
-    assert int(train(run, tmp_path / "run", verbose=False, hooks=hooks).step) == 6
+    assert int(launch(run, tmp_path / "run", hooks=hooks).step) == 6
 
 
 def test_a_run_that_another_evaluation_stops_is_evaluated_in_full(tmp_path):
     evaluations = {"quick": config.Evaluation(every_steps=3, max_examples=4)}
     hooks = [EarlyStopping("quick/loss", patience=1, min_delta=9.0)]
     for _ in range(2):
-        state = train(
+        state = launch(
             run_of(100, evaluation=config.Evaluation(batch_size=8), evaluations=evaluations),
             tmp_path / "run",
-            verbose=False,
             hooks=hooks,
         )
         assert int(state.step) == 6
@@ -284,8 +291,8 @@ def test_a_nan_counts_in_a_resumed_run_as_it_does_in_an_undisturbed_one(tmp_path
     hooks = [EarlyStopping("test/loss", patience=2)]
     if broken is not None:
         with pytest.raises(FailedError):
-            train(run, tmp_path / "run", verbose=False, hooks=[*hooks, BreaksAt(broken)])
-    assert int(train(run, tmp_path / "run", verbose=False, hooks=hooks).step) == 6
+            launch(run, tmp_path / "run", hooks=[*hooks, BreaksAt(broken)])
+    assert int(launch(run, tmp_path / "run", hooks=hooks).step) == 6
 
 
 class Misspelt:
@@ -306,7 +313,7 @@ class Misspelt:
 def test_an_object_that_nothing_would_call_is_no_hook(tmp_path, hook, text):
     hooks: Any = Recorded() if hook is None else [hook]
     with pytest.raises(UserError, match=text):
-        train(run_of(), tmp_path / "run", verbose=False, hooks=hooks)
+        launch(run_of(), tmp_path / "run", hooks=hooks)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -330,9 +337,9 @@ def test_a_plot_has_the_values_of_all_launches(tmp_path, monkeypatch):
     for _ in range(2):
         plot = Plot("train/loss", "test/loss")
         with pytest.raises(FailedError):
-            train(run_of(), tmp_path / "run", verbose=False, hooks=[plot, BreaksAt(5), BreaksAt(9)])
+            launch(run_of(), tmp_path / "run", hooks=[plot, BreaksAt(5), BreaksAt(9)])
     plot = Plot("train/loss", "test/loss")
-    train(run_of(), tmp_path / "run", verbose=False, hooks=[plot])
+    launch(run_of(), tmp_path / "run", hooks=[plot])
     (axes,) = plot.figure().axes
     rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
     for line, name in zip(axes.lines, plot.metrics, strict=True):
@@ -356,17 +363,19 @@ class Shown:
 def test_two_processes_stop_early_at_one_step_also_after_a_resume(tmp_path):
     from tests.multiprocess.conftest import Group, free_port
 
-    lines: list[set[str]] = []
-    for workdir, breaks in (("whole", "0"), ("resumed", "5"), ("resumed", "0")):
-        port = free_port()
-        flags = (str(tmp_path / workdir), breaks, f"--coordinator=127.0.0.1:{port}", "--processes=2")
-        groups = [Group("-m", "tests.hooked", *flags, f"--process={i}") for i in range(2)]
+    shown: list[list[str]] = []
+    for breaks, workdirs in (("5", ["resumed"]), ("0", ["resumed", "whole"])):
+        flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
+        folders = [str(tmp_path / name) for name in workdirs]
+        groups = [Group("-m", "tests.hooked", breaks, *folders, *flags, f"--process={i}") for i in range(2)]
         codes = [group.end() for group in groups]
         assert codes == ([0, 0] if breaks == "0" else [1, 1]), groups[0].stderr
-        lines.append({line for group in groups for line in group.stdout.splitlines() if line.startswith("step")})
-    assert lines[0] == lines[2]
-    (line,) = lines[0]
-    assert re.fullmatch(r"step \d+ of 200: [0-9a-f]{64}", line)
-    step = int(line.split()[1])
+        shown += [[line for line in group.stdout.splitlines() if line.startswith("step")] for group in groups]
+    assert shown[:2] == [[], []]
+    ((resumed, whole), others) = shown[2:]
+    assert [resumed, whole] == others
+    assert resumed == whole
+    assert re.fullmatch(r"step \d+ of 200: [0-9a-f]{64}", whole)
+    step = int(whole.split()[1])
     assert 8 <= step < 200
     assert Path(tmp_path, "resumed", "checkpoints", str(step)).is_dir()

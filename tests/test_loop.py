@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.launched import StopsAt, launch
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
@@ -27,10 +28,10 @@ from trainer.workdir import Workdir
 TASK = Task(dropout=0.5, noise=0.3)
 
 
-def quietly(run: config.Run, workdir: Path):
+def quietly(run: config.Run, workdir: Path, **options: Any):
     """The final state of a run, and what it showed."""
     shown = StringIO()
-    return train(run, workdir, progress=Progress(run.total_steps, shown)), shown.getvalue()
+    return launch(run, workdir, Progress(run.total_steps, shown), **options), shown.getvalue()
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -44,6 +45,7 @@ def assert_equal(a, b):
 def settings(**changes):
     return {
         "experiment": TASK,
+        "parallel": config.Parallel(devices=2),
         "checkpoint": config.Checkpoint(every_steps=5),
         "optimizer": dataclasses.replace(make_run().optimizer, schedule=config.Schedule(peak=1e-2)),
     } | changes
@@ -58,7 +60,7 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("strategy", ["data", "pmap"])
 def test_ten_and_ten_steps_are_twenty_to_the_bit(strategy, tmp_path):
-    parallel = config.Parallel(strategy=strategy)
+    parallel = config.Parallel(strategy, devices=2)
     optimizer = dataclasses.replace(settings()["optimizer"], groups=EVERYTHING)
     whole, _ = quietly(make_run(20, **settings(parallel=parallel, optimizer=optimizer)), tmp_path / "whole")
     quietly(make_run(10, **settings(parallel=parallel, optimizer=optimizer)), tmp_path / "parts")
@@ -75,9 +77,12 @@ def test_either_strategy_resumes_the_other(tmp_path):
     task = dataclasses.replace(TASK, dropout=0.0)
     finals = {}
     for first, second in (("data", "data"), ("data", "pmap"), ("pmap", "data")):
-        for steps, strategy in ((5, first), (10, second)):
-            run = make_run(steps, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
-            finals[first, second], _ = quietly(run, tmp_path / f"{first}-{second}")
+        for hooks, strategy in (([StopsAt(5)], first), ([], second)):
+            run = make_run(10, **settings(experiment=task, parallel=config.Parallel(strategy, devices=2)))
+            state, shown = quietly(run, tmp_path / f"{first}-{second}", hooks=hooks)
+            assert int(state.step) == (5 if hooks else 10)
+        assert "resumed from step 5" in shown
+        finals[first, second] = state
     for mixed in (("data", "pmap"), ("pmap", "data")):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), finals[mixed], finals["data", "data"]
@@ -85,7 +90,7 @@ def test_either_strategy_resumes_the_other(tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    run = make_run(5, **settings())
+    run = make_run(2, **settings())
     first, _ = quietly(run, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
     again, shown = quietly(run, tmp_path / "run")
@@ -98,7 +103,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 def test_an_infinite_loss_stops_the_run_and_names_its_step(strategy, tmp_path):
     bad = int(Order(200, 0)(np.arange(9 * 16, 10 * 16)).min())  # in the tenth batch
     task = dataclasses.replace(TASK, examples=200, explode_at=bad)
-    run = make_run(20, **settings(experiment=task, parallel=config.Parallel(strategy=strategy)))
+    run = make_run(20, **settings(experiment=task, parallel=config.Parallel(strategy, devices=2)))
     with pytest.raises(
         DivergedError, match="loss of step 10 is inf; the run is stopped, the last checkpoint is that of"
     ) as e:
@@ -127,7 +132,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
-    run = make_run(100_000, **settings(logging=config.Logging(every_steps=1)))
+    run = make_run(20, **settings())
 
     class Signalling(Progress):
         def update(self, step, loss, examples_per_second, seconds_left):
@@ -135,13 +140,13 @@ def test_a_signal_saves_the_step_in_hand(signum, tmp_path):
                 os.kill(os.getpid(), signum)
 
     with pytest.raises(Interrupted, match=signal.Signals(signum).name) as stopped:
-        train(run, tmp_path / "run", progress=Signalling(run.total_steps, StringIO()))
+        launch(run, tmp_path / "run", Signalling(run.total_steps, StringIO()))
     step = Store(tmp_path / "run" / "checkpoints", run.checkpoint).steps()[-1]
     assert f"step {step}," in str(stopped.value)
     assert 12 <= step <= 16
     assert stopped.value.signum == signum
-    whole, _ = quietly(make_run(20, **settings()), tmp_path / "whole")
-    resumed, _ = quietly(make_run(20, **settings()), tmp_path / "run")
+    whole, _ = quietly(run, tmp_path / "whole")
+    resumed, _ = quietly(run, tmp_path / "run")
     assert_equal(resumed, whole)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -165,7 +170,7 @@ def test_code_that_changed_the_parameters_is_noticed(tmp_path, monkeypatch):
     quietly(make_run(2, **settings()), tmp_path / "run")
     monkeypatch.setattr("trainer.program.param_table", lambda params, labels, *a: ParamTable((), config.Optimizer()))
     with pytest.raises(UserError, match="other settings: dense/kernel is no parameter any more"):
-        quietly(make_run(4, **settings()), tmp_path / "run")
+        train(make_run(4, **settings()), tmp_path / "run", verbose=False)
 
 
 @dataclasses.dataclass
@@ -263,7 +268,7 @@ def test_more_steps_that_would_be_made_at_a_learning_rate_of_0_are_refused(tmp_p
 )
 def test_steps_that_cannot_be_profiled_are_refused(steps, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train(make_run(4), tmp_path / "run", verbose=False, profile=steps)
+        launch(make_run(4), tmp_path / "run", profile=steps)
     assert not (tmp_path / "run").exists()
 
 

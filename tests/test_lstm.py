@@ -15,6 +15,7 @@ import pytest
 
 from experiments.lstm import LSTMLanguageModel
 from experiments.words import Vocabulary
+from tests.launched import StopsAt, launch, program_of
 from trainer import config, train
 from trainer.data import eval_source
 from trainer.data.stream import eval_batches, train_batches
@@ -332,7 +333,7 @@ def run_of(files: str, steps: int = 6, **settings: Any) -> config.Run:
 
 def test_the_training_split_is_evaluated_as_whole_streams_too(files):
     run = run_of(files, experiment=task(files=files), evaluations={"fit": config.Evaluation("train", batch_size=2)})
-    program = build_program(run)
+    program = program_of(run)
     state, written = program.init(), Path(files.format(split="train")).read_text()
     source = program.evaluations["fit"].source
     assert len(source) == 3
@@ -355,9 +356,9 @@ def test_any_split_is_trained_on_as_pieces_and_evaluated_as_streams(files, tmp_p
 
 @pytest.mark.slow
 def test_a_resumed_run_carries_the_same_state_bit_for_bit(files, tmp_path):
-    whole = train(run_of(files), tmp_path / "whole", verbose=False)
-    train(run_of(files, steps=3), tmp_path / "parts", verbose=False)
-    resumed = train(run_of(files), tmp_path / "parts", verbose=False)
+    whole = launch(run_of(files), tmp_path / "whole")
+    assert int(launch(run_of(files), tmp_path / "parts", hooks=[StopsAt(3)]).step) == 3
+    resumed = launch(run_of(files), tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(whole.collections["carry"]))
     kept, expected = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("parts", "whole"))
@@ -368,7 +369,7 @@ def test_a_resumed_run_carries_the_same_state_bit_for_bit(files, tmp_path):
 
 PLACES: dict[str, dict[str, Any]] = {
     "one": {},
-    "fsdp": {"parallel": config.Parallel("fsdp", devices=4)},
+    "fsdp": {"parallel": config.Parallel("fsdp", devices=2)},
     "tensor": {"parallel": config.Parallel("tensor", devices=2)},
     "pmap": {"parallel": config.Parallel("pmap", devices=2)},
     "microbatches": {"microbatches": 2},
@@ -378,8 +379,7 @@ PLACES: dict[str, dict[str, Any]] = {
 @functools.cache
 def losses_and_carry(files: str, place: str) -> tuple[list[float], Any]:
     """Without dropout, whose masks differ between replicas and microbatches."""
-    run = run_of(files, experiment=task(files=files), **PLACES[place])
-    program = build_program(run)
+    program = program_of(run_of(files, experiment=task(files=files), **PLACES[place]))
     state, losses = program.init(), []
     for batch in train_batches(program.train_source, seed=0, batch_size=STREAMS, start=0, stop=4):
         state, metrics = program.train_step(state, program.strategy.shard_batch(batch))

@@ -21,6 +21,7 @@ from trainer.program import build_program
 
 CASES = range(20)
 CLASSES = 10
+SIZES = (150, 640)  # of a part with its rubbish: each is compiled once
 
 
 @functools.cache
@@ -45,21 +46,27 @@ class Case:
     def chosen(self) -> np.ndarray:
         return self.logits.argmax(-1)
 
-    def parts(self, of: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    def parts(self, of: Callable[..., Any], *arrays: np.ndarray, **settings: Any) -> Any:
         """The metric of the whole, added up from uneven parts that each have masked examples of rubbish."""
         cuts = np.sort(self.rng.integers(0, len(self.labels), self.rng.integers(0, 5)))
         total = None
         for part in np.split(np.arange(len(self.labels)), cuts):
-            padded = [np.concatenate([x[part], rubbish(x)]) for x in arrays]
-            weights = np.concatenate([self.weights[part], np.zeros(3, np.float32)])
-            total = add(total, {"metric": jax.jit(of)(*map(jnp.asarray, (*padded, weights)))})
+            masked = next(size for size in SIZES if size >= len(part) + 3) - len(part)
+            padded = [np.concatenate([x[part], rubbish(x, masked)]) for x in arrays]
+            weights = np.concatenate([self.weights[part], np.zeros(masked, np.float32)])
+            total = add(total, {"metric": compiled(of, **settings)(*padded, weights)})
         assert total is not None
-        return total["metric"].compute()
+        return total["metric"]
 
 
-def rubbish(x: np.ndarray) -> np.ndarray:
+@functools.cache
+def compiled(of: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(of, **settings))
+
+
+def rubbish(x: np.ndarray, count: int) -> np.ndarray:
     value = np.nan if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).max
-    return np.full((3, *x.shape[1:]), value, x.dtype)
+    return np.full((count, *x.shape[1:]), value, x.dtype)
 
 
 @pytest.fixture(params=CASES)
@@ -76,9 +83,9 @@ def test_mean_sum_and_perplexity(case):
     probabilities = np.exp(np.float64(case.logits))
     probabilities /= probabilities.sum(-1, keepdims=True)  # they were rounded to float32
     loss = metrics.log_loss(case.labels, probabilities, sample_weight=case.weights, labels=np.arange(CLASSES))
-    assert case.parts(Mean.of, losses) == pytest.approx(loss, rel=1e-6)
-    assert case.parts(Perplexity.of, losses) == pytest.approx(np.exp(loss), rel=1e-6)
-    assert case.parts(Sum.of, losses) == pytest.approx(loss * case.weights.sum(dtype=np.float64), rel=1e-6)
+    assert case.parts(Mean.of, losses).compute() == pytest.approx(loss, rel=1e-6)
+    assert case.parts(Perplexity.of, losses).compute() == pytest.approx(np.exp(loss), rel=1e-6)
+    assert case.parts(Sum.of, losses).compute() == pytest.approx(loss * case.weights.sum(dtype=np.float64), rel=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -86,12 +93,12 @@ def test_accuracy_of_the_top_k(case, top_k):
     expected = metrics.top_k_accuracy_score(
         case.labels, case.logits, k=top_k, sample_weight=case.weights, labels=np.arange(CLASSES)
     )
-    found = case.parts(functools.partial(Accuracy.of, top_k=top_k), case.logits, case.labels)
-    assert found == pytest.approx(expected, rel=1e-6)
+    found = case.parts(Accuracy.of, case.logits, case.labels, top_k=top_k)
+    assert found.compute() == pytest.approx(expected, rel=1e-6)
 
 
 def test_precision_recall_and_f1_of_a_confusion_matrix(case):
-    found = case.parts(functools.partial(ConfusionMatrix.of, classes=CLASSES), case.chosen, case.labels)
+    found = case.parts(ConfusionMatrix.of, case.chosen, case.labels, classes=CLASSES).compute()
     expected = {"accuracy": metrics.accuracy_score(case.labels, case.chosen, sample_weight=case.weights)}
     counted = case.weights > 0
     for average in ("macro", "micro"):
@@ -110,14 +117,14 @@ def test_area_under_the_curve_of_scores_in_bins(case):
     is_odd, probability = case.labels % 2, np.exp(case.logits[:, 1::2]).sum(-1)
     rounded = np.floor(probability * 1024).clip(0, 1023)
     expected = metrics.roc_auc_score(is_odd, rounded, sample_weight=case.weights)
-    assert case.parts(AUC.of, probability, is_odd) == pytest.approx(expected, rel=1e-6)
+    assert case.parts(AUC.of, probability, is_odd).compute() == pytest.approx(expected, rel=1e-6)
     exact = metrics.roc_auc_score(is_odd, probability, sample_weight=case.weights)
     assert expected == pytest.approx(exact, abs=2e-3)
 
 
 def test_moments(case):
     values = case.logits.max(-1)
-    found = case.parts(functools.partial(Moments.of, center=-0.5), values)
+    found = case.parts(Moments.of, values, center=-0.5).compute()
     mean = np.average(np.float64(values), weights=case.weights)
     std = np.sqrt(np.average((np.float64(values) - mean) ** 2, weights=case.weights))
     assert found == pytest.approx({"mean": mean, "std": std}, rel=1e-6)
@@ -125,7 +132,7 @@ def test_moments(case):
 
 def test_percentiles_of_a_histogram(case):
     values = np.exp(case.logits.max(-1))
-    found = case.parts(functools.partial(Histogram.of, low=0.0, high=1.0, bins=200), values)
+    found = case.parts(Histogram.of, values, low=0.0, high=1.0, bins=200).compute()
     order = np.argsort(values)
     share = np.cumsum(np.float64(case.weights[order])) / case.weights.sum(dtype=np.float64)
     for percent in (5, 25, 50, 75, 95):  # where a percentile falls between two values, it may be any number between
@@ -136,7 +143,7 @@ def test_percentiles_of_a_histogram(case):
 
 def test_counts_of_a_histogram_are_those_of_numpy(case):
     values = case.logits.max(-1)
-    found = Histogram.of(jnp.asarray(values), jnp.asarray(case.weights), low=-1.0, high=0.0, bins=16)
+    found = case.parts(Histogram.of, values, low=-1.0, high=0.0, bins=16)
     expected, _ = np.histogram(values.clip(-1, 0), 16, (-1, 0), weights=np.float64(case.weights))
     np.testing.assert_allclose(found.counts, expected, rtol=1e-6)
 
@@ -230,17 +237,28 @@ MADE_BY_THE_MODEL = ("loss", "accuracy", "grad_norm", "learning_rate")
 
 def whole(source: Any, ids: np.ndarray) -> dict[str, float]:
     """The metrics of examples in one batch."""
-    batch = {name: jnp.asarray(np.stack([source[int(i)][name] for i in ids])) for name in source[0]}
-    task = Everything(batch_norm=False)
-    variables = task.init(jax.random.key(0), batch)
-    batch["mask"] = jnp.ones(len(ids))
-    metrics, _ = task.loss(variables, batch, key=jax.random.key(0), train=False)
+    batch = {name: np.stack([source[int(i)][name] for i in ids]) for name in source[0]}
+    batch["mask"] = np.ones(len(ids), np.float32)
+    metrics = without_parts()(batch)
     return numbers({name: metric for name, metric in metrics.items() if name not in MADE_BY_THE_MODEL}, "test")
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("data", 1), ("data", 4), ("pmap", 4)])
-def test_an_evaluation_in_uneven_batches_over_devices_gives_the_metrics_of_the_whole_split(strategy, devices):
-    program = compiled(strategy, devices)
+@functools.cache
+def without_parts() -> Any:
+    task = Everything(batch_norm=False)
+
+    def measure(batch: Any) -> Any:
+        variables = task.init(jax.random.key(0), batch)
+        return task.loss(variables, batch, key=jax.random.key(0), train=False)[0]
+
+    return jax.jit(measure)
+
+
+@pytest.mark.parametrize(("strategy", "devices", "microbatches"), [("data", 1, 1), ("data", 4, 1), ("pmap", 4, 2)])
+def test_an_evaluation_in_uneven_batches_over_devices_gives_the_metrics_of_the_whole_split(
+    strategy, devices, microbatches
+):
+    program = program_of(strategy, devices, microbatches)
     found = evaluate_split(program, program.init(), program.main_evaluation.source)
     expected = whole(program.main_evaluation.source, np.arange(len(program.main_evaluation.source)))
     assert {name: value for name, value in found.items() if name in expected} == pytest.approx(expected, rel=1e-6)
@@ -249,7 +267,7 @@ def test_an_evaluation_in_uneven_batches_over_devices_gives_the_metrics_of_the_w
 
 @pytest.mark.parametrize(("strategy", "microbatches"), [("data", 1), ("data", 2), ("pmap", 2)])
 def test_a_step_gives_the_metrics_of_its_whole_batch(strategy, microbatches):
-    program = compiled(strategy, 4, microbatches=microbatches)
+    program = program_of(strategy, 4, microbatches)
     ids = np.arange(16)
     examples = [program.train_source[int(i)] for i in ids]
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
@@ -259,9 +277,11 @@ def test_a_step_gives_the_metrics_of_its_whole_batch(strategy, microbatches):
     assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
-def compiled(strategy: str, devices: int, **settings: Any) -> Any:
+@functools.cache
+def program_of(strategy: str, devices: int, microbatches: int) -> Any:
     parallel = config.Parallel(strategy, devices=devices)
-    run = make_run(experiment=Everything(batch_norm=False), batch_size=16, parallel=parallel, **settings)
+    experiment = Everything(batch_norm=False)
+    run = make_run(experiment=experiment, batch_size=16, parallel=parallel, microbatches=microbatches)
     return build_program(config.resolve(run))
 
 

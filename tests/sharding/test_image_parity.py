@@ -1,4 +1,4 @@
-"""A ResNet with BatchNorm and every augmentation learns the same on one device and on four, under jit and pmap."""
+"""A ResNet of two stages and every augmentation learn the same on one device and on four, under jit and pmap."""
 
 import dataclasses
 import functools
@@ -32,9 +32,8 @@ class Noise(ImageClassification):
 def outcome(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
     """The losses of the steps; parameters and batch statistics after the last."""
     augmentation = Augmentation(random_resized_crop=0.3, crop=2, flip=0.5, cutout=5, mixup=0.4, label_smoothing=0.1)
-    experiment = Noise(
-        model="resnet18", widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), augmentation=augmentation, mean=(0.4, 0.5, 0.6)
-    )
+    experiment = Noise(model="resnet18", widths=(8, 8, 8, 8), blocks=(1, 1, 0, 0), mean=(0.4, 0.5, 0.6))
+    experiment.augmentation = augmentation
     run = config.Run(
         experiment,
         total_steps=STEPS,

@@ -24,10 +24,12 @@ SHARDED = ("data", "zero1", "fsdp", "tensor", "fsdp_tensor")
 DEVICES = (2, 4, 8)
 CASES = [  # strategy, devices, dropout; on one device the sharded ones are one program
     *[(strategy, devices, 0.3) for strategy in SHARDED for devices in DEVICES],
-    ("zero1_tensor", 8, 0.3),
+    *[("zero1_tensor", devices, 0.3) for devices in (4, 8)],
     *[("pmap", devices, 0.0) for devices in (1, *DEVICES)],
 ]
-OUTCOMES = [pytest.param(*case, marks=[pytest.mark.exhaustive] if case[1] in (2, 4) else []) for case in CASES]
+# Each way to shard once: "zero1_tensor" shards as "zero1" and "tensor" do.
+OFTEN = [*[(strategy, 4) for strategy in ("zero1_tensor", "fsdp", "fsdp_tensor", "pmap")], ("data", 8)]
+OUTCOMES = [pytest.param(*case, marks=[] if case[:2] in OFTEN else [pytest.mark.exhaustive]) for case in CASES]
 # An axis of size 1 shards nothing, so one list serves every strategy.
 RULES = (
     (r"dense/kernel", ("fsdp", "tensor")),
@@ -137,7 +139,7 @@ def test_losses_parameters_and_evaluations_are_those_of_one_device(strategy, dev
     assert_same(outcome(strategy, devices, dropout), outcome("data", 1, dropout))
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", SHARDED[1:])
 def test_on_one_device_every_sharded_strategy_is_the_same_program(strategy):
     assert lowered(strategy) == lowered("data")
 
@@ -178,7 +180,9 @@ def test_pmapped_draws_dropout_masks_for_each_replica():
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("pmap", 4), ("pmap", 8), ("fsdp", 8)])
+@pytest.mark.parametrize(
+    ("strategy", "devices"), [("pmap", 4), pytest.param("pmap", 8, marks=pytest.mark.exhaustive), ("fsdp", 4)]
+)
 def test_a_step_of_sgd_is_the_gradient_of_one_device(strategy, devices):
     # Not n times the gradient: replicas sum the loss, and each weighs as many examples as it has.
     optimizer = config.Optimizer(name="sgd", b1=0.0, schedule=config.Schedule(peak=1.0))
@@ -194,7 +198,7 @@ def test_a_step_of_sgd_is_the_gradient_of_one_device(strategy, devices):
         metrics, _ = task.loss(variables, device_batch, key=jax.random.key(0), train=True)
         return metrics["loss"].total / 5
 
-    gradient = jax.device_get(jax.grad(mean_loss)(params))
+    gradient = jax.device_get(jax.jit(jax.grad(mean_loss))(params))
     after, metrics = program.train_step(state, program.strategy.shard_batch(batch))
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - g, rtol=0, atol=1e-6 * np.abs(old - g).max()),

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,21 +9,16 @@ import numpy as np
 import pytest
 
 from experiments.language_model import LanguageModel
+from tests.launched import launch, program_of
 from tests.sharding.test_parity import counting_compilations
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.data import ArraySource
 from trainer.data.stream import train_batches
-from trainer.loop import train
-from trainer.observe.progress import Progress
 from trainer.program import build_program
 
 CHAIN = (("data", 4), ("fsdp", 8), ("pmap", 4), ("zero1", 2))
-
-
-def quietly(run: config.Run, workdir: Path) -> Any:
-    return train(run, workdir, progress=Progress(run.total_steps, StringIO()))
 
 
 def link(steps: int, strategy: str, devices: int) -> config.Run:
@@ -37,16 +30,16 @@ def link(steps: int, strategy: str, devices: int) -> config.Run:
 @pytest.mark.slow
 def test_a_run_goes_on_under_another_strategy_from_the_same_bits(tmp_path):
     run, final = link(5, "data", 1), None
-    uninterrupted = quietly(link(5 * len(CHAIN), "data", 1), tmp_path / "uninterrupted")
+    uninterrupted = launch(link(5 * len(CHAIN), "data", 1), tmp_path / "uninterrupted")
     for i, (strategy, devices) in enumerate(CHAIN):
         run = config.resolve(link(5 * (i + 1), strategy, devices))
         if final is not None:
-            state = build_program(run).state
+            state = program_of(run).state
             restored = Store(tmp_path / "run" / "checkpoints", run.checkpoint).restore(state, 5 * i)
             jax.tree.map(np.testing.assert_array_equal, restored, final)
             jax.tree.map(assert_same_sharding, restored, state)
         with counting_compilations() as compiled:
-            final = quietly(run, tmp_path / "run")
+            final = launch(run, tmp_path / "run")
         steps = {"jit(_fun)"} if strategy == "pmap" else {"jit(train_step)", "jit(eval_step)"}
         assert {compiled[name] for name in steps} == {2 if strategy == "pmap" else 1}
         final = jax.device_get(final)
@@ -86,9 +79,9 @@ def language_model(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor", "fsdp_tensor"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("tensor", marks=pytest.mark.exhaustive), "fsdp_tensor"])
 def test_a_language_model_with_logical_axes_is_that_of_one_device(strategy):
-    (losses, params), (expected, expected_params) = language_model(strategy, 8), language_model("data", 1)
+    (losses, params), (expected, expected_params) = language_model(strategy, 4), language_model("data", 1)
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), params, expected_params
