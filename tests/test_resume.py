@@ -22,14 +22,14 @@ from trainer.workdir import Workdir
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parent.parent
-STEPS, EVERY = 120, 30
+STEPS, EVERY = 90, 30
 
 
 def command(workdir: Path, strategy: str) -> list[str]:
     """Digits with dropout, BatchNorm and augmentation, on four devices; every step is logged."""
     return [
         *(sys.executable, "-m", "trainer", "train", "--config=configs/digits.py", f"--workdir={workdir}"),
-        *(f"--config.total_steps={STEPS}", "--config.logging.every_steps=1"),
+        *(f"--config.total_steps={STEPS}", "--config.batch_size=32", "--config.logging.every_steps=1"),
         *(f"--config.evaluation.every_steps={EVERY}", f"--config.checkpoint.every_steps={EVERY}"),
         *("--config.experiment.batch_norm=true", "--config.experiment.hidden=512", "--config.evaluation.batch_size=64"),
         *("--config.optimizer.labels=(('.*/(bias|scale)','plain'),('.*/kernel','decayed'))",),
