@@ -16,7 +16,7 @@ from tests.bad_input.catalogue import CASES, HEAD, RESUMED_CONFIG, Case
 from tests.bad_input.fork_server import ROOT, Ended, ForkServer
 
 _LEAST = 120
-_REAL = 16  # inputs that are also given to a process of their own
+_REAL, _FURTHER = 16, 3  # inputs that are also given to a process of their own; all but every third are exhaustive
 # These find their mistake in an example that is read late, when the new workdir and its settings are there already.
 _READ_LATE = {
     "SourceIsRagged()",
@@ -128,8 +128,15 @@ def test_wrong_name_of_a_data_set_is_one_line_and_leaves_nothing(command, flags,
     assert contents(data_dir) == prepared
 
 
+def given_to_processes() -> list[Any]:
+    """One or two inputs of each kind, and further ones."""
+    chosen = params(CASES[:: len(CASES) // _REAL])
+    further = ([pytest.mark.exhaustive] * (i % _FURTHER > 0) for i in range(len(chosen)))
+    return [pytest.param(*c.values, marks=[*c.marks, *m], id=c.id) for c, m in zip(chosen, further, strict=True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", params(CASES[:: len(CASES) // _REAL]))
+@pytest.mark.parametrize("case", given_to_processes())
 def test_process_of_its_own_answers_a_wrong_input_as_a_fork_does(case, server, trained, environment, tmp_path):
     folder = prepared(case, tmp_path / "here", trained)
     forked = server.run(case.arguments, folder)
@@ -142,12 +149,20 @@ def test_process_of_its_own_answers_a_wrong_input_as_a_fork_does(case, server, t
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("rehearse --config=confg.py --workdir=run", "[0] error: no config file 'confg.py'; did you mean 'config.py'?"),
+        pytest.param(
+            "rehearse --config=confg.py --workdir=run",
+            "[0] error: no config file 'confg.py'; did you mean 'config.py'?",
+            marks=pytest.mark.exhaustive,
+        ),
         (
             "rehearse --config=config.py --workdir=run --config.sed=1",
             "[0] error: config has no field 'sed'; did you me",
         ),
-        ("rehearse --workdir=run", "[0] error: there is no workdir run; a new one needs --config=FILE"),
+        pytest.param(
+            "rehearse --workdir=run",
+            "[0] error: there is no workdir run; a new one needs --config=FILE",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_mistake_that_rehearsed_processes_find_is_one_line_after_the_number_of_one(line, answer, server, tmp_path):

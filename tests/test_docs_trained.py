@@ -49,7 +49,8 @@ def test_every_command_and_every_block_of_the_page_runs_in_its_order(here, monke
     assert re.fullmatch(r"\[\d\]", truth)
     more = f" --config.experiment.data_dir={data_dir} --config.parallel.devices=1"
     for line in COMMANDS:
-        line += more.replace("CONFIG", "") if "CONFIG" in line else ""
+        line += more if "CONFIG" in line else ""
+        line += "" if "CONFIG" not in line or "total_steps" in line else " --config.total_steps=60"  # after the warm-up
         assert command(shlex.split(line.replace("CONFIG", str(DOCS.parent / "configs" / "digits.py")))) == 0
     shown = capsys.readouterr().out
     for output in (
@@ -95,9 +96,10 @@ def test_the_table_has_every_metric_and_every_number():
 
 
 @pytest.mark.slow
-def test_the_hooks_of_the_page_follow_a_run(here, monkeypatch, capsys, data_dir):
-    monkeypatch.chdir(here)
+def test_the_hooks_of_the_page_follow_a_run(tmp_path, monkeypatch, capsys, data_dir):
+    monkeypatch.chdir(tmp_path)
     run = load_config(str(DOCS.parent / "configs" / "digits.py"))
+    run.experiment.widths, run.experiment.hidden = (4, 4), 8
     run.total_steps, run.parallel.devices, run.experiment.data_dir = 20, 1, str(data_dir)
     run.evaluation.every_steps, run.checkpoint.every_steps, run.optimizer.schedule.run_steps = 10, 10, 1000
     names: dict = {"run": run}

@@ -1,5 +1,6 @@
 """Signals are answered everywhere, with the newest complete state on disk, and a stalled run says what it waits for."""
 
+import os
 import re
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import xla_flags
 from trainer import config
 from trainer.checkpoint import Store
 from trainer.distributed import Interrupted
@@ -26,7 +29,8 @@ def start(where: str, folder: Path, *flags: str) -> Iterator[subprocess.Popen[st
     command = [sys.executable, "-m", "trainer", "train", f"--config=tests/stuck_config.py:{where}"]
     command += [f"--workdir={folder / 'run'}", f"--trace={folder / 'trace'}", *flags]
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the process inherits
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": xla_flags()}, **pipes)
     signal.signal(signal.SIGHUP, before)
     try:
         yield process
@@ -69,7 +73,7 @@ def saved(folder: Path) -> int:
         ("c", "phase", "data", 0, signal.SIGINT),
         ("compile", "phase", "compile", 1, signal.SIGTERM),
         ("save", "saving", 3, 3, signal.SIGTERM),
-        ("step", "phase", "step", 30, signal.SIGINT),
+        pytest.param("step", "phase", "step", 30, signal.SIGINT, marks=pytest.mark.exhaustive),  # as in test_resume.py
     ],
 )
 def test_a_signal_ends_the_run_soon_with_the_newest_state_on_disk(where, key, value, step, signum, tmp_path):
@@ -103,7 +107,7 @@ def test_a_run_that_is_stopped_before_its_first_step_does_not_claim_a_save():
 
 @pytest.mark.slow
 def test_a_run_that_waits_for_its_data_too_long_names_the_examples_and_saves(tmp_path):
-    flags = ("--config.watch.stall_seconds=1.5", "--config.watch.data_seconds=4")
+    flags = ("--config.watch.stall_seconds=1.5", "--config.watch.data_seconds=3")
     with start("data", tmp_path, *flags) as process:
         _, shown = process.communicate(timeout=120)
     assert process.returncode == 3
@@ -117,7 +121,7 @@ def test_a_run_that_waits_for_its_data_too_long_names_the_examples_and_saves(tmp
     assert (first, last) == (16 * (step - 1), 16 * step - 1)
     assert "thread MainThread:" in shown
     assert "in __getitem__" in shown  # the stack of the thread that is stuck
-    assert f"error: no batch came in 4 s (watch.data_seconds) while waiting for the batch of step {step}" in shown
+    assert f"error: no batch came in 3 s (watch.data_seconds) while waiting for the batch of step {step}" in shown
     assert f"step {step - 1} is saved; continue with:" in shown
     assert saved(tmp_path) == step - 1
 

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 ROOT = Path(__file__).parents[2]
 _LIMIT_SECONDS = 120
-# What commands import, but for `trainer.checkpoint` and what imports it: this starts JAX's backend with its threads.
+# What commands import. JAX's backend must not start, as it has threads.
 _IMPORTS = (
     *("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensorstore", "tensorflow_datasets", "typeguard"),
     *("ml_collections.config_flags", "tensorboardX", "trainer.commands.arguments", "trainer.data.tfds"),
     *("trainer.program", "trainer.workdir", "trainer.distributed.startup", "trainer.data.stream"),
-    *("trainer.plan.command", "trainer.observe.profile", "tests.bad_input.tasks"),
+    *("trainer.plan.command", "trainer.observe.profile", "trainer.loop", "trainer.replay", "trainer.commands.train"),
+    "tests.bad_input.tasks",
 )
 
 

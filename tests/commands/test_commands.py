@@ -591,8 +591,9 @@ def test_dry_run_takes_a_random_split_that_the_run_does_not_load(capsys, tmp_pat
 
 def test_dry_run_of_a_run_that_carries_a_state_on_tries_its_first_steps(capsys, tmp_path):
     file = config_file(tmp_path, "Task(noise=0.1)")
-    output(capsys, "train", file, "--config.total_steps=2", f"--workdir={tmp_path}/old")
-    flags = [file, "--config.logging.every_steps=1", f"--init-from={tmp_path}/old"]
+    old = ["--config.parallel.devices=1", "--config.total_steps=2", f"--workdir={tmp_path}/old"]
+    output(capsys, "train", file, *old)
+    flags = [file, "--config.parallel.devices=1", "--config.logging.every_steps=1", f"--init-from={tmp_path}/old"]
     flags += ["--config.init_from.optimizer_state=carried", "--config.total_steps=7"]
     result = tried(output(capsys, "train", "--dry-run", *flags))
     output(capsys, "train", *flags, f"--workdir={tmp_path}/run")
@@ -768,7 +769,8 @@ def test_command_that_the_error_suggests_prepares_the_data_and_training_starts(t
 
 @pytest.mark.slow
 def test_dry_run_typed_into_a_shell_runs_whatever_the_warm_up(data_dir, tmp_path):
-    result = shell(f"python -m trainer train --dry-run {DIGITS}", tfds=data_dir, TMPDIR=str(tmp_path))
+    small = "--config.experiment.widths=4,4 --config.experiment.hidden=8"
+    result = shell(f"python -m trainer train --dry-run {DIGITS} {small}", tfds=data_dir, TMPDIR=str(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
     assert tried(result.stdout)["restore"] == "every array equals the saved one, bit for bit"
     assert contents(tmp_path) == {}

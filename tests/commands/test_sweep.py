@@ -105,7 +105,7 @@ def differences(workdir: Path, other: Path) -> list[str]:
 @pytest.mark.slow
 def test_cells_go_on_bit_for_bit_after_one_is_killed_and_then_the_sweep(tmp_path):
     given = (
-        config_file(tmp_path, steps=3000, every=100),
+        config_file(tmp_path, steps=3000, every=200),
         f"--workdir={tmp_path / 'out'}",
         "--grid=seed=0,1",
         "--jobs=2",
@@ -137,14 +137,14 @@ def test_cells_go_on_bit_for_bit_after_one_is_killed_and_then_the_sweep(tmp_path
 @pytest.mark.slow
 def test_halving_continues_the_best_cell_from_its_checkpoint_also_after_a_signal(tmp_path):
     given = [
-        *(config_file(tmp_path, steps=3000, every=100), f"--workdir={tmp_path / 'out'}", "--metric=test/accuracy"),
+        *(config_file(tmp_path, steps=3000, every=200), f"--workdir={tmp_path / 'out'}", "--metric=test/accuracy"),
         *("--mode=max", f"--grid={PEAK}=1e-5,1e-2", "--halving=2", "--first-rung=30", "--compile-once"),
     ]
     best = tmp_path / "out" / f"{PEAK}=0.01"
     with start(*given) as process:
         line_about(process, rf"{PEAK}=0.01: at step 30 ")
         line_about(process, rf"{PEAK}=0.01: process \d+ trains to step 3,000$")
-        wait_for(lambda: "100" in steps_saved(best), process)
+        wait_for(lambda: "200" in steps_saved(best), process)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (143, "\nthe cells that ran are saved; the same command goes on\n")

@@ -66,13 +66,25 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("count", "start"), [(1, 0), (3, 7)])
-def test_workers_give_the_batches_of_threads_from_any_start_bit_for_bit_and_end_with_them(count, start):
-    assert_same(whole(workers=count, start=start), whole()[start:])
+@pytest.mark.exhaustive  # of the next two tests one has a later start, the other one worker
+def test_one_worker_gives_the_batches_of_threads_bit_for_bit_and_ends_with_them():
+    assert_same(whole(workers=1), whole())
     assert workers() == []
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+def test_workers_give_the_batches_of_threads_from_any_start_whatever_signals_the_group_gets_and_end_with_them():
+    batches = train_batches(Source(), seed=0, batch_size=BATCH, start=7, stop=STEPS, workers=3)
+    found = [next(batches)]
+    assert len(workers()) == 3
+    for worker in workers():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    found += batches
+    assert_same(found, whole()[7:])
+    assert workers() == []
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_places_that_processes_read_with_workers_make_up_the_global_batch(processes):
     # Each process reads every other place, as for the chips of a torus, and not one range.
     places = [np.arange(first, BATCH, processes) for first in range(processes)]
@@ -128,16 +140,6 @@ def test_a_source_that_hangs_is_an_error_after_the_time_limit_and_no_worker_stay
     assert workers() == []
 
 
-def test_signals_to_the_whole_group_leave_the_batches_to_the_process_that_trains():
-    batches = read_in_workers(dataset(Source()), 2)
-    found = [next(batches)]
-    for worker in workers():
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
-    found += batches
-    assert_same(found, whole())
-
-
 PROGRAM = """
 import os, signal, sys
 from tests.data.test_workers import dataset, Source, workers
@@ -173,9 +175,9 @@ STOP = "os.kill(workers()[0].pid, signal.SIGSTOP); "
 @pytest.mark.parametrize(
     ("then", "code"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", -9, marks=pytest.mark.exhaustive),
         (f"{STOP}os.kill(os.getpid(), signal.SIGKILL)", -9),
-        ("os._exit(3)", 3),
+        pytest.param("os._exit(3)", 3, marks=pytest.mark.exhaustive),  # no more than SIGKILL lets Python do
         ("raise KeyboardInterrupt", -2),
         ("sys.exit(3)", 3),
     ],

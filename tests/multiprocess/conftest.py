@@ -1,11 +1,13 @@
 """Commands in processes of their own, and runs that several tests read."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from trainer.rules import paths
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/multiprocess/config.py"
+ENDLESS = "--config.total_steps=1000000"
 
 
 class Group:
@@ -113,9 +116,32 @@ def in_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Group]:
     return workdir, finished(rehearse(CONFIG, f"--workdir={workdir}", *flags))
 
 
+@dataclass
+class Stopped:
+    """A group that has ended because SIGSTOP stopped one of its processes."""
+
+    group: Group
+    pids: list[int]
+    code: int
+    seconds: float  # from the signal to the end
+
+
+def stop(group: Group, pids: list[int], index: int) -> Stopped:
+    """Stops a process of a group for ever."""
+    os.kill(pids[index], signal.SIGSTOP)
+    began = time.monotonic()
+    code = group.end(60)
+    return Stopped(group, pids, code, time.monotonic() - began)
+
+
 @pytest.fixture(scope="session")
-def in_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in four processes with a device each."""
+def in_four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stopped]]:
+    """The same run in four processes with a device each, but endless: the last one is stopped after 22 steps."""
     workdir = tmp_path_factory.mktemp("four") / "run"
-    finished(rehearse(CONFIG, f"--workdir={workdir}", "--processes=4", "--config.evaluation.every_steps=10"))
-    return workdir
+    flags = ("--processes=4", "--config.evaluation.every_steps=10")
+    group = rehearse(CONFIG, f"--workdir={workdir}", ENDLESS, *flags)
+    try:
+        group.wait_until(lambda: rows_of(workdir) >= 22)
+        yield workdir, stop(group, [group.child(index) for index in range(4)], 3)
+    finally:
+        group.process.kill()

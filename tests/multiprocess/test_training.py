@@ -15,6 +15,7 @@ from tests import xla_flags
 from tests.multiprocess.config import get_config
 from tests.multiprocess.conftest import CONFIG, ROOT, Group, arrays, finished, free_port, rehearse
 from tests.multiprocess.tasks import BATCH, EXAMPLES, Traced
+from tests.multiprocess.test_ends import assert_stopped
 from tests.test_resume import event_steps
 from trainer import config, train
 from trainer.checkpoint import Store
@@ -42,7 +43,9 @@ def values(rows: list[dict], *names: str) -> np.ndarray:
 
 @pytest.fixture(params=["in_two", "in_four"])
 def rows(request, in_two, in_four) -> list[dict]:
-    return list(read_rows((in_two[0] if request.param == "in_two" else in_four) / "metrics.jsonl"))
+    """Of the twenty steps in two or in four processes."""
+    workdir, _ = in_two if request.param == "in_two" else in_four
+    return list(read_rows(workdir / "metrics.jsonl"))[:20]
 
 
 def test_losses_gradients_and_evaluations_are_those_of_one_process_to_float32_rounding(rows, in_one):
@@ -52,19 +55,27 @@ def test_losses_gradients_and_evaluations_are_those_of_one_process_to_float32_ro
     assert [row["step"] for row in rows] == [row["step"] for row in in_one] == list(range(1, 21))
 
 
-def test_pmap_over_two_processes_trains_and_saves_what_one_process_does(tmp_path):
+def test_a_stopped_process_of_four_is_named_and_killed_and_the_others_end_after_the_limit(in_four):
+    assert_stopped(in_four[1], 3)
+
+
+def test_pmap_over_two_processes_in_a_temporary_workdir_trains_and_saves_what_one_process_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     flags = ("--processes=2", "--devices=2", "--config.evaluation.every_steps=10")
-    finished(rehearse(f"{CONFIG}:replicated", f"--workdir={tmp_path / 'two'}", *flags))
+    said = finished(rehearse(f"{CONFIG}:replicated", *flags)).stdout.splitlines()[0]
+    workdir = Path(said.removeprefix("no --workdir: the run is in "))
+    assert workdir.parent == tmp_path
+    assert ROOT not in workdir.parents
     run = get_config("replicated")
     run.evaluation.every_steps, run.parallel.devices, run.parallel.strategy = 10, 4, "data"
     train(run, tmp_path / "one", progress=Progress(20, StringIO()))
-    found, expected = (list(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("two", "one"))
+    found, expected = (list(read_rows(folder / "metrics.jsonl")) for folder in (workdir, tmp_path / "one"))
     for names in (["train/loss", "train/grad_norm"], ["test/loss", "test/accuracy", "test/examples"]):
         found_values, expected_values = (
             values([row for row in rows if names[0] in row], *names) for rows in (found, expected)
         )
         np.testing.assert_allclose(found_values, expected_values, rtol=2e-5, atol=0)
-    found, expected = arrays(tmp_path / "two"), arrays(tmp_path / "one")
+    found, expected = arrays(workdir), arrays(tmp_path / "one")
     assert found.keys() == expected.keys()
     for path, array in found.items():
         np.testing.assert_allclose(array, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
@@ -177,13 +188,3 @@ def test_evaluate_finds_the_processes_that_open_mpi_started_and_shows_what_train
     assert shown["test loss"] == f"{last['test/loss']:.4f}"
     assert shown["test examples"] == str(EXAMPLES)
     assert "test " not in second.stdout
-
-
-def test_rehearse_without_a_workdir_names_a_temporary_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    group = rehearse(CONFIG, "--processes=1", "--config.total_steps=1", "--config.logging.every_steps=1")
-    first = finished(group).stdout.splitlines()[0]
-    workdir = Path(first.removeprefix("no --workdir: the run is in "))
-    assert workdir.parent == tmp_path
-    assert (workdir / "checkpoints" / "1").is_dir()
-    assert ROOT not in workdir.parents

@@ -43,20 +43,28 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = shell(f"trainer train --config={config} --workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    return workdir
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """The workdir, whose name is not ASCII, and the output of a training whose output is."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "Läufe" / "ü"
+    workdir.parent.mkdir()
+    result = shell(f"trainer train --config={config} --workdir={workdir}", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, b"")
+    return workdir, result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "redirection",
-    ["| head -1", "> /dev/full", ">&-", "2>&- > /dev/null", "2> /dev/full > /dev/full", "<&- >&- 2>&-", "2>&1 | true"],
+    [
+        *("| head -1", "> /dev/full", "<&- >&- 2>&-", "2>&1 | true"),
+        *(
+            pytest.param(text, marks=pytest.mark.exhaustive)
+            for text in (">&-", "2>&- > /dev/null", "2> /dev/full > /dev/full")
+        ),
+    ],
 )
 def test_training_ends_well_whatever_becomes_of_its_output(redirection, config, undisturbed, tmp_path):
-    workdir = tmp_path / "run"
+    workdir, undisturbed = tmp_path / "run", undisturbed[0]
     result = shell(f"trainer train --config={config} --workdir={workdir} {redirection}")
     assert (result.returncode, result.stderr) == (0, b"")
     names = {path.relative_to(undisturbed) for path in undisturbed.rglob("*") if path.suffix in (".jsonl", ".json")}
@@ -66,13 +74,10 @@ def test_training_ends_well_whatever_becomes_of_its_output(redirection, config, 
 
 
 @pytest.mark.slow
-def test_characters_that_the_output_lacks_are_replaced(config, tmp_path):
-    workdir = tmp_path / "Läufe" / "ü"
-    workdir.parent.mkdir()
-    result = shell(f"trainer train --config={config} --workdir={workdir}", PYTHONIOENCODING="ascii")
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert f"done: {tmp_path}/L?ufe/? has checkpoints/".encode() in result.stdout
-    assert b"8?16" in result.stdout
+def test_characters_that_the_output_lacks_are_replaced(undisturbed):
+    workdir, output = undisturbed
+    assert f"done: {workdir.parents[1]}/L?ufe/? has checkpoints/".encode() in output
+    assert b"8?16" in output
 
 
 @pytest.mark.parametrize(
