@@ -143,14 +143,16 @@ class PackedSource(BatchSource):
             "bytes": np.empty(count, np.int32),
         }
         numbers = indices // self.block
-        cuts = (np.flatnonzero(np.diff(numbers)) + 1).tolist()
+        places, follows = indices - numbers * self.block, indices[1:] - indices[:-1] == 1
+        cuts = ((numbers[1:] != numbers[:-1]).nonzero()[0] + 1).tolist()
         for start, stop in zip([0, *cuts], [*cuts, count], strict=True):
-            number = int(numbers[start])
-            self._read(number, indices[start:stop] - number * self.block, {k: x[start:stop] for k, x in rows.items()})
+            is_run = bool(follows[start : stop - 1].all())
+            own = {name: array[start:stop] for name, array in rows.items()}
+            self._read(int(numbers[start]), places[start:stop], own, is_run=is_run)
         return rows
 
-    def _read(self, number: int, places: np.ndarray, rows: Rows) -> None:
-        """Fills `rows` with those at `places` of a record."""
+    def _read(self, number: int, places: np.ndarray, rows: Rows, *, is_run: bool) -> None:
+        """Fills `rows` with those at `places` of a record, which follow each other if it `is_run`."""
         newest = self._newest  # other threads may replace it
         record = newest[1] if newest[0] == number else self._records[number]
         self._newest, stored = (number, record), self._layout.rows_of(number)
@@ -159,7 +161,6 @@ class PackedSource(BatchSource):
         # Bytes, because NumPy copies numbers at odd addresses slowly.
         kept = np.frombuffer(record, np.uint8, offset=end).reshape(stored, row_bytes)
         first, last = int(places[0]), int(places[-1])
-        is_run = last - first == len(places) - 1 and (np.diff(places) == 1).all()
         chosen = slice(first, last + 1) if is_run else places
         rows["tokens"].view(np.uint8)[:] = kept[chosen]
         end -= 4 * stored

@@ -5,6 +5,8 @@ import hashlib
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tests.tasks import Task, make_run
@@ -40,9 +42,21 @@ class Slow:
         return self.source[index]
 
 
+def long_to_compile(x: jax.Array) -> jax.Array:
+    """Numbers that XLA takes seconds to compile."""
+    for i in range(400):
+        x = jnp.sort(jnp.sin(jax.lax.stop_gradient(x) + i))
+    return x
+
+
 @dataclasses.dataclass
 class Stuck(Task):
     where: str = ""
+
+    def loss(self, variables, batch, *, key, train):
+        if train and self.where == "compile":
+            batch = {**batch, "x": batch["x"] + 0 * long_to_compile(batch["x"])}
+        return super().loss(variables, batch, key=key, train=train)
 
     def source(self, split: str) -> Any:
         source = super().source(split)
@@ -56,7 +70,7 @@ class Stuck(Task):
 
 
 def get_config(where: str) -> config.Run:
-    """`c`, `data` or `evaluate`; anything else gets stuck nowhere."""
+    """`c`, `data`, `evaluate` or `compile`; anything else gets stuck nowhere."""
     examples = 2000 if where in ("c", "data") else 50
     run = make_run(100_000, experiment=Stuck(where=where, examples=examples), batch_size=16)
     run.loading = config.Loading(in_memory_bytes=0, threads=1)
