@@ -10,7 +10,7 @@ documents are packed, are read from ArrayRecord while the model trains. The run 
 which lie there in random order; `python -m trainer evaluate --workdir=runs/linux_6m
 --config.evaluation.max_examples=20000` takes all 11,428.
 
-Cost: 18 minutes on 2 CPU cores. Expected: 1.58 bits per byte, after 0.5 % of the training split.
+Cost: 18 minutes on 2 CPU cores. Expected: 1.58 bits per byte (1.57 on all rows), after 0.5 % of the training split.
 """
 
 from experiments.packed_language_model import PackedLanguageModel
