@@ -1,4 +1,4 @@
-"""What the configs promise in their docstrings, against what their whole runs reach.
+"""The promises in the docstrings of the configs, against the results of their whole runs.
 
     python -m benchmarks.accuracy [configs/digits.py …]
 

@@ -1,4 +1,4 @@
-"""What saving and restoring costs: blocking and whole time of a save against a raw write, verification against a read.
+"""Costs of saving and restoring: blocking and whole time of a save against a raw write, verification against a read.
 
     python -m benchmarks.checkpoint [--megabytes=400] [--rounds=7] [--folder=DIR]
 

@@ -234,7 +234,10 @@ def try_it(case: Case, damage: Callable[[Path], object], place: str, folder: Pat
 
 
 def difference(case: Case, workdir: Path, leaves: dict[str, bytes] | None, kept: set[bytes] | None) -> str:
-    """What is not as without damage; of a damaged metrics.jsonl the readable rows, `kept`, and the new ones remain."""
+    """The first difference from a run without damage; "" for none.
+
+    A damaged metrics.jsonl has to hold its readable rows, `kept`, and the new ones.
+    """
     if leaves is not None and leaves != case.leaves:
         return "the last state"
     if checksums(workdir) != case.checksums:

@@ -1,4 +1,4 @@
-"""What reading costs on the host, one table for each option.
+"""Costs of reading on the host, one table for each option.
 
     python -m benchmarks.data                    # all tables
     python -m benchmarks.data --augment          # only this one

@@ -1,4 +1,4 @@
-"""What the harness costs: `trainer train` against a bare jitted loop over the same step and the same batches.
+"""Cost of the harness: `trainer train` against a bare jitted loop over the same step and the same batches.
 
     python -m benchmarks.loop
     python -m benchmarks.loop --hook        # with a hook that is called after every step and does nothing

@@ -1,4 +1,4 @@
-"""What the configs learn, by the commands that the README gives; benchmarks/accuracy.py makes their whole runs."""
+"""Results of the configs, by the commands that the README gives; benchmarks/accuracy.py makes their whole runs."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What `export` writes is read in a process that does not know this package, and gives the same numbers."""
+"""A file that `export` writes is read in a process that does not know this package, and gives the same numbers."""
 
 import dataclasses
 import subprocess

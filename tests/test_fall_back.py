@@ -35,7 +35,7 @@ def program() -> Program:
 
 
 def launch(program: Program, folder: Path, **options) -> tuple[str, dict[str, bytes], list[dict]]:
-    """What a launch shows, the arrays of its last state, and the rows of its metrics."""
+    """The output of a launch, the arrays of its last state, and the rows of its metrics."""
     shown = StringIO()
     state = train_program(program, folder, Progress(12, shown), **options)
     leaves = {jax.tree_util.keystr(k): np.asarray(x).tobytes() for k, x in jax.tree_util.tree_leaves_with_path(state)}

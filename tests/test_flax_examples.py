@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(folder: Path, *arguments: str, devices: int = 1) -> str:
-    """What a command prints in the user's folder."""
+    """The output of a command in the user's folder."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)}
     command = [sys.executable, "-m", "trainer", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -350,7 +350,7 @@ def test_a_plot_has_the_values_of_all_launches(tmp_path, monkeypatch):
 
 
 class Shown:
-    """What IPython gives for a display, whose drawing can be replaced."""
+    """A display as IPython gives it, whose drawing can be replaced."""
 
     def __init__(self, figures: list) -> None:
         self.figures = figures

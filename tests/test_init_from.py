@@ -308,7 +308,9 @@ def test_the_flag_begins_from_a_workdir_and_the_same_command_goes_on(old, tmp_pa
     for accepted in ([], ["--accept-changes"]):  # it could not be read, so nothing can be accepted
         assert command([*flags[:-1], f"--init-from={old}@6", *accepted]) == 2
         once = f"workdir {tmp_path / 'run'} has checkpoints, and a run begins from one source only"
-        assert f"{once}: choose another --workdir to begin from {old}@6" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert f"{once}: init_from.source was '{old}@3', is '{old}@6'; " in shown
+        assert f"; choose another --workdir to begin from {old}@6" in shown
 
 
 def test_a_carried_state_has_the_trained_and_the_ema_params_as_they_were(tmp_path):

@@ -51,7 +51,7 @@ def settings(**changes):
     } | changes
 
 
-# What a group can have that a resumed run could get wrong.
+# Settings of groups that a resumed run could get wrong.
 EVERYTHING = {
     "decayed": config.Group(weight_decay=0.1, mu_dtype="bfloat16", nu_dtype="bfloat16", clip_norm=1.0),
     "plain": config.Group(every_steps=3, optimizer="adam", decay_schedule=config.Schedule("inverse_sqrt", peak=0.1)),

@@ -181,7 +181,7 @@ def test_an_evaluation_reads_whole_rows_from_a_state_of_zeros():
 
 
 def outputs_of(seed: int = 0, **settings: Any) -> Any:
-    """What the model computes while training, and the results of its submodules."""
+    """The results of the model while training, and those of its submodules."""
     model, batch = task(**settings)._model(train=True), make_batch()
     return jax.jit(
         lambda values: model.apply(

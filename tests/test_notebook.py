@@ -45,7 +45,7 @@ class Kernel:
         return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
 
     def drawings(self) -> list[Any]:
-        """What the last cell displays, by media type."""
+        """The display of the last cell, by media type."""
         return [output.data for output in self._client.nb.cells[-1].outputs if output.output_type == "display_data"]
 
     def interrupt(self) -> None:

@@ -185,7 +185,7 @@ def test_a_workdir_without_a_run_or_without_a_checkpoint_is_an_error(tmp_path, t
 
 
 def expected_predictions(trained: Trained) -> dict[str, np.ndarray]:
-    """Those of all test examples in one batch on one device."""
+    """The predictions for all test examples in one batch on one device."""
     batch = take(trained.run.experiment.source("test"), np.arange(EXAMPLES))
     return jax.device_get(load(trained.workdir).predict(batch))
 

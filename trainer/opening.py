@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
-from trainer.checkpoint import Store, scores
+from trainer.checkpoint import DataIdentity, Store, scores
 from trainer.data.memory import load_all_into_memory
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, HostError, UserError
@@ -60,12 +60,12 @@ def open_session(
             _check_profile(profile, 0, run.total_steps)
             _check_evaluations(program)
             store = Store(folder.checkpoints, run.checkpoint, on_saved=trace.saved)
-            plan = None if store.step_names() else init_from.plan_init(program)  # before the folder is made
             if distributed.is_primary():
                 folder.check()
+            plan = None if store.step_names() else init_from.plan_init(program)  # before the folder is made
+            if distributed.is_primary():
                 stack.enter_context(folder.locked())
-            source, eval_sources = _load(program)
-            data = describe_data(source)
+            source, eval_sources, data = _load(program)
             if distributed.is_primary():
                 if not folder.has_checkpoint():
                     folder.write(run, table)  # before the rest, so that a kill leaves a folder to launch again
@@ -119,11 +119,11 @@ def _check_evaluations(program: Program) -> None:
         raise UserError(f"evaluation.split is 'train', and training metrics are named train/loss and so on: {instead}")
 
 
-def _load(program: Program) -> tuple[RandomAccessSource, dict[str, RandomAccessSource]]:
-    """The training examples and those of each evaluation, in memory where the settings allow it."""
+def _load(program: Program) -> tuple[RandomAccessSource, dict[str, RandomAccessSource], DataIdentity]:
+    """The training examples and those of each evaluation, in memory where settings allow it; identity of the former."""
     sources = [program.train_source, *(one.source for one in program.evaluations.values())]
     source, *others = load_all_into_memory(sources, program.run.loading.in_memory_bytes)
-    return source, dict(zip(program.evaluations, others, strict=True))
+    return source, dict(zip(program.evaluations, others, strict=True)), describe_data(source)
 
 
 def _open_log(

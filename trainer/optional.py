@@ -126,8 +126,8 @@ class Reports(Protocol):
     def report(self, step: int, variables: Variables, writer: ReportWriter) -> None:
         """Writes images, texts, histograms and figures with `writer`, to TensorBoard and to WORKDIR/reports/STEP.
 
-        This is called after each main evaluation, by all processes together; only one of them writes. What fails to be
-        written does not stop the run.
+        This is called after each main evaluation, by all processes together; only one of them writes. A file
+        that cannot be written does not stop the run.
 
         Args:
           step: steps made.

@@ -122,9 +122,11 @@ class Resume:
         """The accepted changes of the trajectory; raises `UserError` if there are any that nobody accepted."""
         with distributed.collective_errors("the changes"):
             changed = self._trajectory_changes(metadata.config)
-            if (first := self.program.run.init_from) and any(text.startswith("init_from") for text in changed):
+            asked, other_source = self.program.run.init_from, [text for text in changed if text.startswith("init_from")]
+            if asked is not None and other_source:
                 why = f"workdir {self.workdir.path} has checkpoints, and a run begins from one source only"
-                raise UserError(f"{why}: choose another --workdir to begin from {first.source}")
+                new = f"choose another --workdir to begin from {asked.source}"
+                raise UserError(f"{why}: {listed(other_source)}; {new}")
             labels = {p.path: (p.label, p.weight_decay) for p in self.program.param_table.rows}
             for path, (label, decay) in labels.items():
                 old = tuple(metadata.param_labels.get(path, (label, decay)))

@@ -1,7 +1,7 @@
 """The catalogue of wrong inputs: what is given, and the beginning of the one line that answers it.
 
 The texts beside this file hold pairs of lines: an input, and indented below it the answer. In an answer, `{here}` is
-the folder in which the command runs. What follows the line `# slow` takes longer.
+the folder in which the command runs. Inputs after the line `# slow` take longer.
 """
 
 import shlex

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 ROOT = Path(__file__).parents[2]
 _LIMIT_SECONDS = 120
-# What commands import. JAX's backend must not start, as it has threads.
+# The imports of commands. JAX's backend must not start, as it has threads.
 _IMPORTS = (
     *("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensorstore", "tensorflow_datasets", "typeguard"),
     *("ml_collections.config_flags", "tensorboardX", "trainer.commands.arguments", "trainer.data.tfds"),

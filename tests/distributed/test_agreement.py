@@ -1,4 +1,4 @@
-"""What two processes agree on, how an error of one becomes an error of both, and which signals a run takes."""
+"""Agreements of two processes, how an error of one becomes an error of both, and which signals a run takes."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.distributed import Break, Preemption
+from trainer.distributed import Break, Preemption, how_to_continue
 from trainer.distributed.agreement import Agreement
 
 ROOT = Path(__file__).parents[2]
@@ -214,3 +214,16 @@ def test_no_handler_is_installed_outside_of_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [*before, None]
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_the_command_to_continue_names_python_by_its_path_where_the_shell_finds_another_one(
+    is_found, monkeypatch, tmp_path
+):
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["trainer/__main__.py", "train", "--workdir=a b"])
+    if is_found:
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    python = "python" if is_found else sys.executable
+    assert how_to_continue() == f"continue with: {python} -m trainer train '--workdir=a b'"

@@ -47,7 +47,7 @@ def row(step: int) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main(folder: Path, on_error: Any) -> dict[str, Any]:
-    """What happens to a log on the disk at `folder`."""
+    """Writes a log on the disk at `folder`, which fills."""
     said: list[str] = []
     slowest, stopped_at, error = 0.0, 0, ""
     with closing(MetricsLog(folder, 0, on_error=on_error, report=said.append)) as log:

@@ -83,7 +83,7 @@ def build(schedule: config.Schedule, length: Length = LENGTH) -> optax.Schedule:
 
 
 def values(schedule: config.Schedule, length: Length = LENGTH, counts: Any = COUNTS) -> np.ndarray:
-    """What is built, compiled as in a step, at `counts`."""
+    """The values at `counts` of the schedule that is built, compiled as in a step."""
     return np.asarray(jax.jit(jax.vmap(build(schedule, length)))(jnp.asarray(counts, jnp.int32)))
 
 

@@ -17,7 +17,7 @@ LENGTH, HEADS = 4096, 8
 
 
 def temporary_bytes(name: str, topology: str, kv_heads: int, head_dim: int) -> int:
-    """Those of attention and its gradients on one row of two documents, in bfloat16."""
+    """Bytes of the temporaries of attention and its gradients on one row of two documents, in bfloat16."""
     sharding = SingleDeviceSharding(make_topology(topology).devices[0])
 
     def like(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

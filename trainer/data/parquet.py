@@ -49,8 +49,8 @@ class ParquetSource(ArrowSource):
         vars(self).update(state, _lock=Lock())
 
     def _table(self, number: int) -> Any:
-        # Threads that want the same row group read it once. Those that want others wait, too: a second thread of
-        # `loading.threads` reads no faster.
+        # Threads that want the same row group read it once. Threads that want another one wait, too: a
+        # second thread of `loading.threads` reads no faster.
         with self._lock:
             file, group = self._groups[number]
             if (table := self._cache.pop(number, None)) is None:

@@ -230,7 +230,7 @@ def how_to_continue() -> str:
 
 
 def _interpreter() -> str:
-    """What the user types for this Python: `python`, or its path if the shell finds another one or none."""
+    """The command of this Python for a shell: `python`, or a path if `python` is another one or none."""
     return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
 
 

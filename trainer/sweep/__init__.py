@@ -1,9 +1,9 @@
 """Sweeps: one config, many runs ("cells") that differ in a few settings, and a comparison of their results.
 
 Each cell is a run of its own, in a workdir whose name says its settings: everything that holds of a run holds of a
-cell, above all that it continues bit for bit after a kill. What a sweep adds is a function of its command and of the
-files of its cells. So the same command goes on after any kill, and several machines that share the folder, or the jobs
-of a Slurm array, work on one sweep without a server: each takes a cell by its lock.
+cell, above all that it continues bit for bit after a kill. A sweep keeps nothing else: all it knows is in its command
+and in the files of its cells. So the same command goes on after any kill, and several machines that share the folder,
+or the jobs of a Slurm array, work on one sweep without a server: each takes a cell by its lock.
 
 - `cells`: the cells of a grid or of random draws, with their names;
 - `halving`: the step to which each cell is trained, for all steps or by successive halving;
