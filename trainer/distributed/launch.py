@@ -21,6 +21,12 @@ _HEARTBEAT_SECONDS = 10
 _GRACE_SECONDS = 5.0  # twice what the other processes need to end in good order after one has failed
 _POLL_SECONDS = 0.05
 
+# The parts in which Gloo writes "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is
+# : 1", each with the number after it. The parts of several threads come mixed, and so do their line ends.
+_GLOO_PARTS = re.compile(
+    rb"(?:\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : )\d*"
+)
+
 
 class ProcessGroup:
     """Runs a command in several processes, connected as the hosts of a pod are. Enter it in the main thread.
@@ -50,6 +56,9 @@ class ProcessGroup:
         for process in self._processes:
             process.kill()
             process.wait()
+            for pipe in (process.stdout, process.stderr):
+                assert pipe is not None  # as `_start` opens it
+                pipe.close()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
 
@@ -138,15 +147,16 @@ class _LinePrinter:
 
     def __init__(self, index: int, shown: IO[bytes]) -> None:
         self._index, self._shown = index, shown
-        self._partial, self._skips = b"", False  # the incomplete last line; whether Gloo's report was last
+        self._partial, self._after_gloo = b"", False  # the incomplete last line; whether the last one was Gloo's
 
     def show(self, chunk: bytes) -> bool:
         """Prints the lines that end in `chunk`. An empty chunk is the end of the pipe: then it returns False."""
         *lines, self._partial = (self._partial + (chunk or b"\n")).split(b"\n")
         for line in lines if chunk else filter(None, lines):
-            # Gloo reports its connections from several threads at a time: empty lines remain between the reports.
-            self._skips = b"[Gloo]" in line or (self._skips and not line.strip())
-            if not self._skips:
-                self._shown.write(b"[%d] %s\n" % (self._index, line))
+            rest = _GLOO_PARTS.sub(b"", line)
+            is_empty = not rest.strip(b" 0123456789")  # a number alone is the end of a report of Gloo's
+            self._after_gloo = rest != line or (self._after_gloo and is_empty)
+            if not (self._after_gloo and is_empty):
+                self._shown.write(b"[%d] %s\n" % (self._index, rest))
         self._shown.flush()
         return bool(chunk)
