@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from experiments.image_classification import EncodedImageClassification, ImageClassification
@@ -136,11 +138,40 @@ def test_a_picture_is_not_turned_by_the_orientation_that_a_camera_noted():
     np.testing.assert_array_equal(EncodedImage(noted, 20, 20).decode(), EncodedImage(plain, 20, 20).decode())
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", None], ids=["empty", "text", "cut"])
-def test_a_file_that_is_no_image_is_refused_in_one_line(data):
-    png = image_sets.encoded(image_sets.smooth(np.random.default_rng(0), 20, 20), "PNG")
-    with pytest.raises(UserError, match=r"an image of [\d,]+ bytes is .*no JPEG, PNG or WebP image"):
-        EncodedImage(png[:40] if data is None else data, SIZE, 20).decode()
+def by_opencv(data: bytes, factor: int = 1) -> np.ndarray:
+    flag = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4}[factor]
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    assert pixels is not None
+    return pixels[:, :, ::-1]
+
+
+@pytest.mark.parametrize("colours", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("how", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}])
+def test_every_kind_of_jpeg_has_the_bits_that_opencv_gives_it_at_full_size_and_reduced(colours, how):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).convert(colours).save(file, "JPEG", quality=90, **how)
+    for factor in (1,) if colours == "CMYK" else (1, 2, 4):  # OpenCV takes other means of its subsampled colours
+        side = 64 // factor
+        found = EncodedImage(file.getvalue(), side, side).crop(0, 0, 64, 64)
+        np.testing.assert_array_equal(found, by_opencv(file.getvalue(), factor))
+
+
+def test_a_jpeg_that_libjpeg_turbo_warns_of_is_still_read():
+    data = image_sets.encoded(image_sets.smooth(np.random.default_rng(0), 40, 40), "JPEG")
+    noisy = data[:-2] + b"\0\0\0" + data[-2:]  # "extraneous bytes before marker 0xd9"
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        simplejpeg.decode_jpeg(noisy)
+    np.testing.assert_array_equal(EncodedImage(noisy, 40, 40).decode(), by_opencv(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kept", [0, 2, 3, 20, 40, 200, -40])
+def test_a_file_that_is_no_image_or_is_cut_is_refused_in_one_line(kind, kept):
+    data = image_sets.encoded(image_sets.smooth(np.random.default_rng(0), 20, 20), kind)
+    for wrong in (data[:kept], b"not an image"):
+        with pytest.raises(UserError, match=r"an image of [\d,]+ bytes is .*no JPEG, PNG or WebP image"):
+            EncodedImage(wrong, SIZE, 20).decode()
 
 
 def test_random_crops_lie_inside_with_the_area_and_shape_asked_for(monkeypatch):
