@@ -1,6 +1,7 @@
 """A decoder-only transformer in Linen, with rotary positions, logical axes on every kernel, and optional `nn.scan`."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -149,6 +150,26 @@ class Block(nn.Module):
         return x, None
 
 
+class Layer(nn.Module):
+    """A block with the paths, and the names in profiles, of the layer around it.
+
+    If `block` is a jitted class, JAX traces the first layer alone and takes its trace for the others. The name of a
+    layer is outside of that trace.
+    """
+
+    block: type[nn.Module]
+    settings: Mapping[str, Any]  # the attributes of the block
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "examples length width"], where: TokenPositions
+    ) -> Float[Array, "examples length width"]:
+        """The residual stream after the block."""
+        block = self.block(**self.settings, name="block")
+        nn.share_scope(self, block)
+        return block(x, where)[0]
+
+
 class Transformer(nn.Module):
     """An embedding, blocks, and an output head that shares the embedding's table (tied weights)."""
 
@@ -201,8 +222,11 @@ class Transformer(nn.Module):
             )
             x, _ = scanned(**settings, name="layers")(x, where)
         else:
+            # Under `nn.jit` Flax draws other random numbers.
+            draws = self.is_initializing() or (self.train and self.dropout > 0)
+            block = block if draws else nn.jit(block)
             for i in range(self.layers):
-                x, _ = block(**settings, name=f"layer_{i}")(x, where)
+                x = Layer(block, settings, name=f"layer_{i}")(x, where)
         x = norm("norm", x.dtype)(x)
         logits = jnp.einsum("rlw,vw->rlv", x, table, preferred_element_type=jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from experiments import transformer
+from experiments.attention import attend
 from experiments.datasets import shakespeare
 from experiments.language_model import LanguageModel, _continued, cross_entropy_and_hits, windows
 from experiments.transformer import lookup, rotary
@@ -200,6 +204,25 @@ def test_a_scan_over_layers_is_the_same_function_as_a_loop():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, (stacked(gradient), metrics)
     )
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_share_one_trace_and_each_names_its_own_operations(remat, monkeypatch):
+    traced, layers = [], 5
+    monkeypatch.setattr(transformer, "attend", lambda *given: traced.append(1) or attend(*given))
+    values = variables(layers=layers, remat=remat)
+    experiment = task(layers=layers, remat=remat)
+
+    def loss(values: Any) -> Any:
+        return experiment.loss(values, make_batch(), key=jax.random.key(0), train=True)[0]["loss"].total
+
+    traced.clear()
+    compiled = jax.jit(jax.grad(loss)).lower(values).compile()
+    assert len(traced) == 1
+    names = Counter(re.findall(r'op_name="jit\(loss\)/jvp\(Transformer\)/(layer_\d)/', compiled.as_text()))
+    assert set(names) == {f"layer_{i}" for i in range(layers)}
+    inner = [names[f"layer_{i}"] for i in range(1, layers - 1)]  # XLA merges more of the first and the last one
+    assert min(inner) > 0.8 * max(inner) > 0
 
 
 def test_remat_changes_no_gradient_even_with_dropout():

@@ -146,7 +146,7 @@ def gc_paused() -> Iterator[None]:
     """While entered, Python looks for no garbage in cycles.
 
     While it traces, JAX makes objects by the hundred thousand that stay. To look at them again and again took a sixth
-    of the time for a decoder of 12 layers.
+    of the time for a decoder of 12 layers, and two fifths of the time in which its checkpoint was restored.
     """
     was = gc.isenabled()
     gc.disable()

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
 from trainer.checkpoint import DataIdentity, Store, scores
+from trainer.compilation import gc_paused
 from trainer.data.memory import load_all_into_memory
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, HostError, UserError
@@ -74,7 +75,7 @@ def open_session(
         watch = stack.enter_context(Watch(run.watch, run.batch_size))
         trace.phase("restore", 0)
         watch.enter("restore", 0)
-        with distributed.collective_errors("the checkpoint"):
+        with distributed.collective_errors("the checkpoint"), gc_paused():
             resumed = Resume(program, store, folder, data, accept_changes, from_step).newest()
             if resumed.state is None and plan is not None:
                 resumed = resumed._replace(state=plan.state(), start=plan.start, notes=[str(plan)])

@@ -266,7 +266,8 @@ def test_operations_of_a_step_name_their_module_as_often_as_those_of_jax(run, st
         program = build_program(config.resolve(dataclasses.replace(run, parallel=parallel)))
         step: Any = program.train_step
         compiled = step.lower(program.state, program.strategy.abstract_batch(program.train_spec)).compile()
-        names = re.findall('op_name="(.*?)"', compiled.as_text())
+        # A name that ends in "jit(…)" is that of a call, which XLA gives to constants of its own.
+        names = [name for name in re.findall('op_name="(.*?)"', compiled.as_text()) if not name.endswith(")")]
         modules = {name for param in program.param_table.rows for name in param.path.split("/")[:-1]}
         return sum(not modules.isdisjoint(re.split(r"[/()]", name)) for name in names) / len(names)
 

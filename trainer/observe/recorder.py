@@ -50,6 +50,8 @@ class Recorder:
         """Takes the metrics of a step that was just dispatched."""
         queue, self._newest = self._in_flight, step
         queue.append((step, metrics))
+        if step == self._first:  # after minutes of compilation the user sees at once that the run goes on
+            self.flush()
         # A loss is ready with all other results of its step.
         while len(queue) > 1 and (len(queue) > self._limit or (self._polls and queue[0][1]["loss"].total.is_ready())):
             self.flush(keep=len(queue) - 1)

@@ -41,10 +41,9 @@ def with_float32_sums(gradient: Callable) -> Callable:
     def rewritten(*arguments: Any) -> Any:
         jaxpr, shapes = jax.make_jaxpr(gradient, return_shape=True)(*arguments)
         leaves = jax.tree.leaves(arguments)
-        if _has_16_bits(jaxpr.jaxpr):
-            results = core.jaxpr_as_fun(_rewritten(jaxpr))(*leaves)
-        else:
-            results = _evaluate(jaxpr, leaves, _bind)  # the same equations: to trace a large model again takes seconds
+        # Without 16 bits the equations are the same. To trace a large model again would take seconds.
+        inlined, apply = _rewriting(jaxpr) if _has_16_bits(jaxpr.jaxpr) else (jaxpr, _bind)
+        results = _evaluate(inlined, leaves, apply)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return rewritten
@@ -57,11 +56,19 @@ def _has_16_bits(jaxpr: core.Jaxpr) -> bool:
     return any(_is_16_bit(var.aval) for var in outvars) or any(map(_has_16_bits, inner))
 
 
-def _rewritten(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The jaxpr with its sums in float32. Calls of `jax.jit` are inlined first: a sum inside may be cast outside."""
+def _rewriting(jaxpr: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, Callable]:
+    """The jaxpr with calls of `jax.jit` inlined, as a sum inside may be cast outside; and what makes its sums float32.
+
+    Both are arguments of `_evaluate`.
+    """
     inlined = jax.make_jaxpr(lambda *xs: _evaluate(jaxpr, xs, _inline))(*jaxpr.in_avals)
-    rewrite = functools.partial(_rewrite, wide=_sums_to_widen(inlined.jaxpr))
-    return jax.make_jaxpr(lambda *xs: _evaluate(inlined, xs, rewrite))(*inlined.in_avals)
+    return inlined, functools.partial(_rewrite, wide=_sums_to_widen(inlined.jaxpr))
+
+
+def _rewritten(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The jaxpr with its sums in float32."""
+    inlined, apply = _rewriting(jaxpr)
+    return jax.make_jaxpr(lambda *xs: _evaluate(inlined, xs, apply))(*inlined.in_avals)
 
 
 def _evaluate(closed: core.ClosedJaxpr, arguments: Sequence[Any], apply: Callable) -> list[Any]:
