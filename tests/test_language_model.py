@@ -217,7 +217,7 @@ def test_layers_share_one_trace_and_each_names_its_own_operations(remat, monkeyp
         return experiment.loss(values, make_batch(), key=jax.random.key(0), train=True)[0]["loss"].total
 
     traced.clear()
-    compiled = jax.jit(jax.grad(loss)).lower(values).compile()
+    compiled: Any = jax.jit(jax.grad(loss)).lower(values).compile()
     assert len(traced) == 1
     names = Counter(re.findall(r'op_name="jit\(loss\)/jvp\(Transformer\)/(layer_\d)/', compiled.as_text()))
     assert set(names) == {f"layer_{i}" for i in range(layers)}

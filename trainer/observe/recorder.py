@@ -23,7 +23,10 @@ _IN_FLIGHT, _IN_FLIGHT_ON_ONE_CPU = 2, 64
 
 
 class Recorder:
-    """Reads the metrics of a step after later steps were dispatched, checks each, and writes those that are due."""
+    """Reads the metrics of a step after later steps were dispatched, checks each, and writes those that are due.
+
+    The first step of a launch is waited for.
+    """
 
     def __init__(
         self,
