@@ -161,9 +161,9 @@ def recorded(numerics: config.Numerics, steps: list[dict[str, float]]) -> str:
     stream = io.StringIO()
     run = config.resolve(make_run(20, numerics=numerics))
     recorder = Recorder(run, 0, lambda step: False, jax.devices()[:1], NoLog(), Progress(20, stream))
-    for step, numbers in enumerate(steps, 1):
-        recorder.add(step, {name: Mean.single(value) for name, value in ({"grad_norm": 1.0} | numbers).items()})
     try:
+        for step, numbers in enumerate(steps, 1):
+            recorder.add(step, {name: Mean.single(value) for name, value in ({"grad_norm": 1.0} | numbers).items()})
         recorder.flush()
     except DivergedError as error:
         return stream.getvalue() + f"stopped: {error}\n"
