@@ -6,6 +6,7 @@ The relay keeps the connection open, and leaves it to `peers` to name process 0 
 
 import os
 import socket
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +26,21 @@ def start(host: str, port: int, seconds: float) -> str:
     return f"127.0.0.1:{server.getsockname()[1]}"
 
 
+def connect(address: tuple[str, int], seconds: float) -> socket.socket:
+    """A connection to an address; raises an `OSError` if nobody listens there within `seconds`.
+
+    A client may be given the very port of this host that it calls. If nobody listens there, TCP connects the client
+    with itself.
+    """
+    connection = socket.create_connection(address, timeout=seconds)
+    if connection.getsockname() == connection.getpeername():
+        # Reset the connection. After a plain close, nobody could listen at the port for a minute.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        raise ConnectionRefusedError(f"nobody listens at {address}")
+    return connection
+
+
 def _serve(server: socket.socket, target: tuple[str, int], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
@@ -35,7 +51,7 @@ def _serve(server: socket.socket, target: tuple[str, int], seconds: float) -> No
 def _connect(client: socket.socket, target: tuple[str, int], deadline: float) -> None:
     while True:
         try:
-            coordinator = socket.create_connection(target, timeout=_RETRY_SECONDS * 100)
+            coordinator = connect(target, _RETRY_SECONDS * 100)
             break
         except OSError:  # JAX does not listen yet
             if time.monotonic() > deadline:

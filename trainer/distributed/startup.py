@@ -166,7 +166,7 @@ def _report(address: tuple[str, int], where: str, index: int, count: int, second
         left = max(deadline - time.monotonic(), 0.001)
         # An OSError: process 0 does not listen yet, or its host has no address yet.
         with suppress(OSError), ExitStack() as stack:
-            connection = stack.enter_context(socket.create_connection(address, timeout=left))
+            connection = stack.enter_context(relay.connect(address, left))
             problem = "still waits for another process"
             connection.sendall(f"{_GREETING} {index} {count}\n".encode())
             connection.settimeout(left + 1)  # process 0 gives up first, and names the missing process
