@@ -6,7 +6,8 @@ In each round, in turn, for the VAE, ImageNet's ResNet-18 with 16 filters and th
 start of the process to the line of the first step, without a compilation cache, and the steps a second once the harness
 has compiled its evaluation in the background. Both sides log every 50 steps, and evaluate and save nothing. The harness
 computes the norm of the gradient in every step, to stop at a NaN, so the loop is also measured with it ("loop-norm").
-The files are those of `tests/flax_examples/`, with models from Flax's source distribution.
+The files are those of `tests/flax_examples/`, with models from Flax's source distribution. The VAE has this harness's
+own `adam`, and `optax.adam` in the loop.
 """
 
 import argparse

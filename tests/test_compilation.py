@@ -1,8 +1,5 @@
 """Compilation ahead of the first call."""
 
-import threading
-import time
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,11 +9,10 @@ from trainer.compilation import AheadCompiled, compile_ahead
 ARGUMENT = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-def test_a_step_that_is_needed_later_is_compiled_after_the_one_that_is_needed_first():
-    may_end, traced = threading.Event(), []
+def test_steps_are_compiled_in_their_order_and_once_however_often_they_are_given():
+    traced = []
 
     def first(x):
-        assert may_end.wait(60)
         traced.append("first")
         return x + 1
 
@@ -25,18 +21,10 @@ def test_a_step_that_is_needed_later_is_compiled_after_the_one_that_is_needed_fi
         return x + 2
 
     steps = [AheadCompiled(jax.jit(f), (ARGUMENT,)) for f in (first, second)]
-    compile_ahead(steps[0])
-    compile_ahead(steps[1], after=steps[0])
-    time.sleep(0.2)  # else the second could be traced first unnoticed
-    may_end.set()
-    assert [float(step(jnp.float32(1))) for step in steps] == [2, 3]
+    for _ in range(3):
+        compile_ahead(*steps)
+    assert [float(step(jnp.float32(1))) for step in reversed(steps)] == [3, 2]
     assert traced == ["first", "second"]
-
-
-def test_a_step_waits_for_no_other_that_nothing_compiles():
-    steps = [AheadCompiled(jax.jit(lambda x: x + 1), (ARGUMENT,)) for _ in range(2)]
-    compile_ahead(steps[1], after=steps[0])
-    assert float(steps[1](jnp.float32(1))) == 2
 
 
 def test_an_error_of_the_first_step_is_raised_by_its_call_and_the_other_is_compiled():
@@ -44,8 +32,7 @@ def test_an_error_of_the_first_step_is_raised_by_its_call_and_the_other_is_compi
         raise ValueError("no such step")
 
     steps = [AheadCompiled(jax.jit(f), (ARGUMENT,)) for f in (fails, lambda x: x + 1)]
-    compile_ahead(steps[0])
-    compile_ahead(steps[1], after=steps[0])
+    compile_ahead(*steps)
     assert float(steps[1](jnp.float32(1))) == 2
     with pytest.raises(ValueError, match="no such step"):
         steps[0](jnp.float32(1))

@@ -34,7 +34,7 @@ LAYERS = [
     {"config", "experiment_checks", "optional", "state"},
     {"distributed", "experiment", "report", "rules"},
     {"compilation", "files", "lock"},
-    {"errors", "metrics", "versions"},
+    {"errors", "garbage", "metrics", "versions"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}
 

@@ -16,6 +16,7 @@ from tests.launched import StopsAt, launch
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.checkpoint import Store
+from trainer.compilation import AheadCompiled
 from trainer.data.order import Order
 from trainer.distributed import Interrupted
 from trainer.errors import DivergedError, UserError
@@ -276,3 +277,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "run" / ".lock").mkdir(parents=True)  # so that opening it fails for root as well
     with pytest.raises(UserError, match=f"nothing can be written in workdir {tmp_path}/run: Is a directory"):
         quietly(make_run(4, **settings()), tmp_path / "run")
+
+
+def test_an_evaluation_is_compiled_once_the_first_step_is_made(monkeypatch, tmp_path):
+    """They would compete for the cores of the host."""
+    compile_step, written = AheadCompiled.compile, {}
+
+    def note(step):
+        written[step] = len(rows(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+        compile_step(step)
+
+    monkeypatch.setattr(AheadCompiled, "compile", note)
+    train(make_run(3, experiment=TASK), tmp_path, verbose=False)
+    train_step, eval_step = written.values()
+    assert train_step == 0
+    assert eval_step >= 1

@@ -1,6 +1,5 @@
 """Compilation: ahead of the first step, in a thread of its own, and kept on disk for the next launch."""
 
-import gc
 import hashlib
 import os
 import platform
@@ -52,11 +51,6 @@ class AheadCompiled:
         self._compiled = futures.Future()
         return True
 
-    def wait(self) -> None:
-        """Waits until `compile` is done, if it was announced."""
-        if self._compiled is not None:
-            futures.wait([self._compiled])
-
     def compile(self) -> None:
         """Compiles what was announced. An error is raised by the first call instead."""
         assert self._compiled is not None
@@ -66,16 +60,14 @@ class AheadCompiled:
             self._compiled.set_exception(error)
 
 
-def compile_ahead(*steps: AheadCompiled, after: AheadCompiled | None = None) -> None:
-    """Compiles steps in a thread, one after the other. XLA compiles without Python's lock, so other work goes on.
+def compile_ahead(*steps: AheadCompiled) -> None:
+    """Compiles steps in a thread, one after the other, unless they were given to it before.
 
-    If the step `after` is being compiled, the thread first waits for it: that one is needed earlier.
+    XLA compiles without Python's lock, so other work goes on.
     """
     announced = [step for step in steps if step.announce()]
 
     def run() -> None:
-        if after is not None:
-            after.wait()
         for step in announced:
             step.compile()
 
@@ -139,22 +131,6 @@ def no_cache() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", was)
         compilation_cache.reset_cache()
-
-
-@contextmanager
-def gc_paused() -> Iterator[None]:
-    """While entered, Python looks for no garbage in cycles.
-
-    While it traces, JAX makes objects by the hundred thousand that stay. To look at them again and again took a sixth
-    of the time for a decoder of 12 layers, and two fifths of the time in which its checkpoint was restored.
-    """
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _cpu() -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from trainer import config, distributed
 from trainer.compilation import compile_ahead
+from trainer.garbage import resume_gc
 from trainer.observe.progress import Progress
 from trainer.program import Program, build_program
 from trainer.state import TrainState
@@ -62,10 +63,12 @@ def train_program(
 
     with open_session(program, workdir, progress, **options) as session:
         state = session.initial_state()
-        compile_ahead(*(one.step for one in program.evaluations.values()), after=program.train_step)
+        eval_steps = [one.step for one in program.evaluations.values()]
         for step, batch in session.batches():
             state, metrics = program.train_step(state, batch)
             session.record(step, state, metrics)
+            resume_gc()  # a command pauses it until its first step
+            compile_ahead(*eval_steps)  # after that step, which needs the cores itself
             due = session.due(step)
             if due.save:
                 session.save(state)

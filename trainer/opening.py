@@ -8,11 +8,11 @@ from typing import TypedDict
 
 from trainer import distributed, divergence, init_from
 from trainer.checkpoint import DataIdentity, Store, scores
-from trainer.compilation import gc_paused
 from trainer.data.memory import load_all_into_memory
 from trainer.distributed import Preemption, peers
 from trainer.errors import DivergedError, HostError, UserError
 from trainer.experiment import RandomAccessSource
+from trainer.garbage import gc_paused
 from trainer.hooks import Hooks
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.phase_log import NoPhaseLog, PhaseLog

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 
 from trainer import config
-from trainer.compilation import AheadCompiled, compile_ahead, gc_paused
+from trainer.compilation import AheadCompiled, compile_ahead
 from trainer.data import FirstExamples, batch_spec, eval_source, open_source
 from trainer.errors import UserError, did_you_mean, model_errors
 from trainer.experiment import Batch, RandomAccessSource
 from trainer.experiment_checks import abstract_params
+from trainer.garbage import gc_paused
 from trainer.guard import new_guard
 from trainer.keys import run_keys
 from trainer.metrics import numbers

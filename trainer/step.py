@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from trainer.experiment import Batch, Experiment, Variables, set_replica_axis
@@ -19,7 +18,7 @@ from trainer.experiment_checks import carried_collections, check_loss, check_sam
 from trainer.guard import drop_bad_update
 from trainer.keys import per_example_keys, step_keys
 from trainer.metrics import Mean, Metrics
-from trainer.optim import Statistics, evaluation_params, global_norm
+from trainer.optim import Statistics, divide, evaluation_params, global_norm, statistics_if
 from trainer.sharding.reduction import with_float32_sums
 from trainer.state import TrainState, update_ema
 
@@ -74,24 +73,25 @@ def train_step(settings: StepSettings, state: TrainState, batch: Batch) -> tuple
         grads, (metrics, collections) = gradient(trainable, collections, batch, jax.random.fold_in(key, index))
         return collections, (settings.constrain_gradients(grads), metrics)
 
-    collections, (grads, metrics) = accumulate(one_microbatch, state.collections, batch, settings.microbatches)
+    collections, (sums, metrics) = accumulate(one_microbatch, state.collections, batch, settings.microbatches)
     if axis is not None:
-        grads = _sum_over_replicas(grads, axis, settings.reduce_dtype)
+        sums = _sum_over_replicas(sums, axis, settings.reduce_dtype)
         metrics = jax.lax.psum(metrics, axis)
         collections = jax.lax.pmean(collections, axis)  # those that the model did not average itself
     # A batch in which every example is masked has gradient 0, not 0/0.
     weight = jnp.maximum(metrics["loss"].weight, jnp.finfo(jnp.float32).tiny)
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    grads = divide(sums, weight)
 
     updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p if u is None else (p + u).astype(p.dtype), state.params, updates)
     made = state.step if state.guard is None else state.opt_state.count  # updates before this one
     ema = None if settings.ema_decay is None else update_ema(state.ema, params, made, settings.ema_decay)
 
-    own = {"grad_norm": global_norm(jax.tree.leaves(grads)), "learning_rate": settings.learning_rate(made)}
+    own = {"grad_norm": global_norm(jax.tree.leaves(sums)) / weight, "learning_rate": settings.learning_rate(made)}
     metrics = {**metrics, **{name: Mean.single(value) for name, value in own.items()}}
     if settings.statistics is not None:
-        metrics |= _only_if(settings.is_logged(state.step + 1), settings.statistics, grads, params, opt_state)
+        is_logged = settings.is_logged(state.step + 1)
+        metrics |= statistics_if(is_logged, settings.statistics, sums, weight, params, opt_state)
     after = TrainState(state.step + 1, params, collections, opt_state, ema)
     check_same_shapes(dataclasses.replace(state, guard=None), after)
     if state.guard is not None:
@@ -169,13 +169,3 @@ def _sum_over_replicas(grads: Any, axis: str, reduce_dtype: str) -> Any:
         return jax.lax.psum(grads, axis)
     narrow = jax.lax.psum(jax.tree.map(lambda g: g.astype(reduce_dtype), grads), axis)
     return jax.tree.map(lambda g, s: s.astype(g.dtype), grads, narrow)
-
-
-def _only_if(condition: Bool[Array, ""], statistics: Statistics, *arguments: Any) -> Metrics:
-    """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing."""
-    # Traced once for both uses. (A jitted function would hide its constants from `trainer.compile_once`.)
-    measure = jax.make_jaxpr(lambda *x: {k: Mean.single(v) for k, v in statistics(*x).items()}, return_shape=True)
-    traced, shapes = measure(*arguments)
-    nothing = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
-    values = jax.lax.cond(condition, jaxpr_as_fun(traced), lambda *_: nothing, *jax.tree.leaves(arguments))
-    return jax.tree.unflatten(jax.tree.structure(shapes), values)

@@ -44,5 +44,5 @@ class Autoencoder:
 
 
 def get_config():
-    optimizer = Optimizer("optax.adam", Schedule(peak=1e-3))
+    optimizer = Optimizer("adam", Schedule(peak=1e-3))
     return Run(Autoencoder(), total_steps=2000, optimizer=optimizer, evaluation=Evaluation(every_steps=500))

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.optim.reference import reference
 from trainer.optim.adabelief import adabelief, scale_by_belief
 from trainer.optim.fused import ScaleByBeliefState
-from trainer.optim.precision import _carry_but_for_nan, _hash, round_to_storage, rounding_bits
+from trainer.optim.precision import _carry_but_for_nan, _hash, divide, round_to_storage, rounding_bits
 
 HALF = ["bfloat16", "float16"]
 LOW: dict[str, Any] = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
@@ -622,3 +622,24 @@ def test_derivatives_go_through_bfloat16_moments():
     low, full = jax.jit(lambda scale: [jax.grad(loss)(scale, options) for options in (LOW, {})])(jnp.zeros(20))
     np.testing.assert_allclose(low, full, rtol=0.1, atol=0.02 * np.max(np.abs(full)))
     assert np.all(low != 0)
+
+
+@pytest.mark.parametrize(("dtype", "places"), [("float32", 2), ("bfloat16", 1), ("float64", 2)])
+@pytest.mark.parametrize("weight", [1.0, 3.0, 1024.0, 999_999.0, 1e-3])
+def test_sums_over_a_weight_are_quotients_to_the_last_places(dtype, places, weight):
+    """Also a bfloat16 sum is divided by the weight itself, and not by the weight in bfloat16."""
+    with jax.enable_x64(dtype == "float64"):
+        sums = jnp.asarray(np.random.default_rng(0).normal(size=1000) * 1e3, dtype)
+        kept = jnp.asarray(weight, jnp.float32)
+        found = np.asarray(divide({"a": sums}, kept)["a"])
+        assert found.dtype == dtype
+        exact = np.asarray(sums).astype(np.float64) / float(np.float32(weight))
+        unit = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(found.astype(np.float64), exact, rtol=places * unit, atol=0)
+
+
+def test_sums_over_a_power_of_two_are_exact_and_a_sum_of_zero_stays_zero():
+    sums = jnp.asarray([1.0, 1 / 3, -2e30, 0.0, -0.0], jnp.float32)
+    np.testing.assert_array_equal(divide(sums, jnp.float32(64)), np.asarray(sums) / 64)
+    tiny = jnp.float32(np.finfo(np.float32).tiny)  # the weight of a batch in which every example is masked
+    np.testing.assert_array_equal(divide(sums[3:], tiny), [0.0, -0.0])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trainer.commands.arguments import make_parser, parse_flags, resolve_arguments
 from trainer.errors import HostError, NotPreparedError, UserError, did_you_mean
+from trainer.garbage import pause_gc, resume_gc
 
 _USAGE = "usage: python -m trainer COMMAND --config=FILE[:arg] --workdir=DIR [--config.any.field=value ...]"
 _KEPT_AT_EACH_END = 2000  # characters of a long error message
@@ -38,6 +39,7 @@ _COMMANDS = {
 
 def run(argv: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 for a mistake of the user, 3 for a fault of the machine."""
+    pause_gc()
     try:
         code = _run(argv)
         sys.stdout.flush()  # here, so that the handlers below catch a closed pipe or a full disk
@@ -47,6 +49,8 @@ def run(argv: list[str]) -> int:
     except HostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    finally:
+        resume_gc()
 
 
 def _run(argv: list[str]) -> int:
@@ -71,11 +75,14 @@ def _run(argv: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs an error that it raises, from every thread
         options, overrides = parse_flags(parser, rest)
         if not hasattr(module, "main"):
+            resume_gc()
             return module.start(options, overrides)
         with _connected_processes(options) as collective_errors:
             with collective_errors("the command line"):
                 arguments = resolve_arguments(options, overrides)
                 _use_cache(options.compilation_cache)
+            if command != "train":  # that one resumes it itself, after the first step
+                resume_gc()
             return module.main(arguments)
     except (UserError, HostError) as error:
         if "--traceback" in rest:

@@ -50,6 +50,18 @@ def global_norm(arrays: Sequence[Any]) -> Float[Array, ""]:
     return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
+def divide(sums: Any, weight: Float[Array, ""]) -> Any:
+    """A tree of sums over a weight, as products: 1/weight is rounded to float32 or wider, and so is each product.
+
+    XLA:CPU would write quotients to memory, so as to make none twice. It makes a product wherever it is read.
+    """
+
+    def divided(x: Array) -> Array:
+        return (x * (1 / weight.astype(compute_dtype(x.dtype)))).astype(x.dtype)
+
+    return jax.tree.map(divided, sums)
+
+
 def one_minus_power(b: Any, t: Int32[Array, ""]) -> Array:
     """1 − b^t without cancellation: in float32, 1 − 0.999^1 would have a relative error of 5e-5."""
     if isinstance(b, jax.Array):

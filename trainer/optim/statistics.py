@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax.extend.core import jaxpr_as_fun
+from jaxtyping import Array, Bool, Float
 
+from trainer.metrics import Mean, Metrics
 from trainer.optim import fused
-from trainer.optim.precision import global_norm, one_minus_power, square
+from trainer.optim.precision import divide, global_norm, one_minus_power, square
 from trainer.optim.transforms import Groups, clip_all, split_groups
 
 Statistics = Callable[[optax.Updates, optax.Params, Any], dict[str, Float[Array, ""]]]
@@ -71,6 +73,30 @@ def build_statistics(groups: Groups, labels: Any, clip_norm: float | None) -> St
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
     return statistics
+
+
+def statistics_if(
+    condition: Bool[Array, ""],
+    statistics: Statistics,
+    sums: optax.Updates,
+    weight: Float[Array, ""],
+    params: optax.Params,
+    state: Any,
+) -> Metrics:
+    """The statistics if the condition holds; otherwise a `Mean` of weight 0 for each, which costs nothing.
+
+    They get the gradient `sums` / `weight`. To take the gradient itself, XLA would write it to memory in every step.
+    """
+
+    def measure(sums: Any, weight: Any, *after: Any) -> Metrics:
+        return {k: Mean.single(v) for k, v in statistics(divide(sums, weight), *after).items()}
+
+    # Traced once for both uses. (A jitted function would hide its constants from `trainer.compile_once`.)
+    arguments = sums, weight, params, state
+    traced, shapes = jax.make_jaxpr(measure, return_shape=True)(*arguments)
+    nothing = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
+    values = jax.lax.cond(condition, jaxpr_as_fun(traced), lambda *_: nothing, *jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
 
 def _displacement(group: fused.ParamGroup, scalars: fused.UpdateScalars, g: Array, moments: tuple, p: Array) -> Array:
