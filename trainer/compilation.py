@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -115,9 +116,21 @@ def use_cache(folder: str | None) -> None:
         if folder is None:
             return
         raise UserError(f"--compilation-cache={folder} is no folder that only you can write in: its code is executed")
+    _remove_half_written(place)
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too, add up to half a second
+
+
+def _remove_half_written(place: Path) -> None:
+    """Removes what a process wrote when it was killed: JAX would fail to read it in every launch, and write no more.
+
+    JAX writes a program to KEY-cache, and then the time to KEY-atime, while it holds the lock.
+    """
+    with suppress(OSError, filelock.Timeout), filelock.FileLock(place / ".lockfile", timeout=1):
+        for program in place.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink()
 
 
 @contextmanager
