@@ -127,7 +127,8 @@ def _remove_half_written(place: Path) -> None:
 
     JAX writes a program to KEY-cache, and then the time to KEY-atime, while it holds the lock.
     """
-    with suppress(OSError, filelock.Timeout), filelock.FileLock(place / ".lockfile", timeout=1):
+    # An OSError: the lock is held for longer, or the folder cannot be written. JAX will meet and report it.
+    with suppress(OSError), filelock.FileLock(place / ".lockfile", timeout=1):
         for program in place.glob("*-cache"):
             if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                 program.unlink()

@@ -39,7 +39,6 @@ _COMMANDS = {
 
 def run(argv: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 for a mistake of the user, 3 for a fault of the machine."""
-    pause_gc()
     try:
         code = _run(argv)
         sys.stdout.flush()  # here, so that the handlers below catch a closed pipe or a full disk
@@ -75,8 +74,8 @@ def _run(argv: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs an error that it raises, from every thread
         options, overrides = parse_flags(parser, rest)
         if not hasattr(module, "main"):
-            resume_gc()
             return module.start(options, overrides)
+        pause_gc()  # while JAX and all that is built on it is imported
         with _connected_processes(options) as collective_errors:
             with collective_errors("the command line"):
                 arguments = resolve_arguments(options, overrides)
