@@ -10,16 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer import config, distributed
+from trainer import config
 from trainer.errors import DivergedError
 from trainer.metrics import Metrics, numbers
 from trainer.observe.log import MetricsLog, NoLog
 from trainer.observe.progress import Progress
 
 # Steps that the host dispatches ahead of the devices: enough to keep them busy, few enough to bound the memory of
-# batches. On one CPU device XLA blocks the host after 32 steps, so the limit of 64 is never reached. A limit below 32
-# would cost 2 to 5 % of a 4 ms step, because the thread that wakes up takes a core from it.
-_IN_FLIGHT, _IN_FLIGHT_ON_ONE_CPU = 2, 64
+# batches and the steps that a signal waits for.
+_IN_FLIGHT = 2
+# On one CPU device the host takes a core from XLA whenever it wakes up, which costs a tenth of a 4 ms step if it does
+# so after each. There it sleeps until 2 steps are left, and then dispatches up to 16, for at most 0.5 s of computation.
+_LIMIT_ON_ONE_CPU, _SECONDS_ON_ONE_CPU = 14, 0.5
 
 
 class Recorder:
@@ -38,12 +40,12 @@ class Recorder:
         progress: Progress,
     ) -> None:
         """Begins after step `start`; a step has a row if `is_logged(step)`."""
-        one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
+        self._is_one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
         self._run, self._is_logged, self._log, self._progress = run, is_logged, log, progress
         self.on_row: Callable[[int, dict[str, float]], None] = lambda step, values: None  # called after each row
-        self._limit = _IN_FLIGHT_ON_ONE_CPU if one_cpu else _IN_FLIGHT
-        # All processes must see a divergence at the same step. In a run of several, none polls whether a step is ready.
-        self._polls = distributed.count() == 1
+        # How many more steps may be in flight. It does not depend on time where there are several processes, since all
+        # must see a divergence at the same step.
+        self._limit, self._woke = 0, time.perf_counter()
         self._in_flight: deque[tuple[int, Any]] = deque()  # steps and their metrics
         self._newest = self._clock_step = self._began_step = start
         self._first, self._seconds_per_step = start + 1, math.nan
@@ -51,21 +53,33 @@ class Recorder:
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched."""
-        queue, self._newest = self._in_flight, step
-        queue.append((step, metrics))
+        self._newest = step
+        self._in_flight.append((step, metrics))
         if step == self._first:  # after minutes of compilation the user sees at once that the run goes on
             self.flush()
-        # A loss is ready with all other results of its step.
-        while len(queue) > 1 and (len(queue) > self._limit or (self._polls and queue[0][1]["loss"].total.is_ready())):
-            self.flush(keep=len(queue) - 1)
+        many = len(self._in_flight) - _IN_FLIGHT
+        if many > 0 and (many > self._limit or self._is_logged(step - _IN_FLIGHT)):
+            woke = self._woke
+            self.flush(keep=_IN_FLIGHT)
+            if self._is_one_cpu:
+                self._limit = min(round(_SECONDS_ON_ONE_CPU * many / (self._woke - woke)), _LIMIT_ON_ONE_CPU)
 
     def flush(self, *, keep: int = 0) -> int:
         """Waits for all steps but the newest `keep`, and writes the rows that are due. Returns the newest step."""
+        if len(self._in_flight) <= keep:
+            return self._newest
+        # Wait first, then read: reading an array that is not ready costs XLA:CPU a twentieth of a 4 ms step.
+        last, metrics = self._in_flight[-1 - keep]
+        metrics["loss"].total.block_until_ready()
+        self._woke = time.perf_counter()
         while len(self._in_flight) > keep:
             step, metrics = self._in_flight.popleft()
-            if values := self._finish_step(step, metrics):
-                self._log.write(step, values, {"examples_per_second": self._run.batch_size / self._seconds_per_step})
-                self.on_row(step, values)
+            self._check(step, metrics)
+            if self._is_logged(step):
+                self._write_row(step, numbers(metrics, "train"), last)
+            if step == self._first:  # its time includes compilation and says nothing about the others
+                self._clock_step = self._began_step = step
+                self._clock = self._began = self._woke
         return self._newest
 
     @contextmanager
@@ -73,30 +87,24 @@ class Recorder:
         """Leaves the time of its block, an evaluation or a save, out of examples per second."""
         began = time.perf_counter()
         yield
-        self._clock += time.perf_counter() - began
+        paused = time.perf_counter() - began
+        self._clock, self._woke = self._clock + paused, self._woke + paused
 
-    def _finish_step(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Waits for a step, checks it and shows its progress. Returns the values of its row, none if no row is due."""
-        self._check(step, metrics)
+    def _write_row(self, step: int, values: dict[str, float], last: int) -> None:
+        """Shows the progress of a step and writes its row. The computation has come to the step `last`."""
         run = self._run
-        if not self._is_logged(step):
-            if step == self._first:  # its time includes compilation and says nothing about the others
-                self._clock_step = self._began_step = step
-                self._clock = self._began = time.perf_counter()
-            return {}
-        values = numbers(metrics, "train")
-        now = time.perf_counter()
-        self._seconds_per_step = (now - self._clock) / max(step - self._clock_step, 1)
-        self._clock_step, self._clock = step, now
+        if last > self._clock_step:  # else an earlier row has measured the same steps
+            self._seconds_per_step = (self._woke - self._clock) / (last - self._clock_step)
+            self._clock_step, self._clock = last, self._woke
         # The remaining time counts evaluations and saves as well.
-        remaining = (now - self._began) / max(step - self._began_step, 1) * (run.total_steps - step)
-        self._progress.update(step, values["train/loss"], run.batch_size / self._seconds_per_step, remaining)
-        return values
+        remaining = (self._woke - self._began) / max(last - self._began_step, 1) * (run.total_steps - step)
+        rate = run.batch_size / self._seconds_per_step
+        self._progress.update(step, values["train/loss"], rate, remaining)
+        self._log.write(step, values, {"examples_per_second": rate})
+        self.on_row(step, values)
 
     def _check(self, step: int, metrics: Metrics) -> None:
         """Shows an update that was skipped; raises `DivergedError` if the settings end the run."""
-        # Wait first, then read: reading an array that is not ready costs XLA:CPU a twentieth of a 4 ms step.
-        metrics["loss"].total.block_until_ready()
         bad, numerics = _not_finite(metrics), self._run.numerics
         if bad is not None and numerics.on_nonfinite == "stop":
             raise DivergedError(f"the {bad[0]} of step {step} is {bad[1]}", step, can_be_skipped=True)
