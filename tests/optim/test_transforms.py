@@ -1,6 +1,7 @@
 """Optax's optimizers and those of the user, by label: the numbers of Optax alone, under every setting of a group."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from trainer.errors import UserError
 from trainer.observe.log import read_rows
 from trainer.optim import build_groups, build_schedules
 from trainer.optim.decay_check import check_decay
-from trainer.optim.transforms import MixedState, _names, find_transform
+from trainer.optim.transforms import MixedState, TransformGroup, _names, find_transform, mixed, set_count
 from trainer.program import build_program
 
 LABELS = {"kernel": "decayed", "bias": "plain", "scale": "plain"}
@@ -77,34 +78,62 @@ def assert_close(found: Any, expected: Any, rtol: float = 2e-6) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=2e-7, err_msg=name)
 
 
-def alone(name: str, options: dict[str, Any], decay: float) -> optax.GradientTransformation:
-    """Optax's own, with its decay switched off, and decoupled decay after it."""
+def alone(name: str, options: dict[str, Any], rate: Any, decay: Any = None) -> optax.GradientTransformation:
+    """Optax's own with decoupled decay, a function of the updates made; that of a schedule-free optimizer is on z."""
+    subtract = optax.inject_hyperparams(optax.add_decayed_weights)
+    if "schedule_free" in name:
+        base = [optax.scale_by_rms(options["b2"], 1e-8, eps_in_sqrt=False, bias_correction=True)]
+        base += [subtract(decay)] if decay else []
+        return optax.contrib.schedule_free(optax.chain(*base, optax.scale_by_learning_rate(rate)), rate, b1=0.9)
     module = optax.contrib if ".contrib." in name else optax
-    off = {"optax.adamw": {"weight_decay": 0.0}, "optax.lion": {"weight_decay": 0.0}}.get(name, {})
+    off = {"weight_decay": 0.0} if name in ("optax.adamw", "optax.lion") else {}
     transform = getattr(module, name.rpartition(".")[2])(rate, **options, **off)
-    if not decay:
-        return transform
-    subtract = optax.inject_hyperparams(optax.add_decayed_weights)(lambda count: -decay * rate(count))
-    return optax.chain(transform, subtract)
+    return optax.chain(transform, subtract(lambda n: -decay(n) * rate(n))) if decay else transform
+
+
+def assert_label(label: str, found: Any, expected: optax.GradientTransformation, steps: int = 10) -> None:
+    own = {leaf for leaf, other in LABELS.items() if other == label}
+    last = walk(optax.masked(expected, {leaf: leaf in own for leaf in LABELS}), steps)[-1]
+    assert_close({leaf: found[leaf] for leaf in own}, {leaf: last[leaf] for leaf in own})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_each_label_goes_as_optax_alone_would_take_it_and_decays_by_its_group(name):
+def test_each_label_goes_as_optax_alone_would_take_it_with_every_setting_of_its_group(name):
     options = OPTIMIZERS[name]
-    found = walk(build(settings(name, options), LABELS)[0])
+    group = config.Group(
+        lr_multiplier=0.5,
+        clip_norm=0.3,
+        every_steps=2,
+        schedule=config.Schedule("linear", peak=0.08, final=0.02),
+        decay_schedule=config.Schedule("linear", peak=0.4, final=0.1),
+    )
+    optimizer = settings(name, options, groups={"decayed": group, "plain": config.Group(weight_decay=DECAY)})
+    found = walk(build(optimizer, LABELS)[0])
+    assert_label("plain", found[-1], alone(name, options, rate, lambda _: DECAY))
+
+    def own_rate(updates: Any) -> Any:  # of the updates of the group, which are half of the run's
+        return 0.5 * optax.linear_schedule(0.08, 0.02, 10)(2 * updates)
+
+    def own_decay(updates: Any) -> Any:
+        return optax.linear_schedule(0.4, 0.1, 10)(2 * updates)
+
+    transform = optax.chain(optax.clip_by_global_norm(0.3), alone(name, options, own_rate, own_decay))
+    p = {"kernel": params()["kernel"]}
+    state, update = transform.init(p), jax.jit(transform.update)
+    for step, grads in enumerate(gradients()):
+        if step % 2 == 0:
+            updates, state = update({"kernel": grads["kernel"]}, state, p)
+            p = optax.apply_updates(p, updates)
+        assert_close({"kernel": found[step]["kernel"]}, p)
+
+
+@pytest.mark.parametrize("name", ["optax.adamw", "optax.lion", "optax.contrib.schedule_free_adamw"])
+def test_the_decay_of_a_group_is_that_which_optax_has_built_in(name):
+    transform = build(settings(name, {}), LABELS)[0]
+    module = optax.contrib if ".contrib." in name else optax
+    builtin = getattr(module, name.rpartition(".")[2])
     for label, decay in (("decayed", DECAY), ("plain", 0.0)):
-        own = {leaf for leaf, other in LABELS.items() if other == label}
-        masked = optax.masked(alone(name, options, decay), {leaf: leaf in own for leaf in LABELS})
-        expected = walk(masked)
-        assert_close({leaf: found[-1][leaf] for leaf in own}, {leaf: expected[-1][leaf] for leaf in own})
-
-
-@pytest.mark.parametrize(("name", "own"), [("optax.adamw", "weight_decay"), ("optax.lion", "weight_decay")])
-def test_the_decay_of_a_group_is_that_which_optax_has_built_in(name, own):
-    found = walk(build(settings(name, {}), LABELS)[0])
-    mask = {leaf: label == "decayed" for leaf, label in LABELS.items()}
-    expected = walk(getattr(optax, name.removeprefix("optax."))(rate, **{own: DECAY}, mask=mask))
-    assert_close(found[-1], expected[-1])
+        assert_label(label, walk(transform)[-1], builtin(rate, weight_decay=decay))
 
 
 def test_muon_on_matrices_and_adabelief_on_the_rest_are_each_what_they_are_alone():
@@ -197,16 +226,62 @@ def test_the_decay_check_holds_for_each(name):
     assert results[0].factor == pytest.approx(1 - RATE * DECAY)
 
 
-def test_every_optimizer_of_the_list_updates_and_keeps_the_structure_of_its_state():
+# Functions of Optax with a learning rate that are no optimizers by themselves, or that cannot be one here, and why.
+LEFT_OUT = {
+    "optax.lbfgs": "needs the loss and a function of it",
+    "optax.noisy_sgd": "needs a key",
+    "optax.optimistic_adam": "is deprecated",
+    "optax.scale_by_learning_rate": "is a part of an optimizer",
+    "optax.scale_by_rprop": "is a part of an optimizer",
+    "optax.contrib.scale_by_madgrad": "is a part of an optimizer",
+    "optax.contrib.schedule_free": "needs another optimizer",
+    "optax.contrib.momo": "needs the loss",
+    "optax.contrib.momo_adam": "needs the loss",
+    "optax.contrib.sophia": "needs a function of the loss",
+    "optax.contrib.dpsgd": "needs the gradient of each example",
+}
+
+
+def test_every_optimizer_of_optax_that_takes_a_learning_rate_is_there():
+    found = {
+        f"{module.__name__}.{name}"
+        for module in (optax, optax.contrib)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+        if "learning_rate" in inspect.signature(value).parameters
+    }
+    assert found - set(_names()) == set(LEFT_OUT)
+    assert set(_names()) <= found
+
+
+def test_every_optimizer_of_the_list_keeps_the_structure_of_its_state_and_its_counters_can_be_set():
+    few = {"kernel": params()["kernel"]}
     for name in _names():
-        transform = find_transform(name, {}, lambda count: 0.01 + 0 * count, 0.01)
-        state = transform.init(params())
-        updates, after = jax.jit(transform.update)(gradients(1)[0], state, params())
-        assert jax.tree.structure(after) == jax.tree.structure(state), name
-        shapes = [[(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)] for tree in (state, after)]
+        group = TransformGroup(find_transform(name, {}, lambda count: 0.01 + 0 * count, 0.01), lambda _: 0.01)
+        optimizer = mixed({}, {"all": group}, {"kernel": "all"}, amsgrad=False, clip_norm=None, seed=0)
+        state = first = optimizer.init(few)
+        update = jax.jit(optimizer.update)
+        for grads in gradients(3):
+            updates, state = update({"kernel": grads["kernel"]}, state, few)
+        assert jax.tree.structure(state) == jax.tree.structure(first), name
+        shapes = [[(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)] for tree in (first, state)]
         assert shapes[0] == shapes[1], name
         assert all(np.isfinite(u).all() for u in updates.values()), name
-    assert len(_names()) > 35
+        counted = set_count(first, {"all": group}, jnp.asarray(3, jnp.int32))
+        for a, b in zip(jax.tree.leaves(counted), jax.tree.leaves(state), strict=True):
+            if jnp.issubdtype(b.dtype, jnp.integer) and not b.ndim:
+                assert int(a) == int(b), name
+
+
+def test_a_moment_of_a_parameter_that_is_called_count_is_no_counter():
+    p = {"count": jnp.ones(()), "t": jnp.ones(3)}
+    group = TransformGroup(optax.adam(0.1), lambda _: 0.1)
+    optimizer = mixed({}, {"all": group}, dict.fromkeys(p, "all"), amsgrad=False, clip_norm=None, seed=0)
+    _, state = optimizer.update(p, optimizer.init(p), p)
+    moments = set_count(state, {"all": group}, jnp.asarray(7, jnp.int32)).others["all"].inner[0]
+    assert int(moments.count) == 7
+    assert moments.mu["count"] == pytest.approx(0.1)
+    np.testing.assert_allclose(moments.mu["t"], np.full(3, 0.1), rtol=1e-6)
 
 
 @dataclasses.dataclass
@@ -263,6 +338,8 @@ def test_an_optimizer_whose_state_changes_is_refused_in_one_line(change, text):
         ("optax.os.system", {}, "optimizer 'optax.os.system' is not known"),
         ("optax.lion", {"mu_dtyp": 0.5}, r"optax.lion has no option 'mu_dtyp'; did you mean 'mu_dtype'\?"),
         ("optax.adamw", {"weight_decay": 0.5}, "has a setting of its own: optimizer.groups.LABEL.weight_decay"),
+        ("optax.muon", {}, r"optimizer 'optax.muon' is not known; did you mean 'optax.contrib.muon'\?"),
+        ("optax.adamw", {"mask": None}, "has a setting of its own: optimizer.groups.LABEL.weight_decay"),
         ("optax.adamw", {"learning_rate": 0.5}, "has a setting of its own: optimizer.schedule"),
         ("optax.rprop", {}, "optax.rprop takes a constant learning rate only"),
         ("optax.contrib.muon", {"ns_coeffs": "fast"}, r"optax.contrib.muon does not take its options"),

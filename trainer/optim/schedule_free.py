@@ -1,22 +1,40 @@
-"""The parameters at which a schedule-free optimizer is evaluated (Defazio et al., 2024, arXiv:2405.15682)."""
+"""Schedule-free optimizers of Optax, which keep two sets of parameters (Defazio et al., 2024, arXiv:2405.15682)."""
 
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array
-
-from trainer.optim.transforms import MixedState
+from jaxtyping import Array, Float
 
 
 def evaluation_params(params: Any, state: Any) -> Any:
     """The parameters to evaluate: those of a schedule-free optimizer are an average, x = (y − (1 − b1) · z) / b1."""
-    if not isinstance(state, MixedState):
-        return params
-    for free in filter(_is_free, jax.tree.leaves([other.inner for other in state.others.values()], is_leaf=_is_free)):
+    for free in filter(_is_free, jax.tree.leaves(state, is_leaf=_is_free)):
         params = jax.tree.map(functools.partial(_average, free.b1), free.z, params, is_leaf=_is_masked)
     return params
+
+
+def decay(u: Any, old: Any, new: Any, p: Any, share: Float[Array, ""]) -> tuple[Any, Any]:
+    """The updates `u` and the state `new` of a transformation, with `share` of the parameters `p` subtracted.
+
+    A schedule-free optimizer decays z, as it does in Optax with a decay of its own, and y = b1 · x + (1 − b1) · z
+    follows: the average x takes the part c of the new z, so y loses (b1 · c + 1 − b1) · share · p.
+    """
+    if not (olds := [state for state in jax.tree.leaves(old, is_leaf=_is_free) if _is_free(state)]):
+        return jax.tree.map(lambda x, q: x - share * q, u, p), new
+    (before,) = olds
+
+    def with_decay(after: Any) -> Any:
+        if not _is_free(after):
+            return after
+        return after._replace(z=jax.tree.map(lambda z, q: (z - share * q).astype(z.dtype), after.z, p))
+
+    (after,) = (state for state in jax.tree.leaves(new, is_leaf=_is_free) if _is_free(state))
+    part = jnp.nan_to_num((after.weight_sum - before.weight_sum) / after.weight_sum)
+    moved = (after.b1 * part + 1 - after.b1) * share
+    return jax.tree.map(lambda x, q: x - moved * q, u, p), jax.tree.map(with_decay, new, is_leaf=_is_free)
 
 
 def _is_free(node: Any) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from trainer import config
 from trainer.errors import UserError, did_you_mean
-from trainer.optim import fused
+from trainer.optim import fused, schedule_free
 from trainer.optim.fused import ParamGroup, ScaleByBeliefState
 from trainer.optim.precision import compute_dtype, global_norm
 from trainer.rules import path_of
@@ -25,6 +25,8 @@ _CONSTANT_RATE_ONLY = ("optax.rprop", "optax.sm3")  # take no schedule
 # These need the loss or a function of it in every update, or a key; the last is deprecated.
 _LEFT_OUT = ("optax.lbfgs", "optax.contrib.momo", "optax.contrib.momo_adam", "optax.contrib.sophia")
 _LEFT_OUT += ("optax.noisy_sgd", "optax.optimistic_adam")
+# Names of the counters in Optax's states, and what they are before the first update.
+_FIRST_COUNTS = {"count": 0, "count_m2": 0, "t": 0, "step_count": 1}
 _MASKED = optax.MaskedNode()  # a leaf of another label; a tree without leaves to JAX
 
 
@@ -90,11 +92,14 @@ def find_transform(
     if not isinstance(name, str):
         return name.transform(learning_rate)
     if name not in (known := _names()):
-        raise UserError(f"optimizer {name!r} is not known{did_you_mean(name, (*config.FUSED_OPTIMIZERS, *known))}")
+        same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]  # in another module
+        nearest = did_you_mean(name, (*config.FUSED_OPTIMIZERS, *known)) if not same else f"; did you mean {same[0]!r}?"
+        raise UserError(f"optimizer {name!r} is not known{nearest}")
     module, _, function = name.rpartition(".")
     make = getattr(importlib.import_module(module), function)
     arguments = inspect.signature(make).parameters
-    own = [key for key in arguments if key not in ("learning_rate", *_DECAYS)]
+    # Masks of the decay are switched off with it: labels say what decays.
+    own = [key for key in arguments if key not in ("learning_rate", "mask", "weight_decay_mask", *_DECAYS)]
     for option in options:
         if option in arguments and option not in own:
             instead = "schedule" if option == "learning_rate" else "groups.LABEL.weight_decay"
@@ -203,8 +208,7 @@ def _update(
     u, inner = group.transform.update(g, state.inner, p)
     if decay is not None and group.decay != "coupled":
         factors = {"fixed": 1.0, "decoupled": rate, "corrected": rate * rate / group.peak_rate}
-        share = decay * factors[group.decay]
-        u = jax.tree.map(lambda x, q: x - share * q, u, p)
+        u, inner = schedule_free.decay(u, state.inner, inner, p, decay * factors[group.decay])
     new = OtherState(inner, global_norm(jax.tree.leaves(u)))
     if group.every == 1:
         return u, new
@@ -222,8 +226,10 @@ def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
         every = getattr(groups[label], "every", 1)
 
         def replace(keys: Any, leaf: Any) -> Any:
-            is_count = path_of(keys).rpartition("/")[2] in ("count", "step_count")
-            return jnp.asarray(-(-count // every), leaf.dtype) if is_count else leaf
+            first = _FIRST_COUNTS.get(path_of(keys).rpartition("/")[2])
+            if first is None or not jnp.issubdtype(leaf.dtype, jnp.integer):  # a moment of a parameter of that name
+                return leaf
+            return jnp.asarray(first - (-count // every), leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(replace, other)
 
