@@ -59,6 +59,10 @@ EXHAUSTIVE = (
     "ptb_lstm2",
     "shakespeare",
 )
+# What becomes of each module's arrays in a config with `init_from`.
+BEGUN = {
+    "finetune_digits": [("conv_0", "taken"), ("conv_1", "taken"), ("head", "fresh"), ("hidden", "fresh")],
+}
 LARGEST_LOSS = {"toy": 150}  # of the first step; by default that of a classifier which is not far off
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -186,7 +190,9 @@ def test_the_page_of_experiments_lists_all_of_them(header, request):
     [pytest.param(path, marks=pytest.mark.exhaustive if path.stem in EXHAUSTIVE else ()) for path in CONFIGS],
     ids=lambda path: path.stem,
 )
-def test_config_trains_one_shrunk_step_and_its_parameters_decay_as_the_labels_say(path, shrunk, tmp_path):
+def test_config_trains_one_shrunk_step_and_its_parameters_decay_as_the_labels_say(
+    path, shrunk, fashion_dir, tmp_path, capsys
+):
     run, steps = shrunk, shrunk.total_steps
     run.optimizer.schedule.run_steps = run.optimizer.schedule.run_steps or run.total_steps  # its times stay
     run.total_steps = 1
@@ -194,12 +200,17 @@ def test_config_trains_one_shrunk_step_and_its_parameters_decay_as_the_labels_sa
     run.loading.workers = 0
     run.batch_size = 4 * run.microbatches
     run.evaluation.batch_size = 32
-    if run.init_from is not None:  # from a tree of the same parameters
+    if run.init_from is not None:  # from fresh parameters of the config whose run it names
+        first: Any = load_config(str(ROOT / "configs" / f"{Path(run.init_from.source).name.partition('@')[0]}.py"))
+        first.experiment.data_dir = str(fashion_dir)
         run.init_from.source = str(tmp_path / "params")
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "params", build_program(run).init().params)
+            checkpointer.save(tmp_path / "params", build_program(config.resolve(first)).init().params)
     program = build_program(run)
     state = train_program(program, tmp_path / "run", Progress(1))
+    if run.init_from is not None:
+        begun = re.findall(r"^(\w+)/\w+ +(taken|fresh), ", capsys.readouterr().out, re.MULTILINE)
+        assert sorted(set(begun)) == BEGUN[path.stem]
     assert int(state.step) == 1
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")

@@ -153,14 +153,20 @@ def _ending(session: Session) -> Iterator[None]:
         session.trace.phase("save", error.step)
         session.watch.enter("save", error.step)
         raise divergence.explain(session, error) from None
-    except Exception as error:
-        if session.hooks.failed and distributed.count() == 1:  # nothing else is wrong with the run
-            try:
-                saved = session.rescue()
-            except HostError as fault:
-                saved = f"the newest state is not saved: {fault}"
-            error.add_note(f"a hook ended the run; {saved}")
+    except BaseException as error:
+        if session.hooks.failed and distributed.count() == 1:  # nothing else is known to be wrong with the run
+            error.add_note(f"a hook ended the run; {_rescued(session)}")
         raise
+
+
+def _rescued(session: Session) -> str:
+    """Saves the newest state, and returns a text about it."""
+    try:
+        return session.rescue()
+    except HostError as fault:
+        return f"the newest state is not saved: {fault}"
+    except DivergedError as fault:  # perhaps the hook stopped the run for the same reason
+        return f"the newest state is not saved: {divergence.explain(session, fault)}"
 
 
 def _diverged_later(folder: Workdir, start: int) -> list[str]:
