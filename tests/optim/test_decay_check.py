@@ -111,5 +111,5 @@ def test_command_prints_a_result_for_each_label(data_dir, capsys):
     assert capsys.readouterr().out == (
         "label    arrays  step  factor   result\n"
         "decayed       4    51  0.99998  as stated\n"
-        "plain         4     1  1        untouched, as stated\n"
+        "plain         4    51  1        untouched, as stated\n"
     )

@@ -1,6 +1,9 @@
 """Cautious updates, corrected decay and stochastic rounding of parameters, against loops in NumPy's float64."""
 
+import dataclasses
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +13,9 @@ import optax
 import pytest
 
 from tests.optim.building import build
-from tests.tasks import make_run
-from trainer import config
+from tests.tasks import Task, make_run
+from tests.test_hooks import BreaksAt, FailedError, bits
+from trainer import config, train
 from trainer.optim import build_groups, build_optimizer, build_schedules
 from trainer.optim.decay_check import check_decay
 
@@ -226,6 +230,43 @@ def test_3000_steps_in_bfloat16_alone_end_within_one_percent_of_the_float32_loss
     print(f"float32 {wide:.5f}, bfloat16 stochastic {stochastic:.5f}, nearest {nearest:.5f}")
     assert abs(stochastic / wide - 1) < 0.01
     assert nearest / wide > 1.02
+
+
+@dataclasses.dataclass
+class Narrow(Task):
+    """`Task` with parameters in bfloat16."""
+
+    def init(self, key, batch):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), super().init(key, batch))
+
+
+def test_a_run_whose_parameters_are_rounded_randomly_resumes_bit_for_bit_and_is_the_same_on_four_devices(tmp_path):
+    def run_on(parallel: config.Parallel, total_steps: int) -> config.Run:
+        run = make_run(total_steps, experiment=Narrow(batch_norm=False), parallel=parallel)
+        run.optimizer.param_rounding, run.checkpoint.every_steps = "stochastic", 4
+        run.optimizer.schedule.run_steps, run.optimizer.schedule.warmup = 10, 0
+        return run
+
+    one, four = config.Parallel(devices=1), config.Parallel("fsdp", devices=4, min_shard_size=0)
+    whole = train(run_on(one, 10), tmp_path / "whole", verbose=False)
+    with pytest.raises(FailedError):
+        train(run_on(one, 10), tmp_path / "run", verbose=False, hooks=[BreaksAt(6)])
+    assert bits(train(run_on(one, 10), tmp_path / "run", verbose=False)) == bits(whole)
+    assert {x.dtype for x in jax.tree.leaves(whole.params)} == {jnp.dtype(jnp.bfloat16)}
+    # After one step nearly every number was rounded in the same direction, so the random bits are the same.
+    first = train(run_on(one, 1), tmp_path / "one", verbose=False)
+    sharded = train(run_on(four, 1), tmp_path / "four", verbose=False)
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)]) for state in (first, sharded))
+    assert np.mean(a == b) > 0.95
+
+
+def test_the_variants_of_the_page_train(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "adabelief.md").read_text()
+    (text,) = re.findall(r"```python\n(Optimizer\([^`]*cautious=True.*?)```", page, re.DOTALL)
+    run = make_run(2, experiment=Narrow(batch_norm=False), optimizer=eval(text, vars(config)))
+    run.optimizer.schedule.run_steps = 1000
+    state: Any = train(run, tmp_path / "run", verbose=False)
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.opt_state.mu))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_corrected_decay_of_a_group_that_never_moves_is_none():

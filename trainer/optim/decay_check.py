@@ -25,6 +25,7 @@ class DecayResult:
     arrays: int  # number of parameter arrays
     wrong: tuple[str, ...]  # paths of the arrays that were not multiplied by `factor`
     lost: bool = False  # nothing moved at all: the decay of a step is too small for the dtype of the parameters
+    moves: bool = False  # the Optax transformation moves parameters without gradients, perhaps by a decay of its own
 
     @property
     def holds(self) -> bool:
@@ -41,7 +42,8 @@ class DecayResult:
             return "not checked: coupled decay goes through the moments"
         if self.factor <= 0:
             return "WRONG: this is no decay"
-        return "as stated" if self.factor != 1 else "untouched, as stated"
+        text = "as stated" if self.factor != 1 else "untouched, as stated"
+        return f"{text}, beside a move that the optimizer makes without gradients" if self.moves else text
 
 
 def check_decay(
@@ -56,10 +58,10 @@ def check_decay(
     The step must multiply them by 1 − learning rate · weight decay, to the last place of their dtype. With "corrected"
     decay, the subtracted share is additionally multiplied by learning rate / peak; with "fixed" decay, the factor is
     1 − weight decay; "coupled" decay is not checked. The step must keep every bit of parameters without decay and of
-    frozen ones. The check uses the step in which the label decays most (of up to 10,000 steps, evenly spaced over the
-    run), since the first step of a warm-up has no decay.
+    frozen ones. The check uses the step in which the label decays most, or without decay that of the highest learning
+    rate (of up to 10,000 steps, evenly spaced over the run), since the first step of a warm-up has neither.
     A parameter that is 0 is replaced by 1, since no decay would change it. The move that an Optax transformation makes
-    without gradients is allowed for.
+    without gradients is allowed for, and reported.
 
     Args:
       params: the parameters at the start of the run.
@@ -94,7 +96,11 @@ def check_decay(
         wrong = tuple(path for (path, old, new), move in pairs if not _shrunk(old, new, shrink, move))
         may_stay = isinstance(group, ParamGroup) and group.rounds_randomly
         lost = shrink > 0 and not may_stay and all(old.tobytes() == new.tobytes() for _, old, new in own)
-        results.append(DecayResult(label, count + 1, 1 - shrink, len(own), wrong, lost))
+        pairs = zip(own, moves, strict=True)
+        is_moved = any(
+            np.any(np.abs(move) > 4 * np.spacing(np.abs(old)).astype(np.float64)) for (_, old, _), move in pairs
+        )
+        results.append(DecayResult(label, count + 1, 1 - shrink, len(own), wrong, lost, is_moved))
     return results
 
 
@@ -106,7 +112,7 @@ def decay_table(results: Sequence[DecayResult]) -> str:
 
 
 def _steepest(group: ParamGroup | TransformGroup | None, total_steps: int) -> tuple[int, float]:
-    """The count of updates before the step in which a group decays most, and the share of its parameters it loses.
+    """The count of updates before the step that the check makes, and the share of its parameters that a group loses.
 
     Of at most 10,000 steps, evenly spaced over the run.
     """
@@ -116,10 +122,10 @@ def _steepest(group: ParamGroup | TransformGroup | None, total_steps: int) -> tu
     updates = -(-total_steps // group.every)
     counts = np.unique(np.linspace(0, updates - 1, min(updates, 10_000)).astype(int)) * group.every
     decays = np.broadcast_to(jax.vmap(lambda count: jnp.asarray(decay(count), float))(counts), counts.shape)
+    rates = np.asarray(jax.vmap(lambda count: jnp.asarray(group.learning_rate(count), float))(counts), np.float64)
     if group.decay in ("decoupled", "corrected"):
-        rates = np.asarray(jax.vmap(group.learning_rate)(counts), np.float64)
         decays = decays * rates * (rates / group.peak_rate if group.decay == "corrected" else 1)
-    steepest = int(np.argmax(decays))
+    steepest = int(np.argmax(decays if np.any(decays) else rates))
     return int(counts[steepest]), float(decays[steepest])
 
 
