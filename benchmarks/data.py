@@ -79,7 +79,7 @@ def augment_table(options: argparse.Namespace) -> None:
                 own.append(microseconds(read, arrays, options.steps))
         loop, ours = (min(own) for own in times.values())
         print(f"augment, images {side}×{side}×3: loop {loop:.1f} µs, harness {ours:.1f} µs an example", end=": ")
-        print(f"overhead {ours - loop:.1f} µs, {ours / loop:.2f} ×")
+        print(f"overhead {ours - loop:.1f} µs (bar: 15), {ours / loop:.2f} ×")
 
 
 # A table for each option of the command line: `--augment` prints the first.
