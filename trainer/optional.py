@@ -32,9 +32,11 @@ class Augments(Protocol):
 
         Its entries and shapes may differ from those of the source, but must be the same for all examples.
 
-        This runs after decoding and after the in-memory cache, in threads of this process or in worker processes. The
-        generator depends on the run's seed and the position of the example in the run: the result is the same on any
-        number of processes, threads and workers, and after a resume.
+        This runs after the source decoded the example and after the in-memory cache, in threads of this process or in
+        worker processes. An `Encoded` entry, such as a JPEG file, comes as it is, because decoding only a crop costs
+        less; if it stays in the result, it is decoded afterwards. The generator depends on the run's seed and the
+        position of the example in the run: the result is the same on any number of processes, threads and workers, and
+        after a resume.
 
         Args:
           example: arrays and numbers by name, as the source has them. The arrays may not be written to.
