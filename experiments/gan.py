@@ -248,8 +248,7 @@ class GAN:
         """A grid of generated images, of the same latents at every step."""
         del step
         if self.samples:
-            images = self.generate(variables, self.samples, jax.random.key(0))
-            writer.image("samples", process_allgather(images, tiled=True))
+            writer.image("samples", self.generate(variables, self.samples, jax.random.key(0)))
 
     def source(self, split: str) -> RandomAccessSource:
         """The images of a split."""

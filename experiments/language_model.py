@@ -28,7 +28,7 @@ from trainer.data import ArraySource, tfds
 from trainer.errors import UserError
 from trainer.experiment import Batch, Collections, Variables
 from trainer.metrics import Mean, Metrics
-from trainer.report import ReportWriter
+from trainer.report import ReportWriter, on_host
 
 
 @jax.checkpoint  # the backward pass then keeps the logits and no other array of their size, whatever XLA fuses
@@ -217,7 +217,7 @@ class LanguageModel:
             raise UserError("the prompt is empty; the model needs a token to begin with")
         rows = jnp.asarray([tokens], jnp.int32)
         found = self.continuations(variables, rows, length, key, temperature, top_k)
-        return self.decode([*tokens, *np.asarray(found[0]).tolist()])
+        return self.decode([*tokens, *on_host(found)[0].tolist()])
 
     def continuations(
         self,

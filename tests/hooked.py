@@ -1,6 +1,7 @@
 """One of several processes that train with early stopping, and prints the last step and a hash of the parameters.
 
-Arguments: workdir, the step at which a hook breaks the run (0 for none), then the flags of several processes.
+Arguments: the step at which a hook breaks the run (0 for none), workdirs, --only=I if the hook breaks process I alone,
+then the flags of several processes.
 """
 
 import argparse
@@ -18,13 +19,13 @@ from trainer.hooks import EarlyStopping
 
 
 class Breaks:
-    """Raises an exception after a step, in every process."""
+    """Raises an exception after a step, in every process or in one."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, only: int | None) -> None:
+        self.step, self.only = step, only
 
     def on_step(self, event) -> None:
-        if event.step == self.step:
+        if event.step == self.step and self.only in (None, distributed.index()):
             raise RuntimeError("of the hook")
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("breaks", type=int)
     parser.add_argument("workdirs", nargs="+")
+    parser.add_argument("--only", type=int)
     add_group_options(parser)
     options = parser.parse_args()
     startup.initialize(options.coordinator, options.process, options.processes)
@@ -42,7 +44,7 @@ def main() -> None:
         logging=config.Logging(every_steps=1),
     )
     for workdir in options.workdirs:
-        hooks = [EarlyStopping("test/loss", patience=3, min_delta=0.2), Breaks(options.breaks)]
+        hooks = [EarlyStopping("test/loss", patience=3, min_delta=0.2), Breaks(options.breaks, options.only)]
         with distributed.fail_fast():
             state = train(run, workdir, verbose=False, hooks=hooks)
         digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))

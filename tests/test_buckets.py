@@ -1,18 +1,27 @@
 """Workdirs in buckets, where files cannot be appended to and are copied instead."""
 
+import dataclasses
 import errno
 import gc
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
+from tests.launched import launch, program_of
 from tests.observe.event_reader import shown
 from tests.tasks import make_run
-from trainer import config
+from tests.test_init_from import as_bytes, begun
+from tests.test_restore import Predicting
+from trainer import config, load
+from trainer.commands import run as command
 from trainer.errors import HostError, UserError
+from trainer.export import write_safetensors
 from trainer.files import is_bucket
+from trainer.init_from import plan_init
 from trainer.observe.log import MetricsLog, read_rows
 from trainer.workdir import Mirror, Workdir
 
@@ -127,3 +136,85 @@ def test_a_run_is_kept_in_a_bucket_as_in_a_folder(tmp_path, monkeypatch):
         workdir.write(run, "labels")
         assert workdir.stored_run() == run
         assert sorted(file.name for file in workdir.path.iterdir()) == ["config.json", "params.txt"]  # no lock
+
+
+@dataclasses.dataclass
+class Reporting(Predicting):
+    """Predicts, and reports its kernel."""
+
+    def report(self, step, variables, writer):
+        writer.histogram("weights", variables["params"]["head"]["kernel"])
+        writer.text("note", f"after step {step}")
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """The same run in a folder and in a folder that is taken for a bucket, as long as this fixture lives."""
+    place = tmp_path_factory.mktemp("twins")
+    folder, bucket = place / "folder", place / "bucket"
+    run = make_run(
+        6,
+        experiment=Reporting(),
+        parallel=config.Parallel(devices=1),
+        checkpoint=config.Checkpoint(every_steps=2, keep_last=2, best_metric="test/accuracy"),
+        evaluation=config.Evaluation(every_steps=2, batch_size=8),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.workdir.is_bucket", lambda path: str(path).startswith(str(bucket)))
+        patch.setattr("orbax.checkpoint._src.path.gcs_utils._GCS_PATH_PREFIX", (str(bucket),))
+        for workdir in (folder, bucket / "run"):
+            launch(run, workdir)
+        yield folder, bucket / "run"
+
+
+def test_a_run_in_a_bucket_leaves_the_metrics_and_the_reports_of_a_folder(twins):
+    folder, bucket = twins
+    names = [path.relative_to(folder).as_posix() for path in (folder / "reports").rglob("*.*")]
+    assert sorted(names) == sorted(
+        f"reports/{step}/{name}" for step in (2, 4, 6) for name in ("note.txt", "weights.npz")
+    )
+    for name in ("metrics.jsonl", *names):
+        assert (bucket / name).read_bytes() == (folder / name).read_bytes(), name
+    assert list(bucket.rglob("commit_success.txt"))  # it was a bucket to Orbax, too
+
+
+@pytest.mark.parametrize("step", ["latest", "best", 4])
+def test_a_model_is_loaded_from_a_bucket_as_from_a_folder(twins, step):
+    expected, found = (load(workdir, step) for workdir in twins)
+    assert (found.step, found.metrics) == (expected.step, expected.metrics)
+    assert as_bytes(found.variables) == as_bytes(expected.variables)
+
+
+def test_predictions_of_a_model_in_a_bucket_are_those_of_a_folder(twins, tmp_path):
+    for workdir, name in zip(twins, ("folder.npz", "bucket.npz"), strict=True):
+        assert command(["predict", f"--workdir={workdir}", f"--output={tmp_path / name}"]) == 0
+    folder, bucket = (np.load(tmp_path / name) for name in ("folder.npz", "bucket.npz"))
+    assert set(bucket) == set(folder) > {"label", "logits"}
+    for name in folder:
+        np.testing.assert_array_equal(bucket[name], folder[name])
+
+
+@pytest.mark.parametrize(("step", "state"), [("", "fresh"), ("@best", "carried")])
+def test_a_run_begins_from_a_bucket_as_from_a_folder(twins, step, state):
+    sources = [config.InitFrom(f"{workdir}{step}", optimizer_state=state) for workdir in twins]
+    runs = [make_run(8, parallel=config.Parallel(devices=1), init_from=source) for source in sources]
+    expected, found = (as_bytes(begun(run)) for run in runs)
+    assert found == expected
+
+
+def test_a_run_begins_from_safetensors_in_a_bucket(twins, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    folder, bucket = twins
+    file = bucket.parent / "exported" / "model.safetensors"
+    file.parent.mkdir()
+    write_safetensors(load(folder), file)
+    run = make_run(8, parallel=config.Parallel(devices=1), init_from=config.InitFrom(str(file)))
+    plan = plan_init(program_of(run))
+    assert plan is not None
+    assert plan.source.text == f"arrays of {file}"
+    file.unlink()  # the library, which cannot open `gs://`, opens a copy
+    assert as_bytes(plan.state()) == as_bytes(begun(dataclasses.replace(run, init_from=config.InitFrom(str(folder)))))
+    del plan
+    gc.collect()
+    assert list((tmp_path / "temporary").iterdir()) == []

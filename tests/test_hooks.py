@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import shutil
+import socket
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from tests.launched import launch
 from tests.tasks import Task, make_run
 from trainer import config, train
+from trainer.checkpoint import Store
 from trainer.errors import HostError, UserError
 from trainer.hooks import HOOK_METHODS, EarlyStopping, Hook, Plot
 from trainer.observe.log import read_rows
@@ -106,14 +109,17 @@ class FailedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", HOOK_METHODS)
-def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_path, plain, moment):
+@pytest.mark.parametrize(
+    ("moment", "error"),
+    [*((moment, FailedError) for moment in HOOK_METHODS), ("on_step", SystemExit), ("on_evaluate", KeyboardInterrupt)],
+)
+def test_an_exception_in_a_hook_ends_the_run_with_its_newest_state_saved(tmp_path, plain, moment, error):
     def fail(self, event):
         if event.step >= 4 or moment == "on_start":
-            raise FailedError("of the user")
+            raise error("of the user")
 
     hook, folder = type("Failing", (), {moment: fail})(), tmp_path / "run"
-    with pytest.raises(FailedError, match="of the user") as raised:
+    with pytest.raises(error, match="of the user") as raised:
         launch(run_of(), folder, hooks=[hook])
     (note,) = raised.value.__notes__
     if moment == "on_start":
@@ -138,6 +144,21 @@ class Blocks:
             self.file.write_text("in the way")
         if event.step == self.last:
             self.file.unlink()
+
+
+def test_a_hook_that_raises_because_the_loss_is_not_finite_keeps_its_error_and_the_step_is_kept_for_replay(tmp_path):
+    def fail(self, event):
+        if not np.isfinite(event.metrics["train/loss"]):
+            raise FailedError("the loss is not finite")
+
+    hook, folder = type("Careful", (), {"on_step": fail})(), tmp_path / "run"
+    run = dataclasses.replace(run_of(), experiment=Task(explode_at=3))
+    with pytest.raises(FailedError, match="the loss is not finite") as raised:
+        train(run, folder, verbose=False, hooks=[hook])
+    (note,) = raised.value.__notes__
+    assert note.startswith("a hook ended the run; the newest state is not saved: the loss of step 3 is inf")
+    assert f"trainer replay {folder}/diverged/3" in note
+    assert len(list((folder / "diverged").iterdir())) == 1
 
 
 def test_a_save_that_cannot_begin_calls_no_hook_and_one_that_is_the_last_must_succeed(tmp_path, plain):
@@ -200,6 +221,15 @@ def test_early_stopping_stops_a_resumed_run_where_it_stops_an_undisturbed_one(tm
     once_more = Recorded()
     assert bits(launch(run, tmp_path / "run", hooks=[stopping(), once_more])) == stopped
     assert [name for name, _, _ in once_more.calls] == ["on_start", "on_end"]
+
+
+def test_early_stopping_forgets_the_evaluations_that_a_kill_undid(tmp_path, stopped):
+    run, folder = run_of(200), tmp_path / "run"
+    with pytest.raises(FailedError):
+        launch(run, folder, hooks=[stopping(), BreaksAt(9)])
+    shutil.rmtree(folder / "checkpoints" / "9")  # as if the kill had come before it was written
+    assert {6, 8} <= {row["step"] for row in read_rows(folder / "metrics.jsonl") if "test/loss" in row}
+    assert bits(launch(run, folder, hooks=[stopping()])) == stopped
 
 
 def expected_stop(losses: list[float], patience: int, min_delta: float) -> int:
@@ -332,47 +362,62 @@ def test_early_stopping_names_a_wrong_argument(arguments, text):
 
 
 def test_a_plot_has_the_values_of_all_launches(tmp_path, monkeypatch):
-    shown: list[Plot] = []
-    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: shown.append(figure) or Shown(shown))
+    first: list[Any] = []  # the first image of each display
+    updates: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", lambda image, display_id: first.append(image) or Shown(updates))
     for _ in range(2):
         plot = Plot("train/loss", "test/loss")
         with pytest.raises(FailedError):
             launch(run_of(), tmp_path / "run", hooks=[plot, BreaksAt(5), BreaksAt(9)])
-    plot = Plot("train/loss", "test/loss")
-    launch(run_of(), tmp_path / "run", hooks=[plot])
+    assert len(first) == 2
+    del first[:], updates[:]
+    calls, plot = Recorded(), Plot("train/loss", "test/loss")
+    launch(run_of(), tmp_path / "run", hooks=[calls, plot])
+    drawn = [name for name, _, metrics in calls.calls if name in ("on_log", "on_evaluate") and metrics]
+    assert (len(first), len(updates)) == (1, len(drawn) - 1)
+    assert updates
+    assert len({image.data for image in (*first, *updates)}) == len(drawn)  # each shows more
     (axes,) = plot.figure().axes
     rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
     for line, name in zip(axes.lines, plot.metrics, strict=True):
         expected = [(row["step"], row[name]) for row in rows if name in row]
         np.testing.assert_array_equal(np.stack(line.get_data(), 1), expected)
         assert line.get_label() == name
-    assert len(shown) > 3
 
 
 class Shown:
     """A display as IPython gives it, whose drawing can be replaced."""
 
-    def __init__(self, figures: list) -> None:
-        self.figures = figures
+    def __init__(self, updates: list) -> None:
+        self.updates = updates
 
-    def update(self, figure) -> None:
-        self.figures.append(figure)
+    def update(self, image) -> None:
+        self.updates.append(image)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_early_at_one_step_also_after_a_resume(tmp_path):
+def test_two_processes_stop_early_at_one_step_also_after_a_hook_failed_in_both_or_in_one(tmp_path):
     from tests.multiprocess.conftest import Group, free_port
 
     shown: list[list[str]] = []
-    for breaks, workdirs in (("5", ["resumed"]), ("0", ["resumed", "whole"])):
-        flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
+    for breaks, only, workdirs in (
+        ("5", [], ["resumed"]),
+        ("7", ["--only=1"], ["resumed"]),
+        ("0", [], ["resumed", "whole"]),
+    ):
+        flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", *only)
         folders = [str(tmp_path / name) for name in workdirs]
         groups = [Group("-m", "tests.hooked", breaks, *folders, *flags, f"--process={i}") for i in range(2)]
         codes = [group.end() for group in groups]
         assert codes == ([0, 0] if breaks == "0" else [1, 1]), groups[0].stderr
+        if only:  # the other process names the one that ended both
+            assert groups[1].stderr.count("RuntimeError: of the hook") == 1
+            failed = f"error: process 1 on {socket.gethostname()} failed: RuntimeError: of the hook; the run ends\n"
+            assert groups[0].stderr == failed
+            assert Store(tmp_path / "resumed" / "checkpoints", config.Checkpoint()).steps()[-1] in (4, 6)
         shown += [[line for line in group.stdout.splitlines() if line.startswith("step")] for group in groups]
-    assert shown[:2] == [[], []]
-    ((resumed, whole), others) = shown[2:]
+    assert shown[:4] == [[], [], [], []]
+    ((resumed, whole), others) = shown[4:]
     assert [resumed, whole] == others
     assert resumed == whole
     assert re.fullmatch(r"step \d+ of 200: [0-9a-f]{64}", whole)

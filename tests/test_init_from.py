@@ -99,13 +99,29 @@ class Renamed(nn.Module):
         return nn.Dense(self.classes, name="out")(x)
 
 
+def keys_kernel(x: np.ndarray) -> np.ndarray:
+    """Keys (1981), "Cubic convolution interpolation for digital image processing", with a = −1/2."""
+    x = abs(x)
+    near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def resampled(before: int, after: int, kernel: Any) -> np.ndarray:
+    """The weight of each old number (rows) in each new one: its distance, where fewer numbers widen the kernel."""
+    scale = after / before
+    at = (np.arange(after) + 0.5) / scale - 0.5
+    weights = kernel((np.arange(before)[:, None] - at[None, :]) * min(scale, 1))
+    return weights / weights.sum(0)
+
+
 RENAME = ((r"dense/(.*)", r"first/\1"), (r"head/(.*)", r"out/\1"))
 
 
-@pytest.mark.parametrize("rule", ["fresh", "pad", "linear", "nearest"])
-def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
+@pytest.mark.parametrize("classes", [5, 2])
+@pytest.mark.parametrize("rule", ["fresh", "pad", "linear", "cubic", "nearest"])
+def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule, classes):
     rules = ((r"out/.*", rule), (".*", "take"))
-    run = run_of(experiment=Wide(), init_from=config.InitFrom(str(old), RENAME, rules))
+    run = run_of(experiment=Wide(classes=classes), init_from=config.InitFrom(str(old), RENAME, rules))
     plan = plan_init(build_program(config.resolve(run)))
     assert plan is not None
     state, there = plan.state(), leaves(load(old).variables)
@@ -115,27 +131,32 @@ def test_names_are_changed_and_each_leaf_is_taken_fresh_or_resized(old, rule):
     for name in ("mean", "var"):
         np.testing.assert_array_equal(found[f"batch_stats/norm/{name}"], there[f"batch_stats/norm/{name}"])
     small, large = there["params/head/kernel"], found["params/out/kernel"]
-    assert (small.shape, large.shape) == ((16, 3), (16, 5))
+    assert (small.shape, large.shape) == ((16, 3), (16, classes))
     if rule == "fresh":
         np.testing.assert_array_equal(large, fresh["out/kernel"])
     elif rule == "pad":
-        np.testing.assert_array_equal(large[:, :3], small)
+        np.testing.assert_array_equal(large[:, :3], small[:, :classes])
         np.testing.assert_array_equal(large[:, 3:], fresh["out/kernel"][:, 3:])
     elif rule == "nearest":
-        np.testing.assert_array_equal(large, small[:, np.floor((np.arange(5) + 0.5) * 3 / 5).astype(int)])
+        np.testing.assert_array_equal(large, small[:, np.floor((np.arange(classes) + 0.5) * 3 / classes).astype(int)])
     else:
-        at = np.clip((np.arange(5) + 0.5) * 3 / 5 - 0.5, 0, 2)
-        expected = np.stack([np.interp(at, np.arange(3), row) for row in small.astype(np.float64)])
-        np.testing.assert_allclose(large, expected, rtol=1e-5, atol=1e-6)
+        kernel = {"linear": lambda x: np.maximum(1 - abs(x), 0), "cubic": keys_kernel}[rule]
+        np.testing.assert_allclose(large, np.float64(small) @ resampled(3, classes, kernel), rtol=1e-5, atol=1e-6)
     text = str(plan)
-    kinds = {"fresh": r"fresh, float32\[16, 5\]"}.get(rule, rf"{rule} from \[16, 3\], float32\[16, 5\]")
+    kinds = {"fresh": r"fresh, float32\[16, N\]"}.get(rule, rf"{rule} from \[16, 3\], float32\[16, N\]").replace(
+        "N", str(classes)
+    )
     assert re.search(rf"^out/kernel +{kinds} ", text, re.MULTILINE)
     assert re.search(r"^first/kernel +taken, float32\[8, 16\] +dense/kernel$", text, re.MULTILINE)
     assert ("not used: head/bias, head/kernel" in text) == (rule == "fresh")
 
 
-def test_a_name_is_replaced_as_a_whole(old):
-    rename = ((r"dense/k|dense/kernel", "first/kernel"), (r"head/(kern|kernel|bias)", r"out/\1"))
+def test_a_name_is_replaced_as_a_whole_by_the_first_pattern_that_matches_it(old):
+    rename = (
+        (r"dense/k|dense/kernel", "first/kernel"),
+        (r"head/(kern|kernel|bias)", r"out/\1"),
+        (r"(head|norm)/(.*)", r"\1/\2"),
+    )
     run = run_of(experiment=Wide(classes=3), init_from=config.InitFrom(str(old), rename))
     plan = plan_init(build_program(config.resolve(run)))
     assert plan is not None
@@ -190,7 +211,9 @@ def test_the_whole_state_goes_on_as_if_the_old_run_had_gone_on(old, tmp_path):
     state = train(run_of(12, optimizer=constant, init_from=carried), tmp_path / "new", verbose=False)
     assert bits(state) == bits(longer)
     slower = dataclasses.replace(constant, schedule=config.Schedule(peak=1e-3))
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
     state = train(run_of(12, optimizer=slower, init_from=carried), tmp_path / "slower", verbose=False)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
     assert int(state.step) == 12
     rows = list(read_rows(tmp_path / "slower" / "metrics.jsonl"))
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(7, 13))
@@ -217,10 +240,19 @@ def test_ema_params_are_taken_where_a_run_keeps_them(tmp_path):
             np.testing.assert_array_equal(x, leaves(trained.ema)[path], err_msg=path)
 
 
+class WithStatistics(FlaxState):
+    """As Flax's examples with BatchNorm have it."""
+
+    batch_stats: Any
+
+
 def saved_by_orbax(kind: str, place: Path, variables: Any) -> None:
     params = variables["params"]
     flax_state = FlaxState.create(apply_fn=lambda: None, params=params, tx=optax.adam(1e-3))
-    tree = {"params": params, "variables": dict(variables), "state": flax_state, "manager": flax_state}[kind]
+    statistics = {"batch_stats": variables["batch_stats"]}
+    normalized = WithStatistics.create(apply_fn=lambda: None, params=params, tx=optax.adam(1e-3), **statistics)
+    trees = {"params": params, "variables": dict(variables), "state": flax_state, "manager": flax_state}
+    tree = {**trees, "normalized": normalized}[kind]
     if kind == "manager":
         with ocp.CheckpointManager(place.absolute()) as manager:
             manager.save(7, args=ocp.args.StandardSave(tree))
@@ -229,16 +261,17 @@ def saved_by_orbax(kind: str, place: Path, variables: Any) -> None:
         checkpointer.save(place.absolute(), tree)
 
 
-@pytest.mark.parametrize("kind", ["params", "variables", "state", "manager"])
+@pytest.mark.parametrize("kind", ["params", "variables", "state", "normalized", "manager"])
 def test_trees_that_orbax_saved_are_sources(old, tmp_path, kind):
     variables = load(old).variables
     saved_by_orbax(kind, tmp_path / "tree", variables)
-    rules = () if kind == "variables" else ((r"batch_stats/.*", "fresh"), (".*", "take"))
+    is_whole = kind in ("variables", "normalized")
+    rules = () if is_whole else ((r"batch_stats/.*", "fresh"), (".*", "take"))
     source = f"{tmp_path / 'tree'}@7" if kind == "manager" else str(tmp_path / "tree")
     state = begun(run_of(init_from=config.InitFrom(source, rules=rules)))
     for path, x in leaves(variables["params"]).items():
         np.testing.assert_array_equal(leaves(state.params)[path], x, err_msg=path)
-    if kind == "variables":
+    if is_whole:
         np.testing.assert_array_equal(
             state.collections["batch_stats"]["norm"]["mean"], variables["batch_stats"]["norm"]["mean"]
         )
@@ -264,6 +297,10 @@ def test_a_safetensors_file_is_a_source_also_in_bfloat16(old, tmp_path):
     ("settings", "text"),
     [
         ({"rules": ((r"out/.*", "fresh"), (".*", "take"))}, "it has no first/kernel"),
+        (
+            {"rename": ((r"norm/bias", "x"), (r"dense/kernel", "norm/bias")), "rules": ((".*", "pad"),)},
+            r"norm/bias is \[8, 16\] there, \[16\] here",
+        ),
         ({"rename": RENAME}, r"out/kernel is \[16, 3\] there, \[16, 5\] here; give init_from.rename, or in the config"),
         ({"rename": ((r"dens/(.*)", r"first/\1"),)}, "init_from.rename 'dens/.*' matches no array"),
         ({"rename": ((r"norm/.*", "one"),)}, "init_from.rename gives norm/bias and norm/scale one name, one"),
@@ -274,7 +311,7 @@ def test_a_safetensors_file_is_a_source_also_in_bfloat16(old, tmp_path):
         ({"source": "missing"}, "init_from: there is no .*missing"),
         ({"source": "@99"}, "there is no checkpoint of step '99'; there are 3, 6"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_does_not_fit_is_one_line_and_touches_nothing(old, tmp_path, settings, text):
     source = {"@99": f"{old}@99"}.get(settings.pop("source", ""), str(old) if "source" not in settings else "")
@@ -285,6 +322,13 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(old, tmp_path, settin
         train(run, tmp_path / "run", verbose=False)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_with_an_at_sign_is_a_name_if_it_is_there(old, tmp_path):
+    shutil.copytree(old, copied := tmp_path / "wide@3")
+    assert open_variables(str(copied)).step == 6
+    assert open_variables(f"{copied}@3").step == 3
+    assert open_variables(f"{old}@3").step == 3
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "torn"])
@@ -330,6 +374,25 @@ def test_moments_of_a_variable_that_is_fresh_are_fresh(old):
     assert not np.any(mu["head"]["kernel"])
     assert np.any(mu["dense"]["kernel"])
     assert int(state.opt_state.count) == 6
+
+
+def test_moments_go_with_a_variable_that_is_renamed_and_not_with_one_that_is_resized(old):
+    rules = ((r"out/.*", "pad"), (".*", "take"))
+    source = config.InitFrom(str(old), RENAME, rules, optimizer_state="carried")
+    state = begun(run_of(12, experiment=Wide(), init_from=source))
+    trained = train(run_of(), old, verbose=False)
+    np.testing.assert_array_equal(state.opt_state.mu["first"]["kernel"], trained.opt_state.mu["dense"]["kernel"])
+    assert np.any(state.opt_state.mu["first"]["kernel"])
+    assert not np.any(state.opt_state.mu["out"]["kernel"])
+
+
+def test_the_best_checkpoint_of_a_run_is_a_source(tmp_path):
+    folder = tmp_path / "run"
+    kept = config.Checkpoint(every_steps=3, best_metric="test/loss", best_mode="max")  # the earlier one
+    train(run_of(checkpoint=kept, evaluation=config.Evaluation(every_steps=3)), folder, verbose=False)
+    for name, step in {"best": 3, "latest": 6}.items():
+        state = begun(run_of(init_from=config.InitFrom(f"{folder}@{name}")))
+        assert as_bytes(state.params) == as_bytes(load(folder, step).variables["params"])
 
 
 @pytest.mark.parametrize(("before", "after"), [("adabelief", "optax.lion"), ("optax.lion", "adabelief")])

@@ -53,7 +53,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         4,
         experiment=Predicting(),
         parallel=config.Parallel(request.param, min_shard_size=0, devices=4),
-        checkpoint=config.Checkpoint(every_steps=2, best_metric="test/loss", best_mode="min"),
+        checkpoint=config.Checkpoint(every_steps=2, best_metric="test/loss", best_mode="max"),
         evaluation=config.Evaluation(every_steps=2, batch_size=8),
     )
     run.optimizer.ema_decay = 0.5 if request.param == "data" else None
@@ -118,9 +118,19 @@ def test_the_variables_are_those_of_the_run_on_one_device(trained):
 def test_a_step_is_named_or_is_the_best(trained):
     assert load(trained.workdir, 2).step == 2
     losses = {step: load(trained.workdir, step).metrics["test/loss"] for step in (2, 4)}
-    assert load(trained.workdir, "best").step == min(losses, key=losses.__getitem__)
+    assert load(trained.workdir, "best").step == max(losses, key=losses.__getitem__) == 2
     with pytest.raises(UserError, match="there is no checkpoint of step '3'; there are 2, 4, latest, best"):
         load(trained.workdir, 3)
+
+
+def test_metrics_are_numbers_also_where_a_row_has_nan_or_what_was_accepted(trained, tmp_path):
+    shutil.copytree(trained.workdir, copy := tmp_path / "copy")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "test/nothing": null}\n{"step": 4, "accepted": ["seed was 0, is 1"]}\n')
+    found = load(copy)
+    assert np.isnan(found.metrics["test/nothing"])
+    assert all(isinstance(value, float | int) for value in found.metrics.values())
+    assert "test/nothing nan" in repr(found)
 
 
 def test_a_mesh_of_any_shape_takes_the_variables(trained):

@@ -95,7 +95,8 @@ def evaluate_split(
         own = evaluates.evaluate(name, variables, _beating(taken, on_batch))
     if own is not None:
         metrics = {key: value if isinstance(value, Metric) else Mean.single(value) for key, value in own.items()}
-        values, best = numbers(metrics, name), program.run.checkpoint.best_metric
+        values = distributed.same_numbers("evaluate of the experiment", numbers(metrics, name))
+        best = program.run.checkpoint.best_metric
         if best is not None and best.startswith(f"{name}/") and best not in values:
             raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, values)}")
         return {**values, f"{name}/examples": len(source)}

@@ -8,15 +8,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from trainer.errors import UserError
 
 _FORBIDDEN = re.compile(r"[^\w.-]|^\.+")  # characters that the name of a file may not have
 
 
+def on_host(x: Any) -> np.ndarray:
+    """Numbers as a NumPy array. All processes call it together, since an array may be sharded over them."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 class ReportWriter:
-    """Writes what an experiment reports after a step. In a process that writes nothing, every method does nothing."""
+    """Writes what an experiment reports after a step.
+
+    In a process that writes nothing, a method does nothing but to send its shards of an image or a histogram.
+    """
 
     def __init__(
         self,
@@ -31,7 +43,10 @@ class ReportWriter:
         self._names: list[str] = []
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of `metrics.jsonl` so far: "step", and metrics by names such as "train/loss"."""
+        """The rows of `metrics.jsonl` so far: "step", and metrics by names such as "train/loss".
+
+        There are none in a process that writes nothing.
+        """
         return self._rows()
 
     def image(self, name: str, image: Any) -> None:
@@ -39,11 +54,12 @@ class ReportWriter:
 
         Numbers are 0 to 255 in uint8, else 0 to 1.
         """
+        whole = on_host(image)
         if self._folder is None:
             return
         from PIL import Image
 
-        pixels = _grid(np.asarray(image), name)
+        pixels = _grid(whole, name)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="PNG")
         self._write(f"{name}.png", file.getvalue())
@@ -70,11 +86,12 @@ class ReportWriter:
 
     def histogram(self, name: str, values: Any, bins: int = 30) -> None:
         """How numbers of any shape are distributed: counts between edges, in an `.npz` with these two arrays."""
+        numbers = on_host(values)
         if self._folder is None:
             return
         from tensorboardX.summary import histogram as summary
 
-        numbers = np.asarray(values, np.float64).reshape(-1)
+        numbers = numbers.astype(np.float64).reshape(-1)
         finite = numbers[np.isfinite(numbers)]
         if left_out := numbers.size - finite.size:
             self._show(f"warning: histogram {name!r} has {left_out:,} NaN or Inf, which are left out")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from os import PathLike
@@ -79,13 +80,13 @@ def load(
       step: that of the checkpoint, or "latest", or "best" by `checkpoint.best_metric`.
       run: the description of the run; None for the one that the workdir holds.
       sharding: of each array, or a function that gives it for a path, such as "params/head/kernel", and a shape; None
-        for JAX's first device. Processes that share a mesh load together.
+        for the first device of this process. All processes of a run load together.
 
     Raises `UserError` if the workdir holds no such checkpoint, or one that is damaged.
     """
     folder = Workdir(workdir)
     run = run_of(folder, run)
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(metadata: Metadata) -> Variables:
         kept = ("params/" if run.optimizer.ema_decay is None else "ema/", "collections/")
@@ -107,7 +108,8 @@ def load(
     with closing(Store(folder.checkpoints, run.checkpoint)) as store:
         store.scores = scores(rows.values(), run.checkpoint.best_metric)
         chosen, variables = read_step(store, step, read)
-    metrics = {name: value for name, value in rows.get(chosen, {}).items() if name != "step"}
+    row = {name: math.nan if value is None else value for name, value in rows.get(chosen, {}).items() if name != "step"}
+    metrics = {name: value for name, value in row.items() if isinstance(value, float | int)}  # "accepted" is a list
     return Trained(run, variables, chosen, metrics)
 
 

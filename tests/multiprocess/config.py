@@ -52,6 +52,7 @@ def get_config(argument: str = "") -> config.Run:
     """
     batch_size = 2 * BATCH if argument == "differing" and "--process=1" in sys.argv else BATCH
     experiments = {"plain": Task(), "replicated": Task(), "slow": SlowToEvaluate()}
+    own = {} if argument in experiments else {"own": config.Evaluation(every_steps=10, batch_size=8)}
     slow: dict[str, Any] = {
         "loading": config.Loading(in_memory_bytes=0, threads=1),
         "evaluation": config.Evaluation(every_steps=10, batch_size=4),
@@ -59,6 +60,7 @@ def get_config(argument: str = "") -> config.Run:
     return make_run(
         20,
         experiment=experiments.get(argument, Traced()),
+        evaluations=own,
         batch_size=batch_size,
         optimizer=dataclasses.replace(make_run().optimizer, schedule=config.Schedule(peak=1e-2)),
         checkpoint=config.Checkpoint(every_steps=10),

@@ -136,12 +136,12 @@ def stop(group: Group, pids: list[int], index: int) -> Stopped:
 
 @pytest.fixture(scope="session")
 def in_four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stopped]]:
-    """The same run in four processes with a device each, but endless: the last one is stopped after 22 steps."""
+    """The same run in four processes with a device each, but endless: the last one is stopped after 24 rows."""
     workdir = tmp_path_factory.mktemp("four") / "run"
     flags = ("--processes=4", "--config.evaluation.every_steps=10")
     group = rehearse(CONFIG, f"--workdir={workdir}", ENDLESS, *flags)
     try:
-        group.wait_until(lambda: rows_of(workdir) >= 22)
+        group.wait_until(lambda: rows_of(workdir) >= 24)
         yield workdir, stop(group, [group.child(index) for index in range(4)], 3)
     finally:
         group.process.kill()

@@ -1,19 +1,24 @@
 """Restores a checkpoint in each of several processes, compares its bits with an .npz, and gathers without the last one.
 
+It also loads the model on a device of each process, and shows the error of an evaluation on which they differ.
+
 Arguments: workdir, .npz, then the flags of a command in several processes.
 """
 
 import argparse
 import sys
 from contextlib import closing
+from typing import Any
 
 import jax
 import numpy as np
 
-from trainer import distributed
+from trainer import distributed, load
 from trainer.checkpoint import Store
 from trainer.commands.arguments import add_group_options
 from trainer.distributed import startup
+from trainer.errors import UserError
+from trainer.evaluation import evaluate_split
 from trainer.program import build_program
 from trainer.rules import paths
 from trainer.workdir import Workdir
@@ -40,6 +45,19 @@ def main() -> None:
     assert len(paths(state)) == len(expected.files)
     shapes = f"{jax.process_count()} processes × {jax.local_device_count()} devices"
     print(f"{len(expected.files)} leaves are the same bit for bit on {shapes}, {sharded} of them sharded", flush=True)
+    loaded = load(options.workdir).variables
+    for path, leaf in zip(paths(loaded), jax.tree.leaves(loaded), strict=True):
+        assert leaf.devices() == {jax.local_devices()[0]}
+        name = path if path.startswith("params/") else f"collections/{path}"
+        np.testing.assert_array_equal(np.asarray(leaf), expected[name], err_msg=path)
+    for differs in (1e-6, 1.0):
+        experiment: Any = run.experiment
+        experiment.differs = differs
+        try:
+            found = evaluate_split(program, state, program.evaluations["own"].source, name="own")
+            print(sorted(found), len(set(distributed.gather("found", str(found)))), flush=True)
+        except UserError as error:
+            print(str(error).partition(" has ")[0], flush=True)
     if distributed.index() != distributed.count() - 1:
         try:
             distributed.gather("the missed one", seconds=1)

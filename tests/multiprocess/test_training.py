@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import xla_flags
 from tests.multiprocess.config import get_config
@@ -19,6 +20,7 @@ from tests.multiprocess.test_ends import assert_stopped
 from tests.test_resume import event_steps
 from trainer import config, train
 from trainer.checkpoint import Store
+from trainer.commands import run as command
 from trainer.data.order import Order
 from trainer.observe.log import read_rows
 from trainer.observe.progress import Progress
@@ -85,9 +87,10 @@ def test_example_j_of_batch_i_is_the_same_with_the_same_random_numbers_on_any_nu
     names = [f"train/id_{j}" for j in range(BATCH)]
     examples = Order(Traced().examples, get_config().seed)(np.arange(20 * BATCH)).reshape(20, BATCH)
     np.testing.assert_array_equal(values(rows, *names), examples)
-    noise = [f"train/noise_{j}" for j in range(BATCH)]
-    np.testing.assert_array_equal(values(rows, *noise), values(in_one, *noise))
-    assert len(np.unique(values(rows, *noise))) == 20 * BATCH
+    for kind in ("noise", "drawn"):  # on the devices, and by `augment` on the host
+        numbers = [f"train/{kind}_{j}" for j in range(BATCH)]
+        np.testing.assert_array_equal(values(rows, *numbers), values(in_one, *numbers))
+        assert len(np.unique(values(rows, *numbers))) == 20 * BATCH
 
 
 def test_evaluation_sees_every_example_once_though_the_last_batch_is_not_full(rows):
@@ -106,7 +109,8 @@ def test_only_the_first_process_writes_and_speaks(in_two):
     assert event_steps(workdir) == list(range(1, 21))
     assert len(list((workdir / "tensorboard").glob("events*"))) == 1
     assert sorted(path.name for path in workdir.iterdir()) == [
-        *(".lock", "checkpoints", "config.json", "metrics.jsonl", "params.txt", "profile", "tensorboard"),
+        *(".lock", "checkpoints", "config.json", "metrics.jsonl", "params.txt", "profile", "reports"),
+        "tensorboard",
         "timing.jsonl",
     ]
 
@@ -138,7 +142,9 @@ def test_a_checkpoint_of_two_processes_is_restored_on_one_bit_for_bit(in_two):
             np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
 
 
-def test_a_checkpoint_of_two_processes_is_restored_on_four_bit_for_bit_and_a_late_process_is_named(in_two, tmp_path):
+def test_a_checkpoint_of_two_is_restored_and_loaded_on_four_and_a_process_that_is_late_or_differs_is_named(
+    in_two, tmp_path
+):
     expected = arrays(in_two[0])
     np.savez(tmp_path / "expected.npz", **expected)  # pyrefly: ignore[bad-argument-type] - no name is an option of it
     script = ["-m", "tests.multiprocess.restore", str(in_two[0]), str(tmp_path / "expected.npz")]
@@ -152,8 +158,12 @@ def test_a_checkpoint_of_two_processes_is_restored_on_four_bit_for_bit_and_a_lat
     for index in range(4):
         shown = [line for line in lines if line.startswith(f"[{index}] ")]
         same = f"{len(expected)} leaves are the same bit for bit on 4 processes × 1 devices, {sharded} of them sharded"
+        own = [
+            "['own/accuracy', 'own/examples', 'own/largest'] 1",
+            "process 1: UserError: evaluate of the experiment: process 1",
+        ]
         missed = ["waited 1 s at 'the missed one' for process 3 of 4"] * (index != 3)
-        assert shown == [f"[{index}] {text}" for text in (same, *missed)]
+        assert shown == [f"[{index}] {text}" for text in (same, *own, *missed)]
 
 
 def test_ten_and_ten_steps_in_two_processes_are_twenty_to_the_bit(in_two, tmp_path):
@@ -188,3 +198,41 @@ def test_evaluate_finds_the_processes_that_open_mpi_started_and_shows_what_train
     assert shown["test loss"] == f"{last['test/loss']:.4f}"
     assert shown["test examples"] == str(EXAMPLES)
     assert "test " not in second.stdout
+
+
+def test_an_evaluation_of_the_experiments_own_gives_what_one_process_gives(rows, in_one):
+    names = ["own/accuracy", "own/largest", "own/examples"]
+    found, expected = ([row for row in run if names[0] in row] for run in (rows, in_one))
+    assert [row["step"] for row in found] == [10, 20]
+    np.testing.assert_allclose(values(found, *names), values(expected, *names), rtol=2e-5, atol=0)
+    # The model and the examples are those of the main evaluation.
+    np.testing.assert_allclose(values(found, "own/accuracy"), values(found, "test/accuracy"), rtol=1e-6)
+
+
+def test_a_report_shows_parameters_that_are_sharded_over_processes(in_two):
+    saved, folder = arrays(in_two[0]), in_two[0] / "reports" / "20"
+    assert sorted(path.name for path in folder.iterdir()) == ["kernel.png", "weights.npz"]
+    found, expected = np.load(folder / "weights.npz"), np.histogram(saved["params/head/kernel"].astype(np.float64), 30)
+    np.testing.assert_array_equal(found["counts"], expected[0])
+    np.testing.assert_array_equal(found["edges"], expected[1])
+    pixels = np.asarray(Image.open(folder / "kernel.png"))
+    np.testing.assert_allclose(pixels, np.clip(saved["params/dense/kernel"], 0, 1) * 255, atol=0.51)
+    assert len(np.unique(pixels)) > 20
+
+
+def test_predict_in_two_processes_writes_every_example_once_as_one_process_does(in_two, running, tmp_path):
+    flags = ("predict", f"--workdir={in_two[0]}", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
+    for index in range(2):
+        own = (f"--output={tmp_path}/two.npz", f"--process={index}")
+        running.append(Group("-m", "trainer", *flags, *own, XLA_FLAGS=xla_flags(devices=2)))
+    first, second = map(finished, running)
+    wrote = [line for group in (first, second) for line in group.stdout.splitlines() if "Gloo" not in line]
+    assert wrote == [f"wrote {tmp_path}/two.npz: {EXAMPLES} examples, step 20 of {in_two[0]}"]
+    assert command(["predict", f"--workdir={in_two[0]}", f"--output={tmp_path}/one.npz"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+    found, expected = np.load(tmp_path / "two.npz"), np.load(tmp_path / "one.npz")
+    np.testing.assert_array_equal(found["id"], np.arange(EXAMPLES))
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)

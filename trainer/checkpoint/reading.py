@@ -220,8 +220,9 @@ def _retry(read: Callable[[], Any], place: AnyPath) -> Any:
 
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    _, sums = finite_and_checksums(list(arrays.values()))
-    return dict(zip(arrays, map(int, sums), strict=True))
+    names = sorted(arrays)  # processes add up an array that they share together, so in one order
+    _, sums = finite_and_checksums([arrays[name] for name in names])
+    return dict(zip(names, map(int, sums), strict=True))
 
 
 def _is_leaf(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """The processes of a run: how they agree, how they fail together, and how a signal stops them."""
 
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -9,13 +10,14 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax._src.distributed import global_state  # strings and barriers with a time limit: JAX has no public ones
 
 from trainer.distributed import peers
@@ -105,6 +107,17 @@ def check_same(name: str, text: str) -> None:
             if here != there:
                 here, there = (line.strip(" ,") for line in (here, there))
                 raise UserError(f"{name}: process {index()} has {here}, process 0 has {there}")
+
+
+def same_numbers(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of process 0, by name: the last digits of other hosts may differ.
+
+    Raises `CollectiveUserError`, as `check_same` does, if those of a process differ by more than a thousandth.
+    """
+    first = json.loads(gather(f"{name}, process 0", json.dumps(dict(values)))[0])
+    is_near = [*first] == [*values] and np.allclose([*values.values()], [*first.values()], 1e-3, equal_nan=True)
+    check_same(name, json.dumps(first if is_near else dict(values), indent=0))
+    return first
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from trainer.files import AnyPath
 from trainer.observe.log import read_rows
 from trainer.restore import schedule_free_paths
 from trainer.rules import path_of
-from trainer.workdir import Workdir
+from trainer.workdir import Mirror, Workdir
 
 Wanted = Mapping[str, jax.sharding.Sharding]  # by the name of an array
 
@@ -42,7 +41,7 @@ def open_variables(text: str, *, raw: bool = False) -> VariableSource:
     that it trains.
     """
     name, at, step = text.rpartition("@")
-    if not at or "/" in step:
+    if not at or "/" in step or Workdir(text).path.exists():  # a name may hold an @
         name, step = text, ""
     place = Workdir(name).path
     if not place.exists():
@@ -54,7 +53,7 @@ def open_variables(text: str, *, raw: bool = False) -> VariableSource:
     if step:
         raise UserError(f"init_from: {name} is a file, which has no step {step}")
     if place.suffix == ".safetensors":
-        return _safetensors(Path(place))
+        return _safetensors(place)
     raise UserError(f"init_from: {name} is neither a workdir, nor a folder that Orbax wrote, nor a .safetensors file")
 
 
@@ -144,27 +143,31 @@ def _orbax(place: AnyPath, step: str) -> VariableSource:
     return VariableSource(f"arrays that Orbax saved in {place}", leaves, read)
 
 
-def _safetensors(file: Path) -> VariableSource:
+def _safetensors(place: AnyPath) -> VariableSource:
     try:
         from safetensors.flax import load_file
         from safetensors.numpy import safe_open
     except ImportError as error:
         raise UserError(f"{error}; it is part of: pip install 'belief-trainer[export]'") from error
+    mirror = Mirror(place.parent)  # the library opens no file in a bucket
+    file = mirror.folder / place.name
     try:
+        if file != place:
+            file.write_bytes(place.read_bytes())
         with safe_open(file, "np") as opened:
             slices = {path: opened.get_slice(path) for path in opened.keys()}  # noqa: SIM118 - it is no mapping
             paths = {path: Leaf(tuple(x.get_shape()), _DTYPES[x.get_dtype()]) for path, x in slices.items()}
     except KeyError as error:
-        raise UserError(f"init_from: {file} holds arrays of a dtype that JAX does not have: {error}") from error
+        raise UserError(f"init_from: {place} holds arrays of a dtype that JAX does not have: {error}") from error
     except Exception as error:  # the library has one type for all errors of a file
-        raise UserError(f"init_from: {file} cannot be read: {short_message(error)}") from error
+        raise UserError(f"init_from: {place} cannot be read: {short_message(error)}") from error
     names = _variable_names(paths)
 
     def read(wanted: Wanted) -> dict[str, jax.Array]:
-        arrays = load_file(file)
+        arrays = load_file(mirror.folder / place.name)  # a copy is removed with `mirror`, so not before this function
         return {name: jax.device_put(np.asarray(arrays[names[name]]), sharding) for name, sharding in wanted.items()}
 
-    return VariableSource(f"arrays of {file}", {name: paths[path] for name, path in names.items()}, read)
+    return VariableSource(f"arrays of {place}", {name: paths[path] for name, path in names.items()}, read)
 
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
