@@ -16,7 +16,7 @@ from tests.launched import launch
 from tests.tasks import Net, Task, make_run
 from tests.test_hooks import BreaksAt, FailedError, bits
 from trainer import config, evaluate, load, train
-from trainer.data import take
+from trainer.data import ArraySource, take
 from trainer.errors import UserError
 from trainer.metrics import Moments
 from trainer.observe.events import event_files, read_events
@@ -46,11 +46,28 @@ def run_of(total_steps: int = 12, **settings: Any) -> config.Run:
     return make_run(total_steps, **defaults | settings)
 
 
+@dataclasses.dataclass
+class Grids(Task):
+    """Also has another data set, "grids": 33 examples of shape [2, 4] with a note."""
+
+    def loss(self, variables, batch, *, key, train):
+        return super().loss(variables, batch | {"x": batch["x"].reshape(-1, 8)}, key=key, train=train)
+
+    def source(self, split):
+        if split != "grids":
+            return super().source(split)
+        rng = np.random.default_rng(2)
+        label = rng.integers(0, 3, 33).astype(np.int32)
+        return ArraySource({"x": rng.normal(size=(33, 2, 4)), "label": label, "note": np.zeros((33, 5), np.uint8)})
+
+
 def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(tmp_path):
     optimizer = config.Optimizer(schedule=config.Schedule(peak=1e-2), ema_decay=0.5)
-    run = run_of(optimizer=optimizer)
+    run = run_of(optimizer=optimizer, experiment=Grids())
+    run.evaluations["other"] = config.Evaluation("grids", every_steps=4, batch_size=5)
     state = train(run, tmp_path / "run", verbose=False)
     expected = {"often": [2, 4, 6, 8, 10, 12], "epoch": [6, 12], "train-set": [3, 6, 9, 12], "examples": [4, 8, 12]}
+    expected |= {"other": [4, 8, 12]}
     for name, found in ({"test": [12]} | expected).items():
         assert steps(tmp_path / "run", name) == found
     last = {name: value for row in rows_of(tmp_path / "run") if row["step"] == 12 for name, value in row.items()}
@@ -60,6 +77,7 @@ def test_each_evaluation_has_its_cadence_its_split_its_examples_and_its_params(t
         ("often", "test", 5, trained.variables["params"]),
         ("train-set", "train", 50, trained.variables["params"]),
         ("examples", "test", 21, state.params),
+        ("other", "grids", 33, trained.variables["params"]),
     ):
         assert last[f"{name}/examples"] == count
         batch = jax.tree.map(jnp.asarray, take(run.experiment.source(split), np.arange(count)))
@@ -202,13 +220,22 @@ def test_an_evaluation_of_ones_own_and_a_report(tmp_path, strategy):
     np.testing.assert_array_equal(counts, np.histogram(kernel, 4)[0])
     assert (reports / "6" / "largest.txt").read_text().startswith(f"largest weight {kernel.max():.3f}, ")
     values = [
-        (value.tag.partition("/")[0], event.step)
+        (value.tag.partition("/")[0], event.step, value)
         for name in event_files(tmp_path / "run" / "tensorboard")
         for event in read_events((tmp_path / "run" / "tensorboard" / name).read_bytes())
         for value in event.summary.value
     ]
     for name in ("kernel", "grid", "largest", "weights", "losses"):
-        assert [step for tag, step in values if tag == name] == [3, 6], name
+        assert [step for tag, step, _ in values if tag == name] == [3, 6], name
+    shown = {tag: value for tag, step, value in values if step == 6}
+    for name in ("kernel", "grid", "losses"):
+        assert shown[name].image.encoded_image_string == (reports / "6" / f"{name}.png").read_bytes()
+        with Image.open(reports / "6" / f"{name}.png") as image:
+            assert image.size == (shown[name].image.width, shown[name].image.height)
+    assert shown["largest"].tensor.string_val[:] == [(reports / "6" / "largest.txt").read_bytes()]
+    histogram = shown["weights"].histo
+    assert (histogram.num, histogram.min, histogram.max) == (kernel.size, kernel.min(), kernel.max())
+    assert sum(histogram.bucket) == kernel.size
 
 
 def test_a_best_metric_that_ones_own_evaluation_does_not_give_is_named(tmp_path):

@@ -1,12 +1,15 @@
 """Three models of Flax's examples, unchanged, as experiments of a user in a folder outside the repository."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.flax_models import fetch
 from tests import xla_flags
@@ -31,6 +34,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_the_experiment_of_a_user_is_short_and_imports_nothing_of_this_repository_but_the_harness(name):
+    text = (ROOT / "tests" / "flax_examples" / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any(node.level for node in statements if isinstance(node, ast.ImportFrom))
+    names = {node.module or "" for node in statements if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {"trainer", "experiments", "tests"} <= packages
+    assert {name.partition(".")[0] for name in names} & packages == {"trainer"}
+
+
+def tiles(file: Path) -> np.ndarray:
+    """The images [N, 28, 28] of a grid, from 0 to 1."""
+    pixels = np.asarray(Image.open(file)) / 255
+    rows, columns = (size // 28 for size in pixels.shape)
+    return pixels.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28)
+
+
 def call(folder: Path, *arguments: str, devices: int = 1) -> str:
     """The output of a command in the user's folder."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)}
@@ -40,19 +63,30 @@ def call(folder: Path, *arguments: str, devices: int = 1) -> str:
     return done.stdout
 
 
+def losses(folder: Path, name: str, workdir: str, *flags: str, devices: int = 1) -> list[float]:
+    """The loss of each step of a run."""
+    call(folder, "train", f"--config={name}.py", f"--workdir={workdir}", *flags, devices=devices)
+    lines = (folder / workdir / "metrics.jsonl").read_text().splitlines()
+    return [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
+
+
 @pytest.mark.parametrize("name", ["vae", "lm1b", pytest.param("resnet", marks=pytest.mark.exhaustive)])
 def test_a_model_of_flax_trains_unchanged_on_one_device_and_on_four(name, folder):
-    assert len((folder / f"{name}.py").read_text().splitlines()) <= 60
-    losses = []
-    for devices in (1, 4):
-        run = (f"--config={name}.py", f"--workdir={name}-{devices}", *SMALL[name])
-        call(folder, "train", *run, *ALL, devices=devices)
-        lines = (folder / f"{name}-{devices}" / "metrics.jsonl").read_text().splitlines()
-        losses.append([row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row])
-    one, four = losses
+    assert not folder.resolve().is_relative_to(ROOT)
+    one, four = (losses(folder, name, f"{name}-{devices}", *SMALL[name], *ALL, devices=devices) for devices in (1, 4))
     assert sum(one[-5:]) < 0.9 * sum(one[:5])
     assert four[0] == pytest.approx(one[0], rel=1e-4)
     assert "test loss: " in call(folder, "evaluate", f"--workdir={name}-1")  # by the workdir alone
     if name == "vae":
         written = sorted(path.name for path in (folder / "vae-1" / "reports" / "60").iterdir())
         assert written == ["reconstructions.png", "samples.png"]
+        images, found = np.split(tiles(folder / "vae-1" / "reports" / "60" / "reconstructions.png"), 2)
+        assert ((found - images) ** 2).mean() < 0.8 * ((images.mean(0) - images) ** 2).mean()
+        assert tiles(folder / "vae-1" / "reports" / "60" / "samples.png").std() > 0.1
+
+
+def test_a_resnet_of_flax_trains_unchanged_in_a_few_steps_of_few_images(folder):
+    settings = {"total_steps": 12, "batch_size": 16, "experiment.filters": 8, "optimizer.schedule.warmup": 2}
+    settings |= {"logging.every_steps": 1, "evaluation.batch_size": 16, "evaluation.max_examples": 32}
+    found = losses(folder, "resnet", "resnet", *(f"--config.{name}={value}" for name, value in settings.items()))
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])

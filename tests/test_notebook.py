@@ -1,6 +1,7 @@
 """A notebook in a real Jupyter kernel: a class of its own, every line once, and Jupyter's own interrupt."""
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -8,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from sklearn.metrics import confusion_matrix
 
+from tests.tasks import Net, Task, make_run
+from trainer import load
 from trainer.observe.log import read_rows
 
 pytestmark = pytest.mark.slow
@@ -31,6 +37,16 @@ assert Points.__module__ == "__main__"
 """
 
 
+class Client(NotebookClient):
+    """Keeps the messages of the kernel that show or replace a drawing."""
+
+    def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
+        if msg["msg_type"] in ("display_data", "update_display_data"):
+            shown: list[Any] = self.__dict__.setdefault("shown", [])
+            shown.append((msg["msg_type"], msg["content"]["transient"]["display_id"], msg["content"]["data"]))
+        return super().process_message(msg, cell, cell_index)
+
+
 class Kernel:
     """A Jupyter kernel that runs cells one after another, as a notebook does."""
 
@@ -43,6 +59,10 @@ class Kernel:
         self._client.nb.cells.append(cell)
         self._client.execute_cell(cell, len(self._client.nb.cells) - 1)
         return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+    def messages(self) -> list[Any]:
+        """(kind, id, data) of each drawing that was shown or replaced since the last call."""
+        return self._client.__dict__.pop("shown", [])
 
     def drawings(self) -> list[Any]:
         """The display of the last cell, by media type."""
@@ -57,7 +77,7 @@ class Kernel:
 def kernel(tmp_path, monkeypatch) -> Iterator[Kernel]:
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    client = NotebookClient(
+    client = Client(
         nbformat.v4.new_notebook(), timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
     with client.setup_kernel():
@@ -113,7 +133,7 @@ trained = trainer.load(WORKDIR, run=run)
 batch = trainer.take(run.experiment.source("test"), range(21))
 matrix = np.zeros((3, 3), int)
 np.add.at(matrix, (batch["label"], trained.predict(batch)["label"]), 1)
-print(trained.step, matrix.sum())
+print(trained.step, matrix.tolist())
 """
 
 
@@ -122,12 +142,32 @@ def test_train_watch_load_a_confusion_matrix_and_train_on(kernel, tmp_path):
     kernel.run(f"WORKDIR = {str(tmp_path / 'run')!r}")
     kernel.run(TRAIN)
     (drawing,) = kernel.drawings()  # one, updated in place
-    assert "image/png" in drawing
-    assert re.fullmatch(r"8 21\n", kernel.run(MATRIX))
+    in_place(kernel.messages(), drawing, count=12)  # 8 rows and 4 evaluations
+    assert kernel.run(MATRIX) == f"8 {matrix_of(tmp_path / 'run', 8)}\n"
     kernel.run("run.total_steps = 12")
     assert "resumed from step 8" in kernel.run("state = trainer.train(run, WORKDIR, hooks=[plot])")
-    assert re.fullmatch(r"12 21\n", kernel.run(MATRIX))
+    (drawing,) = kernel.drawings()
+    in_place(kernel.messages(), drawing, count=6)
+    assert kernel.run(MATRIX) == f"12 {matrix_of(tmp_path / 'run', 12)}\n"
     assert kernel.run("print([step for step, _ in plot._values['test/loss']])") == "[2, 4, 6, 8, 10, 12]\n"
+
+
+def in_place(messages: list[Any], drawing: Any, count: int) -> None:
+    """Asserts that a drawing was shown once and replaced each further time, by another image."""
+    kinds, ids, data = zip(*messages, strict=True)
+    assert kinds == ("display_data", *["update_display_data"] * (count - 1))
+    assert len(set(ids)) == 1
+    images = [image["image/png"] for image in data]
+    assert len(set(images)) == count
+    assert images[-1] == drawing["image/png"]
+
+
+def matrix_of(workdir: Path, step: int) -> str:
+    """The confusion matrix of a checkpoint, computed in this process without the notebook's class."""
+    trained = load(workdir, step, run=make_run(step, experiment=Task(examples=40)))
+    test = Task().source("test").arrays
+    logits = Net(0.0, True).apply(trained.variables, jnp.asarray(test["x"]), train=False)
+    return json.dumps(confusion_matrix(test["label"], np.asarray(logits).argmax(-1), labels=range(3)).tolist())
 
 
 PREDICTS = """    examples: int = 40

@@ -15,6 +15,7 @@ from experiments.sampling import draw
 from tests.tasks import Task
 from trainer import config
 from trainer.commands import run as command
+from trainer.observe.events import event_files, read_events
 
 LINES = " the cat sat \n the dog ran to the cat \n" * 9
 
@@ -30,7 +31,7 @@ def workdirs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> dict[s
         (folder / f"{split}.txt").write_text(LINES)
     sizes: dict[str, Any] = {"width": 8, "layers": 1, "length": 8}
     experiments: dict[str, Any] = {
-        "decoder": LanguageModel(data_dir=str(data_dir), heads=2, kv_heads=1, mlp_width=8, **sizes),
+        "decoder": LanguageModel(data_dir=str(data_dir), heads=2, kv_heads=1, mlp_width=8, sample=12, **sizes),
         "lstm": LSTMLanguageModel(files=str(folder / "{split}.txt"), streams=4, eval_streams=1, **sizes),
         "classifier": Task(),
     }
@@ -65,6 +66,26 @@ def test_the_text_begins_with_the_prompt_and_follows_the_flags(name, prompt, wor
     assert likeliest == printed(capsys, workdirs[name], *flags, "--top-k=1", "--temperature=5", "--seed=9")
     assert likeliest == printed(capsys, workdirs[name], *flags, "--temperature=0", "--step=2")
     assert len(printed(capsys, workdirs[name], f"--prompt={prompt}", "--length=1")) < len(likeliest)
+
+
+@pytest.mark.slow
+def test_the_text_that_a_decoder_reports_is_the_one_that_it_generates_in_a_file_and_in_tensorboard(workdirs):
+    trained = trainer.load(workdirs["decoder"])
+    experiment: Any = trained.experiment
+    expected = experiment.generate(trained.variables, "The ", 12, key=jax.random.key(2))
+    assert (trained.step, expected[:4]) == (2, "The ")
+    (file,) = (workdirs["decoder"] / "reports" / "2").iterdir()
+    assert (file.name, file.read_bytes().decode()) == ("sample.txt", expected)
+    folder = workdirs["decoder"] / "tensorboard"
+    events = [event for name in event_files(folder) for event in read_events((folder / name).read_bytes())]
+    texts = [
+        (event.step, value.tag, [text.decode() for text in value.tensor.string_val], value.metadata.plugin_data)
+        for event in events
+        for value in event.summary.value
+        if value.HasField("tensor")
+    ]
+    ((step, tag, shown, plugin),) = texts
+    assert (step, tag, shown, plugin.plugin_name) == (2, "sample/text_summary", [expected], "text")
 
 
 @pytest.mark.slow

@@ -285,6 +285,39 @@ def test_schedule_that_contradicts_itself_is_refused_in_one_line(settings, messa
     assert str(error.value) == f"optimizer.schedule.{message}"
 
 
+@pytest.mark.parametrize(
+    ("every", "unit", "message"),
+    [
+        (150, "percent", "is 150 percent; a run has at most 100 percent"),
+        (2, "percent", "has 2 percent, which rounds to 0 steps (in steps: 0.2 per percent)"),
+        (24.5, "examples", "has 24.5 examples; a whole number is expected"),
+        (8, "examples", f"has 8 examples, which rounds to 0 steps{PER_EXAMPLE}"),
+        (0.1, "epochs", "has 0.1 epochs, which rounds to 0 steps (in steps: 3.125 per epoch)"),
+    ],
+)
+def test_interval_of_an_evaluation_is_refused_where_a_schedule_refuses_such_a_time(every, unit, message):
+    evaluation, main = config.Evaluation(every=every, unit=unit), config.Evaluation()
+    schedule = config.Schedule(warmup=every, unit=unit)
+    named, own = make_run(20, evaluations={"often": evaluation}), make_run(20, evaluation=evaluation)
+    for call, path in (
+        (lambda: config.evaluations_in_steps(named, 50), "evaluations.often.every"),
+        (lambda: config.evaluations_in_steps(own, 50), "evaluation.every"),
+        (lambda: config.schedule_in_steps(schedule, "schedule", make_run(20, evaluation=main), 50), "schedule.warmup"),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value) == f"{path} {message}"
+
+
+@pytest.mark.parametrize(
+    ("every", "unit", "steps"),
+    [(1, "epochs", 3), (2, "epochs", 6), (0.3, "epochs", 1), (40, "examples", 2), (100, "percent", 20)],
+)
+def test_interval_of_an_evaluation_is_rounded_to_whole_steps_once(every, unit, steps):
+    run = make_run(20, evaluation=config.Evaluation(every=every, unit=unit))  # 3.125 steps an epoch
+    assert config.evaluations_in_steps(run, 50)["test"].every_steps == steps
+
+
 @pytest.mark.parametrize("name", ["schedule", "decay_schedule"])
 def test_schedule_of_a_group_is_resolved(name):
     path = f"optimizer.groups.plain.{name}"

@@ -9,14 +9,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from sklearn import datasets, linear_model, metrics
+from sklearn import datasets, dummy, linear_model, metrics, preprocessing
 
-from tests.tasks import Task, make_run
-from trainer import config
+from tests.tasks import Net, Task, make_run
+from trainer import config, load, train
+from trainer.data.stream import train_batches
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_split
 from trainer.metrics import AUC, Accuracy, ConfusionMatrix, Histogram, Mean, Moments, Perplexity, Sum, add, numbers
+from trainer.observe.log import read_rows
 from trainer.program import build_program
 
 CASES = range(20)
@@ -122,23 +125,43 @@ def test_area_under_the_curve_of_scores_in_bins(case):
     assert expected == pytest.approx(exact, abs=2e-3)
 
 
-def test_moments(case):
+@pytest.mark.parametrize("settings", [{}, {"center": -0.5}], ids=str)
+def test_moments(case, settings):
     values = case.logits.max(-1)
-    found = case.parts(Moments.of, values, center=-0.5).compute()
-    mean = np.average(np.float64(values), weights=case.weights)
-    std = np.sqrt(np.average((np.float64(values) - mean) ** 2, weights=case.weights))
-    assert found == pytest.approx({"mean": mean, "std": std}, rel=1e-6)
+    found = case.parts(Moments.of, values, **settings).compute()
+    scaler: Any = preprocessing.StandardScaler()
+    scaler.fit(values.astype(np.float64)[:, None], sample_weight=case.weights.astype(np.float64))
+    assert found == pytest.approx({"mean": scaler.mean_[0], "std": np.sqrt(scaler.var_[0])}, rel=1e-6)
 
 
 def test_percentiles_of_a_histogram(case):
     values = np.exp(case.logits.max(-1))
     found = case.parts(Histogram.of, values, low=0.0, high=1.0, bins=200).compute()
-    order = np.argsort(values)
-    share = np.cumsum(np.float64(case.weights[order])) / case.weights.sum(dtype=np.float64)
-    for percent in (5, 25, 50, 75, 95):  # where a percentile falls between two values, it may be any number between
-        low, high = (np.searchsorted(share, percent / 100 + away) for away in (-1e-6, 1e-6))
-        low_value, high_value = values[order][[low, min(high, len(order) - 1)]]
-        assert low_value - 1 / 200 <= found[f"p{percent}"] <= high_value + 1 / 200
+    for percent in PERCENTILES:  # where a percentile falls between two values, it may be any number between
+        low, high = (quantile(values, case.weights, percent / 100 + away) for away in (-1e-6, 1e-6))
+        assert low - 1 / 200 <= found[f"p{percent}"] <= high + 1 / 200
+
+
+PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
+    """Scikit-learn's weighted quantile: the smallest value up to which there is that share of the weight."""
+    regressor = dummy.DummyRegressor(strategy="quantile", quantile=share)
+    return regressor.fit(values[:, None], np.float64(values), np.float64(weights)).constant_.item()
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_percentiles_of_values_at_the_ends_of_bins_are_exact(seed):
+    rng = np.random.default_rng(seed)
+    ends = (rng.integers(1, 45) + np.arange(20)) / 64  # of 20 bins that have a twentieth each
+    counts = rng.integers(1, 9, 20)
+    values = np.repeat(np.nextafter(ends.astype(np.float32), np.float32(0)), counts)
+    weights = np.repeat(840 // counts, counts).astype(np.float32)
+    values, weights = (np.pad(x, (0, 160 - len(x))) for x in (values, weights))  # one shape: compiled once
+    found = compiled(Histogram.of, low=0.0, high=1.0)(values, weights).compute()
+    expected = {f"p{percent}": quantile(values, weights, percent / 100) for percent in PERCENTILES}
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_counts_of_a_histogram_are_those_of_numpy(case):
@@ -228,6 +251,7 @@ class Everything(Task):
             "moments": Moments.of(logits[:, 1], mask),
             "spread": Histogram.of(logits[:, 1], mask, low=-3.0, high=3.0),
             "tokens": Sum.of(jnp.ones_like(mask), mask),
+            "perplexity": Perplexity.of(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]), mask),
             "own": Extremes(jnp.sum(far * mask), jnp.sum(mask, dtype=jnp.float32).astype(jnp.int32)),
         }, collections
 
@@ -238,9 +262,13 @@ MADE_BY_THE_MODEL = ("loss", "accuracy", "grad_norm", "learning_rate")
 def whole(source: Any, ids: np.ndarray) -> dict[str, float]:
     """The metrics of examples in one batch."""
     batch = {name: np.stack([source[int(i)][name] for i in ids]) for name in source[0]}
-    batch["mask"] = np.ones(len(ids), np.float32)
+    return numbers_of(batch | {"mask": np.ones(len(ids), np.float32)}, "test")
+
+
+def numbers_of(batch: Any, prefix: str) -> dict[str, float]:
+    """The metrics of a whole batch, but those that the model makes."""
     metrics = without_parts()(batch)
-    return numbers({name: metric for name, metric in metrics.items() if name not in MADE_BY_THE_MODEL}, "test")
+    return numbers({name: metric for name, metric in metrics.items() if name not in MADE_BY_THE_MODEL}, prefix)
 
 
 @functools.cache
@@ -283,6 +311,46 @@ def program_of(strategy: str, devices: int, microbatches: int) -> Any:
     experiment = Everything(batch_norm=False)
     run = make_run(experiment=experiment, batch_size=16, parallel=parallel, microbatches=microbatches)
     return build_program(config.resolve(run))
+
+
+@dataclasses.dataclass
+class Scored(Everything):
+    """`Everything`, but the matrix is that of the model's predictions; the other one is there as `fixed`."""
+
+    def loss(self, variables, batch, *, key, train) -> Any:
+        result, collections = super().loss(variables, batch, key=key, train=train)
+        logits: Any = Net(self.dropout, self.batch_norm).apply(variables, batch["x"], train=False)
+        matrix = ConfusionMatrix.of(logits.argmax(-1), batch["label"], batch["mask"], classes=3)
+        return {**result, "fixed": result["matrix"], "matrix": matrix}, collections
+
+
+def test_a_run_logs_every_number_of_its_batches_and_keeps_the_checkpoint_with_the_best_f1(tmp_path):
+    checkpoint = config.Checkpoint(every_steps=2, keep_last=1, best_metric="test/matrix/f1_macro")
+    run = make_run(
+        8,
+        experiment=Scored(batch_norm=False),
+        seed=5,  # of which the best is not the last
+        microbatches=2,
+        parallel=config.Parallel(devices=1),
+        evaluation=config.Evaluation(every_steps=2, batch_size=8),
+        checkpoint=checkpoint,
+    )
+    train(run, tmp_path / "run", verbose=False)
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    trained = {row["step"]: row for row in rows if "train/loss" in row}
+    batches = train_batches(run.experiment.source("train"), seed=5, batch_size=16, start=0, stop=8)
+    for step, batch in enumerate(batches, 1):
+        whole = numbers_of({name: batch[name] for name in ("x", "label", "mask")}, "train")
+        expected = {name.replace("/matrix/", "/fixed/"): value for name, value in whole.items()}
+        assert {name: trained[step][name] for name in expected} == pytest.approx(expected, rel=1e-6)
+        matrix = {name for name in trained[step] if name.startswith("train/matrix/")}
+        assert matrix == {name for name in whole if name.startswith("train/matrix/")}
+    scores = {row["step"]: row["test/matrix/f1_macro"] for row in rows if "test/matrix/f1_macro" in row}
+    assert list(scores) == [2, 4, 6, 8]
+    best = max(scores, key=lambda step: scores[step])
+    assert list(scores.values()).count(scores[best]) == 1
+    assert best < 8
+    assert load(tmp_path / "run", "best").step == best
 
 
 def test_the_best_checkpoint_may_be_chosen_by_a_number_of_a_metric():

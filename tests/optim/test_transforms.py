@@ -288,10 +288,10 @@ def test_every_optimizer_of_the_list_keeps_the_structure_of_its_state_and_its_co
         update = jax.jit(optimizer.update)
         for grads in gradients(3):
             updates, state = update({"kernel": grads["kernel"]}, state, few)
+            assert np.isfinite(updates["kernel"]).all(), name
         assert jax.tree.structure(state) == jax.tree.structure(first), name
         shapes = [[(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)] for tree in (first, state)]
         assert shapes[0] == shapes[1], name
-        assert all(np.isfinite(u).all() for u in updates.values()), name
         counted = set_count(first, {"all": group}, jnp.asarray(3, jnp.int32))
         for a, b in zip(jax.tree.leaves(counted), jax.tree.leaves(state), strict=True):
             if jnp.issubdtype(b.dtype, jnp.integer) and not b.ndim:

@@ -26,17 +26,10 @@ def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | N
     unit, length = schedule.unit, schedule.run_steps or run.total_steps
     per_epoch = examples / run.batch_size if examples else None
     scale = {"steps": 1.0, "epochs": per_epoch, "examples": 1 / run.batch_size, "percent": length / 100}[unit]
-    measure = f" (in steps: {scale:.6g} per {unit.removesuffix('s')})" if scale and unit != "steps" else ""
+    measure = _measure(unit, scale)
 
     def steps(name: str, time: float) -> Any:
-        if unit == "percent" and time > 100:
-            raise UserError(f"{path}.{name} is {time:.12g} percent; a run has at most 100 percent")
-        if unit in ("steps", "examples") and time % 1:
-            raise UserError(f"{path}.{name} has {time:.12g} {unit}; a whole number is expected")
-        count = time if scale is None else round(time * scale)
-        if time and not count:
-            raise UserError(f"{path}.{name} has {time:.12g} {unit}, which rounds to 0 steps{measure}")
-        return count
+        return _in_steps(f"{path}.{name}", time, unit, scale)
 
     given = {name: time for name in ("warmup", "end", "descent") if (time := getattr(schedule, name)) is not None}
     times: dict[str, Any] = {name: steps(name, time) for name, time in given.items()}
@@ -50,6 +43,26 @@ def schedule_in_steps(schedule: Schedule, path: str, run: Run, examples: int | N
     in_steps = dataclasses.replace(schedule, **times, unit="steps" if scale else unit)
     _check_order(schedule, in_steps, path, run_end, measure, fits)
     return dataclasses.replace(in_steps, end=end) if scale and schedule.name in DESCENTS else in_steps
+
+
+def _measure(unit: str, scale: float | None) -> str:
+    """The length of a unit, for an error: " (in steps: 0.0625 per example)"; "" for steps, or if it is not known."""
+    return f" (in steps: {scale:.6g} per {unit.removesuffix('s')})" if scale and unit != "steps" else ""
+
+
+def _in_steps(path: str, time: float, unit: str, scale: float | None) -> Any:
+    """A time in whole updates, `scale` of which make a unit; the time itself if `scale` is None, not known yet.
+
+    Raises `UserError` if it is more than the run, a part of a step or an example, or rounds to 0 updates.
+    """
+    if unit == "percent" and time > 100:
+        raise UserError(f"{path} is {time:.12g} percent; a run has at most 100 percent")
+    if unit in ("steps", "examples") and time % 1:
+        raise UserError(f"{path} has {time:.12g} {unit}; a whole number is expected")
+    count = time if scale is None else round(time * scale)
+    if time and not count:
+        raise UserError(f"{path} has {time:.12g} {unit}, which rounds to 0 steps{_measure(unit, scale)}")
+    return count
 
 
 def _check_used(schedule: Schedule, path: str) -> None:
@@ -97,24 +110,29 @@ def evaluations(run: Run) -> dict[str, Evaluation]:
 def evaluations_in_steps(run: Run, examples: int) -> dict[str, Evaluation]:
     """As `evaluations`, with `every_steps` of each computed from `every`; `examples` are those of an epoch.
 
-    Raises `UserError` if checkpoints fall between the evaluations of `checkpoint.best_metric`.
+    An interval is rounded to whole steps once, so that every interval of an evaluation has the same length. Raises
+    `UserError` for an interval that a schedule would refuse, see `schedule_in_steps`, and if checkpoints fall between
+    the evaluations of `checkpoint.best_metric`.
     """
     epoch, percent = examples / run.batch_size, run.total_steps / 100
     scales = {"epochs": epoch, "examples": 1 / run.batch_size, "percent": percent}
 
-    def in_steps(evaluation: Evaluation) -> Evaluation:
-        if evaluation.every is None:
-            return evaluation
-        return dataclasses.replace(evaluation, every_steps=max(round(evaluation.every * scales[evaluation.unit]), 1))
+    def path_of(name: str) -> str:
+        return "evaluation" if name == run.evaluation.split else f"evaluations.{name}"
 
-    found = {name: in_steps(evaluation) for name, evaluation in evaluations(run).items()}
+    def in_steps(name: str, evaluation: Evaluation) -> Evaluation:
+        if (every := evaluation.every) is None:
+            return evaluation
+        steps = _in_steps(f"{path_of(name)}.every", every, evaluation.unit, scales[evaluation.unit])
+        return dataclasses.replace(evaluation, every_steps=steps)
+
+    found = {name: in_steps(name, evaluation) for name, evaluation in evaluations(run).items()}
     if (best := run.checkpoint.best_metric) is not None:
         owners = [name for name in found if best.startswith(f"{name}/")] or [run.evaluation.split]
         name = max(owners, key=len)
         evaluated = found[name].every_steps
         if evaluated is None or run.checkpoint.every_steps % evaluated:
-            path = "evaluation" if name == run.evaluation.split else f"evaluations.{name}"
-            rule = f"({run.checkpoint.every_steps}) must be a multiple of {path}.every_steps ({evaluated})"
+            rule = f"({run.checkpoint.every_steps}) must be a multiple of {path_of(name)}.every_steps ({evaluated})"
             need = f"checkpoint.best_metric {best!r} needs an evaluation at every checkpoint"
             raise UserError(f"{need}: checkpoint.every_steps {rule}")
     return found
