@@ -3,6 +3,7 @@
 import dataclasses
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from trainer import config
 from trainer.data import ArraySource
 from trainer.errors import UserError
 from trainer.evaluation import evaluate, evaluate_split
+from trainer.experiment_checks import check_loss
 from trainer.loop import train
 from trainer.metrics import Mean
 from trainer.observe.log import read_rows
@@ -191,3 +193,85 @@ def test_evaluating_what_is_not_there_is_refused_in_one_line(workdir, tmp_path):
         evaluate(workdir, step=7)
     with pytest.raises(UserError, match=r"source\('tests'\): KeyError: 'tests'; is there such a split\?"):
         evaluate(workdir, split="tests")
+
+
+OWN: dict[str, Any] = {
+    "numbers": {"x": 0.9, "tokens": 123456789, "array": np.ones((1,))},
+    "list": [0.5],
+    "text": {"x": "y"},
+    "three": {"x": np.zeros(3)},
+}
+
+
+@dataclasses.dataclass
+class Owning(Task):
+    """`Task` that evaluates "own" by itself."""
+
+    result: str = "numbers"  # a key of OWN
+
+    def evaluate(self, name, variables, batches):
+        return OWN[self.result] if name == "own" else None
+
+
+def owning(result: str, best: str | None = None) -> config.Run:
+    once = config.Evaluation(batch_size=8, every_steps=3)
+    return make_run(
+        3,
+        experiment=Owning(result=result),
+        parallel=config.Parallel(devices=1),
+        evaluation=once,
+        evaluations={"own": once},
+        checkpoint=config.Checkpoint(every_steps=3, best_metric=best),
+    )
+
+
+def test_numbers_of_ones_own_evaluation_are_logged_as_they_are(tmp_path):
+    train(owning("numbers"), tmp_path / "run", verbose=False)
+    *_, row = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert {k: row[f"own/{k}"] for k in ("x", "tokens", "array")} == {"x": 0.9, "tokens": 123456789, "array": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("result", "best", "text"),
+    [
+        ("list", None, "evaluate returned a list; a mapping of names to numbers is expected"),
+        ("text", None, "own/x is 'y', a str; one number or a metric is expected"),
+        ("three", None, "own/x is .*, a ndarray; one number or a metric is expected"),
+        ("numbers", "own/y", "checkpoint.best_metric 'own/y' is not evaluated; did you mean 'own/x'"),
+        ("numbers", "test/acuracy", "best_metric 'test/acuracy' is not evaluated; did you mean 'test/accuracy'"),
+        ("numbers", "tset/loss", "best_metric 'tset/loss' is not evaluated; did you mean 'test/loss'"),
+    ],
+    ids=range(6),
+)
+def test_results_of_ones_own_evaluation_that_are_no_numbers_or_no_best_metric_are_named(tmp_path, result, best, text):
+    with pytest.raises(UserError, match=text):
+        train(owning(result, best), tmp_path / "run", verbose=False)
+
+
+def test_names_that_the_harness_logs_are_no_metrics():
+    metrics = {"loss": Mean(jnp.ones(()), jnp.ones(())), "grad_norm": Mean(jnp.ones(()), jnp.ones(()))}
+    with pytest.raises(UserError, match="metric 'grad_norm' has the name of a number that every run logs"):
+        check_loss((metrics, {}))
+
+
+class Slashed(Task):
+    """`Task` with a split whose name holds a slash."""
+
+    def source(self, split):
+        return super().source("train" if split == "train" else "test")
+
+
+class BreaksOnEvaluate:
+    def on_evaluate(self, event):
+        raise OSError("of the user")
+
+
+def test_an_evaluation_is_owed_though_the_split_of_the_main_one_begins_with_its_name(tmp_path):
+    one = config.Evaluation("a/b", every_steps=4, batch_size=8)
+    others = {"a": dataclasses.replace(one, split="test")}
+    run = make_run(4, experiment=Slashed(), parallel=config.Parallel(devices=1), evaluation=one, evaluations=others)
+    with pytest.raises(OSError, match="of the user"):
+        train(run, tmp_path / "run", verbose=False, hooks=[BreaksOnEvaluate()])
+    train(run, tmp_path / "run", verbose=False)
+    found = {name for row in read_rows(tmp_path / "run" / "metrics.jsonl") for name in row}
+    assert {"a/b/loss", "a/loss"} <= found

@@ -290,6 +290,55 @@ def test_a_histogram_leaves_out_what_is_not_finite(tmp_path):
     assert lines == ["warning: histogram 'some' has 2 NaN or Inf, which are left out"]
 
 
+@pytest.mark.parametrize("folder", ["reports", None], ids=["writes", "writes-nothing"])
+@pytest.mark.parametrize(
+    ("kind", "arguments", "text"),
+    [
+        ("text", ("a", 5), "text 'a' is a value of type int; a str is expected"),
+        ("text", ("a", b"b"), "text 'a' is a value of type bytes"),
+        ("text", (5, "a"), "text 5 of a report has no name"),
+        ("histogram", ("a", {}), "histogram 'a' is a value of type dict; an array of real numbers is expected"),
+        ("histogram", ("a", [1, [2]]), "histogram 'a' is a value of type list"),
+        ("histogram", ("a", ["b"]), "histogram 'a' is an array of <U1"),
+        ("histogram", ("a", [1.0], 0), "histogram 'a' has bins=0; an int from 1 to 10,000 is expected"),
+        ("image", ("a", None), "image 'a' is None"),
+        ("figure", ("a", "b"), "figure 'a' is a value of type str; a figure of matplotlib"),
+        ("text", ("x_y", "c"), "text 'x_y' and text 'x/y' have the same file x_y.txt: rename one"),
+    ],
+    ids=range(10),
+)
+def test_a_wrong_argument_of_a_report_is_named_in_every_process(tmp_path, folder, kind, arguments, text):
+    place = tmp_path / folder if folder else None
+    writer = ReportWriter(place, 1, list, lambda step, summary: None, print)
+    writer.text("x/y", "once")
+    writer.text("x/y", "again")
+    with pytest.raises(UserError, match=text):
+        getattr(writer, kind)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "bins"),
+    [([1.0, np.nextafter(1, 2)], 1), ([-1.7e308, 1.7e308], 30), ([5e-324, 0], 1), ([1.7e308] * 2, 1), ([3.0], 30)],
+    ids=range(5),
+)
+def test_a_histogram_holds_any_finite_numbers(tmp_path, values, bins):
+    shown: list[Any] = []
+    writer = ReportWriter(tmp_path / "reports", 1, list, lambda step, summary: shown.append(summary), print)
+    writer.histogram("some", values)
+    found = np.load(tmp_path / "reports" / "1" / "some.npz")
+    assert (found["counts"].sum(), len(found["counts"])) == (len(values), bins)
+    assert found["edges"][0] <= min(values) <= max(values) <= found["edges"][-1]
+    assert sum(shown[0].value[0].histo.bucket) == len(values)
+
+
+def test_a_text_that_utf8_cannot_hold_is_written_with_a_warning(tmp_path):
+    lines: list[str] = []
+    writer = ReportWriter(tmp_path / "reports", 1, list, lambda step, summary: None, lines.append)
+    writer.text("note", "a\ud800b")
+    assert (tmp_path / "reports" / "1" / "note.txt").read_text() == "a?b"
+    assert lines == ["warning: text 'note' has characters that UTF-8 cannot hold, which become '?'"]
+
+
 @pytest.mark.parametrize("linked", ["reports", "reports/1", "reports/1/note.txt"])
 def test_no_link_is_followed(tmp_path, linked):
     outside, lines = tmp_path / "outside", list[str]()

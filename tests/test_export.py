@@ -1,6 +1,7 @@
 """A file that `export` writes is read in a process that does not know this package, and gives the same numbers."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests import xla_flags
 from tests.tasks import make_run
-from tests.test_restore import Predicting
+from tests.test_restore import WRONG_RESULTS, Predicting, Returning, plain, set_kind
 from trainer import config, load, train
 from trainer.commands import run as command
 from trainer.data import take
@@ -39,6 +40,9 @@ np.savez(sys.argv[3], **{name: np.float64(x) for name, x in found.items()})
 print(model.platforms)
 assert "trainer" not in sys.modules and "flax" not in sys.modules
 """
+
+
+__all__ = ["plain"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,28 @@ def test_predictions_for_one_size_only_cannot_be_exported(tmp_path, capsys):
     assert "test_export.py:" in error
     assert error.endswith("take sizes from shapes, as x.shape[0] in place of len(x)\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+WRONG = {**WRONG_RESULTS, "constant": "predict uses no entry of its batch"}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_predictions_that_cannot_be_exported_are_one_line(plain, kind, tmp_path, capsys):
+    set_kind(plain, kind)
+    flags = ["--format=stablehlo", f"--workdir={plain}", f"--output={tmp_path}/model.stablehlo"]
+    assert command(["export", *flags]) == 2
+    error = capsys.readouterr().err
+    assert re.search(WRONG[kind], error), error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mask_that_predict_uses_is_an_input(plain, tmp_path, capsys):
+    set_kind(plain, "masked")
+    file, given, found = tmp_path / "model.stablehlo", tmp_path / "batch.npz", tmp_path / "found.npz"
+    assert command(["export", "--format=stablehlo", f"--workdir={plain}", f"--output={file}"]) == 0
+    assert ": mask float32[batch], x float32[batch, 8] → a float32[batch], for" in capsys.readouterr().out
+    x, mask = take(Returning().source("test"), np.arange(3))["x"], np.array([1, 0, 1], np.float32)
+    np.savez(given, x=x, mask=mask)
+    elsewhere(PROGRAM, file, given, found, cwd=tmp_path)
+    np.testing.assert_allclose(np.load(found)["a"], x[:, 0] * mask)

@@ -146,6 +146,19 @@ class Blocks:
             self.file.unlink()
 
 
+def test_a_hook_that_exits_says_what_is_saved(tmp_path):
+    def leave(self, event):
+        raise SystemExit(7)
+
+    stream = StringIO()
+    with pytest.raises(SystemExit) as raised:
+        launch(
+            run_of(), tmp_path / "run", progress=Progress(12, stream), hooks=[type("Leaves", (), {"on_log": leave})()]
+        )
+    assert raised.value.code == 7
+    assert re.search(r"^a hook ended the run; step \d+ is saved$", stream.getvalue(), re.MULTILINE)
+
+
 def test_a_hook_that_raises_because_the_loss_is_not_finite_keeps_its_error_and_the_step_is_kept_for_replay(tmp_path):
     def fail(self, event):
         if not np.isfinite(event.metrics["train/loss"]):

@@ -423,6 +423,45 @@ def test_counts_and_the_moments_of_other_labels_survive_a_change_of_the_optimize
             assert {int(x) for x in counts} == {3}
 
 
+def groups_of(**fields: Any) -> config.Optimizer:
+    """SGD by Optax whose learning rate is 1, and 0.001 from update 30 on."""
+    falling = config.Schedule("step", peak=1.0, boundaries=(30,), factor=0.001, run_steps=100)
+    labels, groups = ((".*", "all"),), {"all": config.Group(optimizer="optax.sgd", **fields)}
+    return config.Optimizer(schedule=falling, labels=labels, groups=groups)
+
+
+@pytest.mark.parametrize("way", ["carried", "accepted"])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
+def test_an_interval_of_updates_that_changes_keeps_the_place_in_the_schedule(tmp_path, way, before, after):
+    folder, states = tmp_path / "run", list[Any]()
+    train(run_of(12, optimizer=groups_of(every_steps=before)), folder, verbose=False)
+    changed = run_of(13, optimizer=groups_of(every_steps=after))
+    if way == "carried":
+        changed.init_from = config.InitFrom(str(folder), optimizer_state="carried")
+        states.append(begun(changed))
+    else:
+        with pytest.raises(FailedError):
+            train(changed, folder, verbose=False, accept_changes=True, hooks=[Keeps(states)])
+    (state,) = states
+    counts = {int(x) for x in jax.tree.leaves(state.opt_state.others["all"].inner) if not np.ndim(x)}
+    assert counts == {12 // after}  # so that the next update is that of step 12 of the run
+    assert int(state.opt_state.fused.count) == 12
+
+
+def test_moments_of_another_optimizer_are_not_carried(tmp_path):
+    def optimizer(name: str) -> config.Optimizer:
+        groups = {"decayed": config.Group(optimizer=name), "plain": config.Group()}
+        labels = ((r".*/kernel", "decayed"), (".*", "plain"))
+        return config.Optimizer(schedule=config.Schedule(peak=1e-2), labels=labels, groups=groups)
+
+    trained: Any = train(run_of(6, optimizer=optimizer("adam")), tmp_path / "run", verbose=False)
+    carried = config.InitFrom(str(tmp_path / "run"), optimizer_state="carried")
+    state: Any = begun(run_of(12, optimizer=optimizer("adabelief"), init_from=carried))
+    assert not np.any(state.opt_state.nu["head"]["kernel"])  # of Adam: the mean of g², and not of (g − m)²
+    np.testing.assert_array_equal(state.opt_state.nu["head"]["bias"], trained.opt_state.nu["head"]["bias"])
+    assert int(state.opt_state.count) == 6
+
+
 class Keeps:
     """Keeps the state with which a launch begins, and ends it."""
 

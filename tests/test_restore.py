@@ -247,6 +247,72 @@ def test_a_wrong_flag_is_one_line_and_no_file(trained, flags, message, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
+@dataclasses.dataclass
+class Returning(Predicting):
+    """Its predictions are of one of several kinds, most of them wrong."""
+
+    kind: str = "none"
+
+    def predict(self, variables, batch):
+        if self.kind == "missing":
+            return {"a": batch["missing"]}
+        if self.kind == "constant":
+            return {"a": jnp.ones(batch["x"].shape[0])}
+        x = batch["x"][:, 0]
+        narrow = {"e4": x.astype(jnp.float8_e4m3fn), "i4": (x > 0).astype(jnp.int4), "u4": (x > 0).astype(jnp.uint4)}
+        results: dict[str, Any] = {"array": x, "list": [x], "text": {"a": "b"}, "key": {1: x}, "empty": {}}
+        results |= {"none": {"a": None}, "scalar": {"a": x.sum()}, "example": {"example": x}, "narrow": narrow}
+        results |= {"complex": {"a": x * 1j}, "masked": {"a": x * batch["mask"]}}
+        return results[self.kind]
+
+
+RULE = "predict must return a mapping of names to arrays, with one row for each example"
+WRONG_RESULTS = {
+    "array": f"{RULE}, not an array",
+    "list": f"{RULE}, not a value of type list",
+    "text": f"{RULE}; prediction 'a' is a value of type str",
+    "none": f"{RULE}; prediction 'a' is None",
+    "key": f"{RULE}; it names one 1, and a printable text is expected",
+    "empty": f"{RULE}, not an empty one",
+    "scalar": r"prediction 'a' has shape \[\]; its first axis must have the .* examples",
+    "missing": r"the model does not fit its batch \(.*test_restore.py:\d+\): KeyError: 'missing'; the batch has label",
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run, whose experiment each test replaces."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(make_run(3, experiment=Returning()), folder, verbose=False)
+    return folder
+
+
+def set_kind(workdir: Path, kind: str) -> None:
+    file = workdir / "config.json"
+    file.write_text(re.sub(r'("kind": )"\w+"', rf'\1"{kind}"', file.read_text()))
+
+
+@pytest.mark.parametrize("kind", [*WRONG_RESULTS, "example", "complex"])
+def test_predictions_that_no_file_holds_are_one_line(plain, kind, tmp_path, capsys):
+    set_kind(plain, kind)
+    texts = WRONG_RESULTS | {"example": "prediction 'example' has the name of", "complex": "'a' is complex64, which"}
+    assert command(["predict", f"--workdir={plain}", f"--output={tmp_path}/found.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(texts[kind], error), error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dtypes_that_numpy_lacks_are_widened(plain, tmp_path):
+    set_kind(plain, "narrow")
+    assert command(["predict", f"--workdir={plain}", f"--output={tmp_path}/found.npz"]) == 0
+    found = np.load(tmp_path / "found.npz")
+    assert {name: str(found[name].dtype) for name in found} == {"e4": "float32", "i4": "int8", "u4": "uint8"}
+    x = take(Returning().source("test"), np.arange(EXAMPLES))["x"][:, 0]
+    np.testing.assert_array_equal(found["i4"], x > 0)
+    np.testing.assert_allclose(found["e4"], x, rtol=0.07, atol=0.01)
+
+
 def test_an_experiment_without_predictions_says_what_it_lacks(tmp_path, capsys):
     train(make_run(3), tmp_path / "run", verbose=False)
     assert command(["predict", f"--workdir={tmp_path}/run", f"--output={tmp_path}/found.npz"]) == 2

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from trainer import distributed
-from trainer.config import Run, schedules_of
+from trainer.config import Run, evaluations_in_steps, schedules_of
 from trainer.data import ArraySource, BatchSource, take
 from trainer.data.memory import check_reads_are_equal, fits_in_memory
 from trainer.data.mixture import Mixture
@@ -45,6 +45,7 @@ def dry_run(run: Run) -> str:
     trial, times = _SilentProgress(3, io.StringIO()), [time.perf_counter()]
     with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
         program = agreed_program(_first_steps(run), folder)
+        evaluations_in_steps(run, len(program.train_source))  # refuses what the run's own cadences contradict
         examples = len(program.train_source), len(program.main_evaluation.source)
         for source in (program.train_source, *(one.source for one in program.evaluations.values())):
             _check_reads(source, run.loading.in_memory_bytes)

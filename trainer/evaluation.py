@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from os import PathLike
-from typing import Any
 
 from trainer import config, distributed
 from trainer.checkpoint import Metadata, Store, check_leaves, scores
@@ -13,7 +12,7 @@ from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
 from trainer.errors import UserError, did_you_mean
 from trainer.experiment import Batch, RandomAccessSource
-from trainer.metrics import Mean, Metric, Metrics, add, numbers
+from trainer.metrics import Metrics, add, numbers
 from trainer.observe.log import read_rows
 from trainer.optional import Evaluates, Reports, offered
 from trainer.program import Program, build_program
@@ -88,31 +87,31 @@ def evaluate_split(
     size = one.spec["mask"].shape[0]
     local, threads = strategy.local_positions(size), program.run.loading.threads
     batches = partial(eval_batches, source, size, local_positions=local, threads=threads)
-    own: Mapping[str, Any] | None = None
+    values: Mapping[str, float] | None = None
     if (evaluates := offered(experiment, Evaluates)) is not None:
         variables = evaluation_variables(state, ema=one.settings.ema)
         taken = prefetch(batches(), strategy.global_batch)
         own = evaluates.evaluate(name, variables, _beating(taken, on_batch))
-    if own is not None:
-        metrics = {key: value if isinstance(value, Metric) else Mean.single(value) for key, value in own.items()}
-        values = distributed.same_numbers("evaluate of the experiment", numbers(metrics, name))
-        best = program.run.checkpoint.best_metric
-        if best is not None and best.startswith(f"{name}/") and best not in values:
-            raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, values)}")
-        return {**values, f"{name}/examples": len(source)}
-    sums: Metrics | None = None
-    on_devices = prefetch(batches(), strategy.shard_batch)
-    # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
-    fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
-    for metrics in prefetch(on_devices, lambda batch: one.step(state, batch), 0 if fake else 2):
-        sums = add(sums, metrics)
-        on_batch()
-    assert sums is not None  # a split has examples
-    seen = round(float(sums["examples"].total))
-    if seen != len(source):
-        raise UserError(f"the evaluation saw {seen} examples of {len(source)}")
-    found = {key: metric for key, metric in sums.items() if key != "examples"}
-    return {**numbers(found, name), f"{name}/examples": seen}
+        if not isinstance(own, Mapping | None):
+            raise UserError(f"evaluate returned a {type(own).__name__}; a mapping of names to numbers is expected")
+        values = distributed.same_numbers("evaluate of the experiment", None if own is None else numbers(own, name))
+    if values is None:
+        sums: Metrics | None = None
+        on_devices = prefetch(batches(), strategy.shard_batch)
+        # Two batches keep the devices busy. On fake devices XLA:CPU deadlocks when programs with collectives overlap.
+        fake = len(strategy.devices) > 1 and strategy.devices[0].platform == "cpu"
+        for metrics in prefetch(on_devices, lambda batch: one.step(state, batch), 0 if fake else 2):
+            sums = add(sums, metrics)
+            on_batch()
+        assert sums is not None  # a split has examples
+        seen = round(float(sums["examples"].total))
+        if seen != len(source):
+            raise UserError(f"the evaluation saw {seen} examples of {len(source)}")
+        values = numbers({key: metric for key, metric in sums.items() if key != "examples"}, name)
+    best = program.run.checkpoint.best_metric
+    if best and best not in values and config.evaluation_of(best, program.evaluations) == name:
+        raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, values)}")
+    return {**values, f"{name}/examples": len(source)}
 
 
 def _beating(batches: Iterator[Batch], on_batch: Callable[[], None]) -> Iterator[Batch]:

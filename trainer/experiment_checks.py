@@ -11,6 +11,8 @@ from trainer.experiment import Collections, Experiment
 from trainer.metrics import Mean, Metric, Metrics
 from trainer.rules import path_of
 
+_RESERVED = {"grad_norm", "learning_rate", "examples"}
+
 
 def check_loss(result: Any) -> tuple[Metrics, Collections]:
     """The result of `Experiment.loss`; raises `UserError` unless it is as the protocol says."""
@@ -21,6 +23,8 @@ def check_loss(result: Any) -> tuple[Metrics, Collections]:
     metrics, collections = result
     if "loss" not in metrics:
         raise UserError(f"loss must return a metric named 'loss', not only {sorted(metrics)}")
+    if taken := sorted(_RESERVED & metrics.keys()):
+        raise UserError(f"metric {taken[0]!r} has the name of a number that every run logs; name it otherwise")
     for name, metric in metrics.items():
         kind = "an array" if isinstance(metric, jax.Array) else f"a {type(metric).__name__}"
         if name == "loss" and not isinstance(metric, Mean):

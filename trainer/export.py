@@ -12,6 +12,7 @@ from jax import export
 from trainer.data import batch_spec, eval_source, open_source
 from trainer.errors import UserError, error_origin
 from trainer.experiment import Batch
+from trainer.prediction import checked, checked_predictions
 from trainer.restore import Trained, predictor
 from trainer.rules import path_of
 
@@ -35,19 +36,19 @@ def write_stablehlo(trained: Trained, file: Path) -> str:
     """Writes `predict` with its variables as one program for batches of any size, as `jax.export` serialises it.
 
     The program takes a batch with only those entries that `predict` uses. Returns a text with the dtypes and shapes of
-    inputs and outputs, and the platforms. Raises `UserError` if the experiment makes no predictions, or none for a
-    batch whose size is not known.
+    inputs and outputs, and the platforms. Raises `UserError` if the experiment makes no predictions or none that
+    `checked_predictions` allows, or none for a batch whose size is not known.
     """
     experiment, run = trained.experiment, trained.run
     predict = predictor(experiment).predict
     spec = batch_spec(eval_source(open_source(experiment, run.evaluation.split)), 1)
     (size,) = export.symbolic_shape("batch")
-    like = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in spec.items() if name != "mask"}
+    like = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in spec.items()}
 
     def program(batch: Batch) -> Any:
         count = next(iter(batch.values())).shape[0]
         unused = {name: jnp.zeros((count, *x.shape[1:]), x.dtype) for name, x in like.items() if name not in batch}
-        return predict(trained.variables, {**batch, **unused})
+        return checked_predictions(predict(trained.variables, {**batch, **unused}), count)
 
     def exported(names: list[str]) -> Any:
         try:
@@ -57,7 +58,9 @@ def write_stablehlo(trained: Trained, file: Path) -> str:
             hint = "take sizes from shapes, as x.shape[0] in place of len(x)"
             raise UserError(f"predict does not work for a batch of unknown size: {reason}; {hint}") from error
 
-    names = _used(lambda batch: predict(trained.variables, batch), {name: spec[name] for name in like})
+    names = _used(lambda batch: checked(predict)(trained.variables, batch), spec)
+    if not names:
+        raise UserError(f"predict uses no entry of its batch, so its program would have no inputs: {', '.join(spec)}")
     found = exported(names)
     with _needed():
         file.write_bytes(found.serialize())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from trainer import distributed
+from trainer.config import evaluation_of
 from trainer.errors import UserError, did_you_mean
 from trainer.metrics import numbers
 from trainer.observe.log import MetricsLog, NoLog
@@ -169,8 +170,7 @@ class EarlyStopping(Hook):
 
     def _evaluation(self, event: Event) -> str | None:
         """The name of the evaluation that the metric is of, which may hold slashes; None if the run has none."""
-        names = (name for name in event.hooks.evaluations if self.metric.startswith(f"{name}/"))
-        return max(names, key=len, default=None)
+        return evaluation_of(self.metric, event.hooks.evaluations)
 
     def _add(self, event: Event, step: int, value: float) -> None:
         if self._sign * value < self._best - self._min_delta:

@@ -155,7 +155,9 @@ def _ending(session: Session) -> Iterator[None]:
         raise divergence.explain(session, error) from None
     except BaseException as error:
         if session.hooks.failed and distributed.count() == 1:  # nothing else is known to be wrong with the run
-            error.add_note(f"a hook ended the run; {_rescued(session)}")
+            error.add_note(note := f"a hook ended the run; {_rescued(session)}")
+            if isinstance(error, SystemExit):  # of which Python shows nothing
+                session.progress.message(note)
         raise
 
 

@@ -72,7 +72,7 @@ class Predicts(Protocol):
     def predict(self, variables: Variables, batch: Batch) -> Mapping[str, Array]:
         """Predictions by name, such as "label" or "probabilities", one for each example: arrays [B, …].
 
-        It runs under `jax.jit`. `batch` has the entries of the data, and perhaps no mask.
+        It runs under `jax.jit`. `batch` has the entries of the data, and a mask except in `Trained.predict`.
         """
         ...
 

@@ -186,7 +186,8 @@ def _check_steps(program: Program, compiles: bool) -> None:
         # Only the names that `numbers` returns are needed, so the values are all 1.
         known |= numbers(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), metrics), name)
     # The metric names of `Experiment.evaluate` are known only after it has run.
-    if best is not None and best not in known and offered(run.experiment, Evaluates) is None:
+    may_come = offered(run.experiment, Evaluates) is not None and config.evaluation_of(best or "", program.evaluations)
+    if best is not None and best not in known and not may_come:
         raise UserError(f"checkpoint.best_metric {best!r} is not evaluated{did_you_mean(best, known)}")
 
 

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from os import PathLike
 from typing import TypeVar
 
 import jax
+import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from trainer import config, distributed
@@ -91,16 +93,21 @@ def load(
     def read(metadata: Metadata) -> Variables:
         kept = ("params/" if run.optimizer.ema_decay is None else "ema/", "collections/")
         paths = [path for path in metadata.leaves if path.startswith(kept)]
-        schedule_free = {} if run.optimizer.ema_decay is not None else schedule_free_paths(metadata)
-        wanted = {}
-        for path in {*paths, *(path for pair in schedule_free.values() for path in pair)}:
+
+        def like(path: str, of: str) -> jax.ShapeDtypeStruct:
             leaf = metadata.leaves[path]
-            here = sharding(path, leaf.shape) if callable(sharding) else sharding or first
-            wanted[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            here = sharding(of, leaf.shape) if callable(sharding) else sharding or first
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+        schedule_free = {} if run.optimizer.ema_decay is not None else schedule_free_paths(metadata)
+        wanted = {path: like(path, path) for path in paths}
+        for name, (z, b1) in schedule_free.items():
+            wanted |= {z: like(z, f"params/{name}"), b1: jax.ShapeDtypeStruct(*metadata.leaves[b1], sharding=first)}
         arrays = restore_leaves(store.path(metadata.step), metadata, wanted)
+        numbers = {b1: np.asarray(arrays[b1]) for _, b1 in schedule_free.values()}
         for name, (z, b1) in schedule_free.items():
             y = arrays[f"params/{name}"]
-            arrays[f"params/{name}"] = ((y - (1 - arrays[b1]) * arrays[z]) / arrays[b1]).astype(y.dtype)
+            arrays[f"params/{name}"] = ((y - (1 - numbers[b1]) * arrays[z]) / numbers[b1]).astype(y.dtype)
         kept_arrays = {path: x for path, x in arrays.items() if not path.startswith("opt_state/")}
         return _variables(kept_arrays, metadata, read_keys(store.path(metadata.step)))
 
@@ -137,13 +144,12 @@ def schedule_free_paths(metadata: Metadata) -> dict[str, tuple[str, str]]:
     """The paths of z and b1 for each parameter of a schedule-free optimizer, see `optim.evaluation_params`."""
     found = {}
     for path in metadata.leaves:
-        prefix, _, name = path.partition("/z/")
-        if (
-            name
-            and path.startswith("opt_state/others/")
-            and {f"{prefix}/b1", f"{prefix}/max_lr"} <= metadata.leaves.keys()
-        ):
-            found[name] = path, f"{prefix}/b1"
+        if not path.startswith("opt_state/others/"):
+            continue
+        for match in re.finditer("/(?=z/)", path):  # a label may be z, too
+            prefix, name = path[: match.start()], path[match.end() + 2 :]
+            if {f"{prefix}/b1", f"{prefix}/max_lr"} <= metadata.leaves.keys():
+                found[name] = path, f"{prefix}/b1"
     return found
 
 

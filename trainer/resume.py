@@ -155,7 +155,13 @@ class Resume:
         here = leaves_of(like)
         differences = leaf_differences(metadata.leaves, here)
         if not differences:
-            return self.store.restore(like, step, metadata)
+            state = self.store.restore(like, step, metadata)
+            if not changed:
+                return state
+            # A group that is now updated every other step, say, has made fewer updates after as many of the run.
+            opt_state = set_count(state.opt_state, self.program.groups, state.opt_state.count)
+            shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
+            return dataclasses.replace(state, opt_state=jax.device_put(opt_state, shardings))
         others = [text for text in differences if not text.startswith("guard/")]  # as `numerics` may change
         fixed = [text for text in others if text.startswith(("params/", "collections/"))]
         if fixed or (others and not changed):

@@ -76,7 +76,7 @@ class Session:
     def _evaluate_owed(self, state: TrainState, step: int, names: Iterable[str]) -> None:
         """Makes the evaluations of a step that have no row yet."""
         for name in names:
-            is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, f"{name}/")
+            is_there = isinstance(self.log, NoLog) or self.log.has_evaluation(step, f"{name}/examples")
             if "no" in distributed.gather("evaluated", "yes" if is_there else "no"):
                 self.progress.message(f"step {step} was not yet evaluated on {name!r}: evaluating it now")
                 self.evaluate(state, name)

@@ -183,6 +183,38 @@ NOTHING = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16"])
+def test_classes_may_be_of_any_integer_dtype(dtype):
+    classes = 100
+    labels, weights = jnp.arange(classes).astype(dtype), jnp.ones(classes)
+    chosen = jnp.where(labels == 3, 7, labels)
+    found = ConfusionMatrix.of(chosen.astype(jnp.int32), labels, weights, classes)
+    expected = np.zeros((classes, classes))
+    np.add.at(expected, (np.arange(classes), np.asarray(chosen, int)), 1)
+    np.testing.assert_array_equal(found.counts, expected)
+    logits = jax.nn.one_hot(chosen, classes)
+    assert Accuracy.of(logits, labels, weights).compute() == pytest.approx(0.99)
+
+
+def test_a_class_beyond_those_that_there_are_is_never_taken_for_another():
+    logits, labels, weights = jnp.asarray([[0.0, 1.0], [1.0, 0.0]]), jnp.asarray([-1, 0]), jnp.ones(2)
+    assert Accuracy.of(logits, labels, weights).compute() == 0.5
+    found = ConfusionMatrix.of(logits.argmax(-1), labels, weights, 2).compute()
+    assert all(np.isnan(value) for value in found.values())
+    masked = ConfusionMatrix.of(logits.argmax(-1), labels, jnp.asarray([0.0, 1.0]), 2).compute()
+    assert masked["accuracy"] == 1.0
+
+
+def test_two_metrics_that_give_one_name_and_one_that_gives_no_number_are_named():
+    one = jnp.ones(2, jnp.int32)
+    matrix = ConfusionMatrix.of(one, one, one, 2)
+    with pytest.raises(UserError, match="two metrics give a number with the name test/m/accuracy; rename one"):
+        numbers({"m": matrix, "m/accuracy": Mean.of(one, one)}, "test")
+    with pytest.raises(UserError, match=r"test/m is 'high', a str; one number or a metric is expected"):
+        numbers({"m": "high"}, "test")
+    assert numbers({"tokens": 123456789, "x": 0.9}, "test") == {"test/tokens": 123456789.0, "test/x": 0.9}
+
+
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_counted_is_nan(name):
     found = numbers({name: NOTHING[name]}, "test")

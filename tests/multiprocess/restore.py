@@ -50,9 +50,9 @@ def main() -> None:
         assert leaf.devices() == {jax.local_devices()[0]}
         name = path if path.startswith("params/") else f"collections/{path}"
         np.testing.assert_array_equal(np.asarray(leaf), expected[name], err_msg=path)
-    for differs in (1e-6, 1.0):
+    for differs, silent_in in ((1e-6, -1), (1.0, -1), (0.0, 1)):
         experiment: Any = run.experiment
-        experiment.differs = differs
+        experiment.differs, experiment.silent_in = differs, silent_in
         try:
             found = evaluate_split(program, state, program.evaluations["own"].source, name="own")
             print(sorted(found), len(set(distributed.gather("found", str(found)))), flush=True)

@@ -23,8 +23,10 @@ from trainer.metrics import Mean
 from trainer.observe.log import read_rows
 from trainer.optim import build_groups, build_schedules
 from trainer.optim.decay_check import check_decay
-from trainer.optim.transforms import MixedState, TransformGroup, _names, find_transform, mixed, set_count
+from trainer.optim.named import _names, find_transform
+from trainer.optim.transforms import MixedState, TransformGroup, mixed, set_count
 from trainer.program import build_program
+from trainer.rules import paths
 
 LABELS = {"kernel": "decayed", "bias": "plain", "scale": "plain"}
 RATE, DECAY = 0.05, 0.1
@@ -328,6 +330,19 @@ def test_a_dataclass_of_the_user_is_an_optimizer():
 
 
 @dataclasses.dataclass
+class FreeTwice:
+    """An optimizer of a user with two averages."""
+
+    def transform(self, learning_rate):
+        return optax.chain(*[optax.contrib.schedule_free_sgd(learning_rate)] * 2)
+
+
+def test_an_optimizer_with_two_averages_is_refused():
+    with pytest.raises(UserError, match="with two schedule-free parts has no average to evaluate at"):
+        build(settings(FreeTwice(), {}), LABELS)[0].init(params())
+
+
+@dataclasses.dataclass
 class Grows:
     """An optimizer of a user whose state changes in the first update."""
 
@@ -359,7 +374,8 @@ def test_an_optimizer_whose_state_changes_is_refused_in_one_line(change, text):
     ("name", "options", "text"),
     [
         ("optax.lyon", {}, r"optimizer 'optax.lyon' is not known; did you mean 'optax.lion'\?"),
-        ("optax.lbfgs", {}, "optimizer 'optax.lbfgs' is not known"),
+        ("optax.lbfgs", {}, "optimizer 'optax.lbfgs' is left out: it needs more than gradients in an update"),
+        ("optax.contrib.schedule_free_sgd", {"warmup_steps": 5}, "has a setting of its own: optimizer.schedule"),
         ("optax.os.system", {}, "optimizer 'optax.os.system' is not known"),
         ("optax.lion", {"mu_dtyp": 0.5}, r"optax.lion has no option 'mu_dtyp'; did you mean 'mu_dtype'\?"),
         ("optax.adamw", {"weight_decay": 0.5}, "has a setting of its own: optimizer.groups.LABEL.weight_decay"),
@@ -479,6 +495,8 @@ def is_masked(node: Any) -> bool:
 def test_a_run_is_evaluated_at_the_average_of_a_schedule_free_optimizer(tmp_path):
     name = "optax.contrib.schedule_free_adamw"
     run = run_of(name, {}, config.Parallel(devices=1))
+    run.optimizer.labels = ((r".*/kernel", "z"), (".*", "plain"))  # a label may have the name of a part of the state
+    run.optimizer.groups = {"z": run.optimizer.groups["decayed"], "plain": run.optimizer.groups["plain"]}
     state = train(run, tmp_path / "run", verbose=False)
     expected = {}
     for free in state.opt_state.others.values():
@@ -490,6 +508,10 @@ def test_a_run_is_evaluated_at_the_average_of_a_schedule_free_optimizer(tmp_path
     assert found.keys() == expected.keys()
     for path, x in found.items():
         np.testing.assert_allclose(x, expected[path], rtol=1e-6, atol=1e-7)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    places = dict.fromkeys(paths(trained.variables), device)  # a function of paths of variables, and of no others
+    moved = load(tmp_path / "run", sharding=lambda path, shape: places[path.removeprefix("collections/")])
+    assert bits(moved.variables) == bits(trained.variables)
     batch = jax.tree.map(
         jnp.asarray, take(run.experiment.source("test"), np.arange(21)) | {"mask": np.ones(21, np.float32)}
     )

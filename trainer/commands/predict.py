@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ def main(arguments: Arguments) -> int:
     with collective_errors("the command line"):
         workdir, output = arguments.required_workdir(), checked_output(options.output, _FORMATS)
     found = predict_split(workdir.path, arguments.run, step=options.step, split=options.split)
+    if output.suffix == ".jsonl":
+        _check_lines(found.outputs)
     if not is_primary():
         for _ in found.batches:  # computed together, written by the first process
             pass
@@ -80,6 +82,15 @@ def _write_npz(file: Path, batches: Iterator[dict[str, Any]]) -> None:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 array = np.concatenate([part[name] for part in parts])
                 np.lib.format.write_array(stream, array, allow_pickle=False)
+
+
+def _check_lines(outputs: Mapping[str, Any]) -> None:
+    """Raises `UserError` if a line of a `.jsonl` file cannot hold these predictions."""
+    if "example" in outputs:
+        raise UserError("prediction 'example' has the name of each line's index in .jsonl: rename it, or use .npz")
+    for name, x in outputs.items():
+        if x.dtype.kind == "c":
+            raise UserError(f"prediction {name!r} is {x.dtype}, which .jsonl cannot hold: use .npz")
 
 
 def _write_lines(file: Path, batches: Iterator[dict[str, Any]]) -> None:

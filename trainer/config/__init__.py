@@ -10,6 +10,7 @@ from trainer.config.checks import check_types as check_types, resolve as resolve
 from trainer.config.checks import schedules_of as schedules_of, setting_at as setting_at, type_name as type_name
 from trainer.config.encoding import from_json as from_json, import_file as import_file, to_json as to_json
 from trainer.config.encoding import user_errors as user_errors
+from trainer.config.schedules import evaluation_of as evaluation_of
 from trainer.config.schedules import evaluations as evaluations, evaluations_in_steps as evaluations_in_steps
 from trainer.config.schedules import number_text as number_text, schedule_in_steps as schedule_in_steps
 from trainer.config.settings import Checkpoint as Checkpoint, Evaluation as Evaluation, Group as Group

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from trainer.config.optimizer import Schedule
@@ -107,6 +108,11 @@ def evaluations(run: Run) -> dict[str, Evaluation]:
     return {run.evaluation.split: run.evaluation, **run.evaluations}
 
 
+def evaluation_of(metric: str, names: Iterable[str]) -> str | None:
+    """The evaluation, among those with these names, that gives a metric such as "test/loss"; None if none does."""
+    return max((name for name in names if metric.startswith(f"{name}/")), key=len, default=None)
+
+
 def evaluations_in_steps(run: Run, examples: int) -> dict[str, Evaluation]:
     """As `evaluations`, with `every_steps` of each computed from `every`; `examples` are those of an epoch.
 
@@ -128,8 +134,7 @@ def evaluations_in_steps(run: Run, examples: int) -> dict[str, Evaluation]:
 
     found = {name: in_steps(name, evaluation) for name, evaluation in evaluations(run).items()}
     if (best := run.checkpoint.best_metric) is not None:
-        owners = [name for name in found if best.startswith(f"{name}/")] or [run.evaluation.split]
-        name = max(owners, key=len)
+        name = evaluation_of(best, found) or run.evaluation.split
         evaluated = found[name].every_steps
         if evaluated is None or run.checkpoint.every_steps % evaluated:
             rule = f"({run.checkpoint.every_steps}) must be a multiple of {path_of(name)}.every_steps ({evaluated})"

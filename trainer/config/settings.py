@@ -64,7 +64,7 @@ class Watch:
     """Time limits. When a limit `stall_*` passes, the run prints what it waits for. After any other it also ends."""
 
     grace_seconds: float = setting(20.0, above=0, may_change=True)
-    """Seconds after SIGTERM, SIGINT or SIGHUP in which the state is saved and the process ends."""
+    """Seconds after SIGTERM, SIGINT or SIGHUP in which a run of one process saves its state and ends."""
     stall_factor: float = setting(20.0, above=1, may_change=True)
     """A run without a new step for this many times the median time of a step prints the stack of every thread."""
     stall_seconds: float = setting(60.0, above=0, may_change=True)

@@ -109,15 +109,19 @@ def check_same(name: str, text: str) -> None:
                 raise UserError(f"{name}: process {index()} has {here}, process 0 has {there}")
 
 
-def same_numbers(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of process 0, by name: the last digits of other hosts may differ.
+def same_numbers(name: str, values: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The numbers of process 0, by name: the last digits of other hosts may differ. None if no process has any.
 
     Raises `CollectiveUserError`, as `check_same` does, if those of a process differ by more than a thousandth.
     """
-    first = json.loads(gather(f"{name}, process 0", json.dumps(dict(values)))[0])
-    is_near = [*first] == [*values] and np.allclose([*values.values()], [*first.values()], 1e-3, equal_nan=True)
-    check_same(name, json.dumps(first if is_near else dict(values), indent=0))
-    return first
+    mine = json.dumps(values and dict(values), indent=0, sort_keys=True)
+    first = gather(f"{name}, process 0", mine)[0]
+    found = json.loads(first)
+    if values and found and values.keys() == found.keys():
+        is_near = all(np.isclose(x, found[key], rtol=1e-3, equal_nan=True) for key, x in values.items())
+        mine = first if is_near else mine
+    check_same(name, mine)
+    return found
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The first state of a run from something that was trained before: which array becomes what, and the state itself."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer import config
-from trainer.checkpoint.metadata import Leaf
+from trainer.checkpoint.metadata import Leaf, Metadata
 from trainer.checkpoint.reading import restore_leaves
 from trainer.errors import UserError, did_you_mean
 from trainer.init_from.sources import VariableSource, open_variables
@@ -83,17 +84,30 @@ class InitPlan:
         assert self.source.place is not None
         saved, wanted, places = self.source.metadata.leaves, {}, {}
         copied_from = {row.name: row.source if row.rule == "take" else None for row in self.rows}
+        moments_from = copied_from | dict.fromkeys(_restarted(self.program, self.source.metadata))
         for path, leaf in _paths(self.program.state).items():
-            source_path = next((p for p in _source_paths(path, copied_from) if p in saved), None)
+            names = moments_from if path.startswith("opt_state/") else copied_from
+            source_path = next((p for p in _source_paths(path, names) if p in saved), None)
             if source_path is not None and saved[source_path] == Leaf(tuple(leaf.shape), str(leaf.dtype)):
                 wanted[source_path] = jax.ShapeDtypeStruct(*saved[source_path], sharding=leaf.sharding)
                 places[path] = source_path
         arrays = restore_leaves(self.source.place, self.source.metadata, wanted)
         groups, step = self.program.groups, jnp.asarray(self.start, jnp.int32)
+        counted = dataclasses.replace(state, opt_state=set_count(state.opt_state, groups, step))
+        carried = _replaced(counted, {path: arrays[source_path] for path, source_path in places.items()})
+        # Once more: a group that is now updated every other step, say, has made fewer updates after as many of the run.
+        opt_state = set_count(carried.opt_state, groups, carried.opt_state.count)
         shardings = jax.tree.map(lambda x: x.sharding, self.program.state.opt_state)
-        opt_state = jax.device_put(set_count(state.opt_state, groups, step), shardings)
-        counted = dataclasses.replace(state, opt_state=opt_state)
-        return _replaced(counted, {path: arrays[source_path] for path, source_path in places.items()})
+        return dataclasses.replace(carried, opt_state=jax.device_put(opt_state, shardings))
+
+
+def _restarted(program: Program, metadata: Metadata) -> list[str]:
+    """The parameters whose label had another optimizer in the run of the source: its moments mean something else."""
+    here, there = json.loads(config.to_json(program.run))["optimizer"], metadata.config["optimizer"]
+    ours, theirs = (
+        {label: group.get("optimizer") or o["name"] for label, group in o["groups"].items()} for o in (here, there)
+    )
+    return [p.path for p in program.param_table.rows if theirs.get(p.label, ours[p.label]) != ours[p.label]]
 
 
 def plan_init(program: Program) -> InitPlan | None:

@@ -19,14 +19,17 @@ class Accuracy(Mean):
     ) -> "Accuracy":
         """Of logits […, classes] and labels from 0 to classes − 1.
 
-        Ties go to the lower class, as in `argmax`. A NaN logit ranks above the label's logit.
+        Ties go to the lower class, as in `argmax`. A NaN logit ranks above the label's logit. A label beyond the
+        classes, such as −1, is never hit.
         """
         if not 1 <= top_k <= logits.shape[-1]:
             raise ValueError(f"top_k is {top_k}; 1 to {logits.shape[-1]} is expected, the number of classes")
+        labels = labels.astype(jnp.int32)
         chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
         is_before = (logits == chosen) & (jnp.arange(logits.shape[-1]) < labels[..., None])
         rank = jnp.sum(~(logits <= chosen) | is_before, axis=-1)
-        return cls(*Mean.of(rank < top_k, weights))
+        is_class = (labels >= 0) & (labels < logits.shape[-1])
+        return cls(*Mean.of((rank < top_k) & is_class, weights))
 
 
 @flax.struct.dataclass
@@ -43,11 +46,16 @@ class ConfusionMatrix:
     def of(
         cls, predictions: Int[Array, "*shape"], labels: Int[Array, "*shape"], weights: _Numbers, classes: int
     ) -> "ConfusionMatrix":
-        """Of predicted and true classes from 0 to `classes` − 1. An example with a class beyond them is not counted."""
+        """Of predicted and true classes from 0 to `classes` − 1; a class beyond them makes every number NaN.
+
+        To ignore examples, such as those with label −1, give them the weight 0.
+        """
         for classes_of in (predictions, labels):
             check_shapes("ConfusionMatrix", classes_of, weights)
+        predictions, labels = predictions.astype(jnp.int32), labels.astype(jnp.int32)  # of uint8, cells would overflow
         inside = (predictions >= 0) & (predictions < classes) & (labels >= 0) & (labels < classes)
-        weights = jnp.where(inside, weights.astype(jnp.float32), 0)
+        weights = weights.astype(jnp.float32)
+        weights = jnp.where(inside | (weights == 0), weights, jnp.nan)
         cells = jnp.where(inside, labels * classes + predictions, 0)
         counts = jnp.zeros(classes**2, jnp.float32).at[cells.reshape(-1)].add(weights.reshape(-1))
         return cls(counts.reshape(classes, classes))
@@ -59,6 +67,8 @@ class ConfusionMatrix:
         With one label and one prediction for each example, "micro" precision, recall and F1 equal the accuracy.
         """
         counts = np.asarray(self.counts, np.float64)
+        if np.isnan(counts).any():
+            return dict.fromkeys(_NAMES, float("nan"))
         hits, predicted, actual = np.diag(counts), counts.sum(0), counts.sum(1)
         seen = predicted + actual > 0
         if not seen.any():
@@ -107,7 +117,8 @@ class AUC:
 
         A NaN makes the whole AUC NaN.
         """
-        check_shapes("AUC", scores, weights)
+        for array in (scores, labels):
+            check_shapes("AUC", array, weights)
         place, weights = (scores.astype(jnp.float32) - low) * (bins / (high - low)), weights.astype(jnp.float32)
         weights = jnp.where(jnp.isnan(place) & (weights != 0), jnp.nan, weights).reshape(-1)
         place = jnp.where(jnp.isnan(place), 0, jnp.clip(place, 0, bins - 1)).astype(jnp.int32).reshape(-1)

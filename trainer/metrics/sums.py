@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.metrics.mean import Mean, Metrics
+from trainer.errors import UserError
+from trainer.metrics.mean import Mean, Metric, Metrics
 
 
 class Sum(Mean):
@@ -40,11 +41,28 @@ def _widened(x: Any) -> np.ndarray:
     return x.astype(np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else np.int64)
 
 
-def numbers(metrics: Metrics, prefix: str) -> dict[str, float]:
-    """The numbers of metrics, sorted by name: "prefix/name", or "prefix/name/number" if a metric has several."""
+def numbers(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers of metrics, sorted by name: "prefix/name", or "prefix/name/number" if a metric has several.
+
+    A metric may also be a number. Raises `UserError`, with the name, for what is neither, for a metric that computes no
+    numbers, and for a name that two metrics give.
+    """
     found: dict[str, float] = {}
     for name in sorted(metrics):
-        value = metrics[name].compute()
+        metric = metrics[name]
+        value = metric.compute() if isinstance(metric, Metric) else metric
         several = value if isinstance(value, Mapping) else {"": value}
-        found |= {f"{prefix}/{name}/{part}".removesuffix("/"): float(number) for part, number in several.items()}
+        for part, number in several.items():
+            key = f"{prefix}/{name}/{part}".removesuffix("/")
+            if key in found:
+                raise UserError(f"two metrics give a number with the name {key}; rename one of them")
+            found[key] = _as_number(number, key)
     return found
+
+
+def _as_number(value: Any, name: str) -> float:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind in "OUSMmc":
+        shown = " ".join(repr(value).split())[:60]
+        raise UserError(f"{name} is {shown}, a {type(value).__name__}; one number or a metric is expected")
+    return float(array.item())

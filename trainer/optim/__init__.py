@@ -9,11 +9,12 @@ import optax
 from trainer import config
 from trainer.optim import fused
 from trainer.optim.adabelief import Belief
+from trainer.optim.named import find_transform
 from trainer.optim.precision import divide, global_norm
 from trainer.optim.schedule_free import evaluation_params
 from trainer.optim.schedules import build_schedule
 from trainer.optim.statistics import Statistics, build_statistics, statistics_if
-from trainer.optim.transforms import Groups, TransformGroup, find_transform, mixed, split_groups
+from trainer.optim.transforms import Groups, TransformGroup, mixed, split_groups
 from trainer.optim.update_rules import Adam, Momentum
 
 __all__ = ["Groups", "Statistics", "build_groups", "build_optimizer", "build_schedules", "build_statistics"]
