@@ -23,7 +23,8 @@ LAYERS = [
     {"session"},
     {"compile_once", "init_from", "moved"},
     {"watch"},
-    {"evaluation", "export", "prediction"},
+    {"export"},
+    {"evaluation", "prediction"},
     {"restore"},
     {"resume"},
     {"checkpoint", "program"},
@@ -34,7 +35,8 @@ LAYERS = [
     {"config", "experiment_checks", "optional", "state"},
     {"distributed", "experiment", "report", "rules"},
     {"compilation", "files", "lock"},
-    {"errors", "garbage", "metrics", "versions"},
+    {"metrics"},
+    {"errors", "garbage", "versions"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(reversed(LAYERS)) for name in layer}
 

@@ -353,10 +353,10 @@ def test_kept_run_with_another_seed_is_another_run(command, workdir, capsys):
     assert contents(workdir) == before
 
 
-def test_folder_with_foreign_files_is_left_alone(capsys, tmp_path):
+def test_folder_with_foreign_files_is_left_alone(capsys, data_dir, tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter 1")
     (tmp_path / ".gitignore").touch()
-    message = mistake(capsys, "train", DIGITS, f"--workdir={tmp_path}")
+    message = mistake(capsys, "train", DIGITS, f"--config.experiment.data_dir={data_dir}", f"--workdir={tmp_path}")
     assert message == f"workdir {tmp_path} holds files but no run (no config.json): choose a new folder"
     assert contents(tmp_path) == {"thesis.tex": b"chapter 1", ".gitignore": b""}
 
@@ -368,9 +368,10 @@ def test_folder_with_the_hidden_leftovers_of_a_killed_launch_is_used(capsys, tmp
     assert output(capsys, "train", file, f"--workdir={workdir}").splitlines()[-1].startswith(f"done: {workdir} has ")
 
 
-def test_workdir_that_is_a_file_is_left_alone(capsys, tmp_path):
+def test_workdir_that_is_a_file_is_left_alone(capsys, data_dir, tmp_path):
     (tmp_path / "notes").write_text("x")
-    message = mistake(capsys, "train", DIGITS, f"--workdir={tmp_path}/notes")
+    data = f"--config.experiment.data_dir={data_dir}"
+    message = mistake(capsys, "train", DIGITS, data, f"--workdir={tmp_path}/notes")
     assert message == f"workdir {tmp_path}/notes is not a folder"
     assert contents(tmp_path) == {"notes": b"x"}
 
