@@ -222,7 +222,8 @@ def _retry(read: Callable[[], Any], place: AnyPath) -> Any:
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     names = sorted(arrays)  # processes add up an array that they share together, so in one order
     _, sums = finite_and_checksums([arrays[name] for name in names])
-    return dict(zip(names, map(int, sums), strict=True))
+    found = dict(zip(names, map(int, sums), strict=True))
+    return {name: found[name] for name in arrays}
 
 
 def _is_leaf(x: Any) -> bool:
