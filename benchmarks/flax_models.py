@@ -4,7 +4,7 @@
 
 For the VAE, ImageNet's ResNet-18 with 16 filters and the lm1b transformer, it prints two ratios of the harness to the
 loop. The first is that of the times from the start of the process to the line of the first step, without a compilation
-cache: the median over 5 launches of each side, in turn. The second is that of the steps a second, once the harness has
+cache: the median over 7 launches of each side, in turn. The second is that of the steps a second, once the harness has
 compiled its evaluation in the background. For it the processes of all sides run at once, but all except one are stopped
 by SIGSTOP: in each round every side makes the same number of steps, in an order that turns round from one round to the
 next. The ratio is that of the median times. Whole launches one after the other differ by a tenth, because a shared
@@ -35,7 +35,7 @@ from benchmarks import header
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"vae": "vae", "resnet": "imagenet", "lm1b": "lm1b"}
 SIDES = ("loop", "harness", "loop-norm")
-LAUNCHES = 5
+LAUNCHES = 7
 EVERY = 50
 # The steps before the measured ones, and the steps of a side in each round.
 MEASURED = {"vae": (1000, 500), "resnet": (100, 50), "lm1b": (100, 50)}
@@ -95,8 +95,8 @@ def command(side: str, name: str, steps: int, every: int, workdir: Path) -> list
 def measure_launches(name: str, folder: Path) -> float:
     """The harness's median time to the line of the first step, divided by the loop's."""
     times: dict[str, list[float]] = {"loop": [], "harness": []}
-    for _ in range(LAUNCHES):
-        for side, found in times.items():
+    for number in range(LAUNCHES):
+        for side, found in list(times.items())[:: -1 if number % 2 else 1]:
             process = Side(command(side, name, 1000, 1, folder / "run"), folder)
             found.append(process.run_to(1))
             process.kill()
