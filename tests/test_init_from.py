@@ -430,12 +430,13 @@ def groups_of(**fields: Any) -> config.Optimizer:
     return config.Optimizer(schedule=falling, labels=labels, groups=groups)
 
 
-@pytest.mark.parametrize("way", ["carried", "accepted"])
+@pytest.mark.parametrize("way", ["carried", "accepted", "accepted with EMA"])  # the last has another state, too
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
 def test_an_interval_of_updates_that_changes_keeps_the_place_in_the_schedule(tmp_path, way, before, after):
     folder, states = tmp_path / "run", list[Any]()
     train(run_of(12, optimizer=groups_of(every_steps=before)), folder, verbose=False)
     changed = run_of(13, optimizer=groups_of(every_steps=after))
+    changed.optimizer.ema_decay = 0.9 if way.endswith("EMA") else None
     if way == "carried":
         changed.init_from = config.InitFrom(str(folder), optimizer_state="carried")
         states.append(begun(changed))

@@ -45,6 +45,11 @@ class DivergedError(CollectiveError):
         return error
 
 
+def kind_of(x: object) -> str:
+    """The kind of a wrong value, for an error: "an array", "None", or its type."""
+    return "an array" if hasattr(x, "dtype") else "None" if x is None else f"a value of type {type(x).__name__}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text to append to an error about an unknown `name`: the closest of the `known` names, and all if few."""
     known = sorted(known)

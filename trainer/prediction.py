@@ -14,7 +14,7 @@ from trainer import config, distributed
 from trainer.data import batch_spec, eval_source, open_source
 from trainer.data.memory import load_into_memory
 from trainer.data.stream import eval_batches, prefetch
-from trainer.errors import UserError, model_errors
+from trainer.errors import UserError, kind_of, model_errors
 from trainer.experiment import Batch
 from trainer.experiment_checks import abstract_params
 from trainer.program import zeros
@@ -86,29 +86,24 @@ def checked(predict: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], dict
 
 
 def checked_predictions(found: Any, size: Any) -> dict[str, Any]:
-    """What `predict` returned for `size` examples, which may be symbolic.
+    """The predictions that `predict` returned for `size` examples, a number or a symbol.
 
     Raises `UserError` unless it is a mapping of names to arrays of numbers, with one row for each example.
     """
     expected = "predict must return a mapping of names to arrays, with one row for each example"
     if not isinstance(found, Mapping) or not found:
-        raise UserError(f"{expected}, not {_kind(found) if not isinstance(found, Mapping) else 'an empty one'}")
+        raise UserError(f"{expected}, not {kind_of(found) if not isinstance(found, Mapping) else 'an empty one'}")
     for name, x in found.items():
         if not (isinstance(name, str) and name and name.isprintable()):
             raise UserError(f"{expected}; it names one {name!r}, and a printable text is expected")
         if not isinstance(x, jax.Array | np.ndarray | np.generic):
-            raise UserError(f"{expected}; prediction {name!r} is {_kind(x)}")
+            raise UserError(f"{expected}; prediction {name!r} is {kind_of(x)}")
         if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
             raise UserError(f"{expected}; prediction {name!r} is an array of {x.dtype}, not of numbers")
         if len(x.shape) == 0 or x.shape[0] != size:
             shape = ", ".join(map(str, x.shape))
             raise UserError(f"prediction {name!r} has shape [{shape}]; its first axis must have the {size} examples")
     return dict(found)
-
-
-def _kind(x: Any) -> str:
-    is_array = isinstance(x, jax.Array | np.ndarray)
-    return "an array" if is_array else "None" if x is None else f"a value of type {type(x).__name__}"
 
 
 def _widened(x: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from trainer.errors import UserError
+from trainer.errors import UserError, kind_of
 
 _MOST_BINS = 10_000
 _FORBIDDEN = re.compile(r"[^\w.-]|^\.+")  # characters that the name of a file may not have
@@ -74,7 +74,7 @@ class ReportWriter:
         """A figure of matplotlib."""
         file_name = self._claim("figure", name, "png")
         if not (hasattr(figure, "savefig") and hasattr(figure, "get_size_inches")):
-            raise UserError(f"figure {name!r} is {_kind(figure)}; a figure of matplotlib is expected")
+            raise UserError(f"figure {name!r} is {kind_of(figure)}; a figure of matplotlib is expected")
         if self._folder is None:
             return
         file = io.BytesIO()
@@ -87,7 +87,7 @@ class ReportWriter:
         """A text; TensorBoard reads it as Markdown."""
         file_name = self._claim("text", name, "txt")
         if not isinstance(text, str):
-            raise UserError(f"text {name!r} is {_kind(text)}; a str is expected")
+            raise UserError(f"text {name!r} is {kind_of(text)}; a str is expected")
         if self._folder is None:
             return
         from tensorboardX.summary import text as summary
@@ -159,21 +159,17 @@ class ReportWriter:
             self._show(f"warning: {place / name}: {error.strerror or error}; the report lacks it")
 
 
-def _kind(x: Any) -> str:
-    return "None" if x is None else f"a value of type {type(x).__name__}"
-
-
 def _numbers(kind: str, name: str, x: Any) -> np.ndarray:
     """The numbers of a report, as `on_host` gives them; raises `UserError` if they are none."""
     expected = "an array of real numbers is expected"
     try:
         found = on_host(x)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{kind} {name!r} is {_kind(x)}; {expected}") from error
+        raise UserError(f"{kind} {name!r} is {kind_of(x)}; {expected}") from error
     dtype = found.dtype
     if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "b":
         return found
-    raise UserError(f"{kind} {name!r} is {_kind(x) if dtype.kind == 'O' else f'an array of {dtype}'}; {expected}")
+    raise UserError(f"{kind} {name!r} is {kind_of(x) if dtype.kind == 'O' else f'an array of {dtype}'}; {expected}")
 
 
 def _histogram(numbers: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:

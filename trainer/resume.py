@@ -17,7 +17,7 @@ from trainer.data.identity import fingerprint
 from trainer.errors import UserError
 from trainer.experiment import RandomAccessSource
 from trainer.files import DamagedError
-from trainer.optim.transforms import candidate_paths, set_count
+from trainer.optim.transforms import candidate_paths, recounted, set_count
 from trainer.program import Program
 from trainer.rules import path_of
 from trainer.state import TrainState
@@ -156,12 +156,7 @@ class Resume:
         differences = leaf_differences(metadata.leaves, here)
         if not differences:
             state = self.store.restore(like, step, metadata)
-            if not changed:
-                return state
-            # A group that is now updated every other step, say, has made fewer updates after as many of the run.
-            opt_state = set_count(state.opt_state, self.program.groups, state.opt_state.count)
-            shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
-            return dataclasses.replace(state, opt_state=jax.device_put(opt_state, shardings))
+            return self._recounted(state) if changed else state
         others = [text for text in differences if not text.startswith("guard/")]  # as `numerics` may change
         fixed = [text for text in others if text.startswith(("params/", "collections/"))]
         if fixed or (others and not changed):
@@ -177,7 +172,11 @@ class Resume:
         if like.ema is not None and not any(path.startswith("ema/") for path in saved):
             ema = jax.tree.map(lambda e, p: jnp.asarray(p, e.dtype), fresh.ema, state.params)
             state = state.replace(ema=jax.tree.map(lambda e, x: jax.device_put(e, x.sharding), ema, fresh.ema))
-        return state
+        return self._recounted(state) if changed else state
+
+    def _recounted(self, state: TrainState) -> TrainState:
+        opt_state = recounted(state.opt_state, self.program.groups, self.program.state.opt_state)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     def _resumed(
         self,

@@ -8,9 +8,7 @@ import functools
 import os
 import re
 import stat
-import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from trainer.checkpoint.checksum import checksum_on_host, finite_and_checksums
+from trainer.checkpoint.late_errors import drop_late_read_errors
 from trainer.checkpoint.metadata import Metadata, from_json, leaves_of
 from trainer.errors import HostError
 from trainer.files import AnyPath, DamagedError, read_json
@@ -189,7 +188,7 @@ def read_arrays(like: Any, place: AnyPath) -> Any:
 
 def _retry(read: Callable[[], Any], place: AnyPath) -> Any:
     """The result of `read`, which is retried after a transient error."""
-    _drop_late_read_errors()
+    drop_late_read_errors()
     waits, was_missing = iter(_WAITS), False
     while True:
         is_missing = False
@@ -240,23 +239,3 @@ def short_message(error: BaseException) -> str:
     """The message of an error in one line of at most 200 characters, without TensorStore's lines of its source."""
     text = " ".join(str(error).partition("[source locations")[0].split())
     return text if len(text) <= 200 else f"{text[:199]}…"
-
-
-def _drop_late_read_errors() -> None:
-    """Silences messages about reads that Orbax abandoned when another read failed."""
-    if not isinstance(sys.unraisablehook, _DropLateReadErrors):
-        sys.unraisablehook = _DropLateReadErrors(sys.unraisablehook)
-    warnings.filterwarnings("ignore", r"coroutine '(_read_array|ArrayHandler\.)", RuntimeWarning)
-
-
-class _DropLateReadErrors:
-    """Drops errors of TensorStore reads that end after an earlier read failed and Orbax closed their event loop."""
-
-    def __init__(self, report: Callable[[Any], Any]) -> None:
-        self._report = report
-
-    def __call__(self, unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that is dropped
-        is_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
-        if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
-            self._report(unraisable)

@@ -16,7 +16,7 @@ from trainer.checkpoint.reading import restore_leaves
 from trainer.errors import UserError, did_you_mean
 from trainer.init_from.sources import VariableSource, open_variables
 from trainer.observe import table
-from trainer.optim.transforms import candidate_paths, set_count
+from trainer.optim.transforms import candidate_paths, recounted, set_count
 from trainer.program import Program
 from trainer.rules import assign, path_of
 from trainer.state import TrainState
@@ -95,10 +95,8 @@ class InitPlan:
         groups, step = self.program.groups, jnp.asarray(self.start, jnp.int32)
         counted = dataclasses.replace(state, opt_state=set_count(state.opt_state, groups, step))
         carried = _replaced(counted, {path: arrays[source_path] for path, source_path in places.items()})
-        # Once more: a group that is now updated every other step, say, has made fewer updates after as many of the run.
-        opt_state = set_count(carried.opt_state, groups, carried.opt_state.count)
-        shardings = jax.tree.map(lambda x: x.sharding, self.program.state.opt_state)
-        return dataclasses.replace(carried, opt_state=jax.device_put(opt_state, shardings))
+        opt_state = recounted(carried.opt_state, groups, self.program.state.opt_state)
+        return dataclasses.replace(carried, opt_state=opt_state)
 
 
 def _restarted(program: Program, metadata: Metadata) -> list[str]:

@@ -176,6 +176,14 @@ def set_count(state: Any, groups: Groups, count: Int32[Array, ""]) -> Any:
     return MixedState(state.fused._replace(count=count), others)
 
 
+def recounted(state: Any, groups: Groups, like: Any) -> Any:
+    """The optimizer state of a changed run with the counters that follow from its `count`, sharded as `like`.
+
+    A group that is now updated every other step, say, has made fewer updates after as many of the run.
+    """
+    return jax.device_put(set_count(state, groups, state.count), jax.tree.map(lambda x: x.sharding, like))
+
+
 def candidate_paths(path: str) -> list[str]:
     """The possible paths of an array in a checkpoint: with and without the level `fused/` that `MixedState` adds."""
     inner = "opt_state/fused/"
