@@ -58,7 +58,7 @@ def lion() -> dict[str, config.Group]:
     "settings",
     [
         pytest.param({}, id="adabelief"),
-        pytest.param({"groups": lion}, id="lion"),
+        pytest.param({"groups": lion}, id="lion", marks=pytest.mark.exhaustive),
         pytest.param({"name": "adam", "decay": "coupled", "cautious": True}, id="adam", marks=pytest.mark.slow),
         pytest.param({"strategy": "fsdp"}, id="fsdp", marks=pytest.mark.slow),
     ],

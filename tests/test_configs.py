@@ -52,12 +52,17 @@ SHRUNK: dict[str, dict[str, Any]] = {  # fields of the experiment
 # Others train nearly the same step.
 EXHAUSTIVE = (
     "cifar10_resnet34",
+    "cifar10_vgg11",
+    "fashion_mnist",
+    "fashion_mnist_resnet18",
     "imagenet_resnet18",
+    "imagenet_resnet50",
     "linux_110m",
     "linux_1b",
     "ptb_lstm1",
     "ptb_lstm2",
     "shakespeare",
+    "shakespeare_lstm",
 )
 # What becomes of each module's arrays in a config with `init_from`.
 BEGUN = {

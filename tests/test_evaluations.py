@@ -187,7 +187,9 @@ class Neighbours(Task):
         writer.figure("losses", figure)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("data", marks=pytest.mark.exhaustive), "fsdp", "pmap"])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.exhaustive) for s in ("data", "pmap"))]
+)
 def test_an_evaluation_of_ones_own_and_a_report(tmp_path, strategy):
     parallel = config.Parallel(strategy, devices=4, min_shard_size=0)
     run = run_of(

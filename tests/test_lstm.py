@@ -389,7 +389,7 @@ def losses_and_carry(files: str, place: str) -> tuple[list[float], Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", ["fsdp", "pmap", "microbatches", pytest.param("tensor", marks=pytest.mark.exhaustive)]
+    "place", ["fsdp", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("pmap", "microbatches", "tensor"))]
 )
 def test_every_strategy_and_microbatches_carry_the_same_state(files, place):
     losses, carry = losses_and_carry(files, place)

@@ -13,6 +13,7 @@ import pytest
 from tests.tasks import Task, make_run
 from trainer import config
 from trainer.compilation import quick_options
+from trainer.data import take
 from trainer.errors import UserError
 from trainer.metrics import Mean
 from trainer.program import Program, build_program, due, is_logged
@@ -182,6 +183,30 @@ def test_the_initial_variables_are_traced_once():
     assert len(seen) == 1
     expected = Task().init(jax.random.split(jax.random.key(program.run.seed))[0], {"x": jnp.zeros((8, 8))})
     jax.tree.map(np.testing.assert_array_equal, init.params, expected["params"])
+
+
+traced: list[bool] = []
+
+
+class Counting(Task):
+    """`Task` that notes in `traced` whether JAX traces its loss to train."""
+
+    def loss(self, variables, batch, *, key, train):
+        traced.append(train)
+        return super().loss(variables, batch, key=key, train=train)
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("data", 1), ("fsdp", 4), ("pmap", 4)])
+def test_a_step_is_traced_once_for_its_check_and_its_calls(strategy, devices):
+    traced.clear()
+    run = make_run(experiment=Counting(), parallel=config.Parallel(strategy, devices=devices))
+    program = build_program(config.resolve(run))
+    state, main = program.init(), program.main_evaluation
+    batch = take(program.train_source, np.arange(16)) | {"mask": np.ones(16, np.float32)}
+    for _ in range(2):
+        main.step(state, program.strategy.shard_batch({name: x[:8] for name, x in batch.items()}))
+        state, _ = program.train_step(state, program.strategy.shard_batch(batch))
+    assert sorted(traced) == [False, True]
 
 
 def test_the_first_state_is_compiled_with_less_optimisation_to_the_same_numbers(monkeypatch):

@@ -303,21 +303,21 @@ def test_optimizers_arrive_when_the_papers_algorithms_do_in_float64(name, finish
         assert arrivals(rows_of(finished), name, tolerance) == pytest.approx(expected[name], rel=2e-3, abs=12)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @each_function
 def test_adabelief_is_the_first_within_a_hundredth(name, finished):
     actual: Any = arrivals(rows_of(finished), name, 0.01)
     assert actual["adabelief"] < 0.75 * min(actual["sgd"], actual["adam"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @each_function
 def test_adabelief_is_before_adam_within_a_tenth_too(name, finished):
     actual: Any = arrivals(rows_of(finished), name, 0.1)
     assert actual["adabelief"] < 0.75 * actual["adam"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sgd_is_the_first_within_a_tenth_on_rosenbrock(finished):
     actual: Any = arrivals(rows_of(finished), "rosenbrock", 0.1)
     assert actual["sgd"] < 0.9 * actual["adabelief"]

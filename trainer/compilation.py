@@ -22,7 +22,7 @@ _THREAD = "compilation ahead of the first step"
 
 
 class AheadCompiled:
-    """A jitted function that can be compiled ahead of its first call, which then waits for the compilation.
+    """A jitted function that is compiled at its first call, or ahead of it; the call then waits for the compilation.
 
     It is called as the jitted function is.
     """
@@ -36,9 +36,9 @@ class AheadCompiled:
     def __call__(self, *arguments: Any) -> Any:
         """Calls the compiled function."""
         if self._call is None:
-            if self._compiled is None:
-                return self.jitted(*arguments)
-            self._call = self._compiled.result()
+            if self.announce():  # compiled for the abstract arguments, for which `build_program` has traced it
+                self.compile()
+            self._call = self.jitted if self._compiled is None else self._compiled.result()
         return self._call(*arguments)
 
     def lower(self, *arguments: Any) -> Any:

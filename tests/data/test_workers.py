@@ -179,7 +179,7 @@ STOP = "os.kill(workers()[0].pid, signal.SIGSTOP); "
         (f"{STOP}os.kill(os.getpid(), signal.SIGKILL)", -9),
         pytest.param("os._exit(3)", 3, marks=pytest.mark.exhaustive),  # no more than SIGKILL lets Python do
         ("raise KeyboardInterrupt", -2),
-        ("sys.exit(3)", 3),
+        pytest.param("sys.exit(3)", 3, marks=pytest.mark.exhaustive),  # atexit, as after KeyboardInterrupt
     ],
     ids=["killed", "killed with a stopped worker", "left at once", "interrupted", "left"],
 )

@@ -65,9 +65,13 @@ def test_a_signal_to_one_process_or_to_all_saves_one_step_and_ends_all(signum, c
     assert_gone(pids)
 
 
-def test_an_evaluation_that_is_broken_off_twice_is_still_owed_and_made(running, tmp_path, monkeypatch):
+TO_ONE, TO_ALL = (signal.SIGTERM, 143), (signal.SIGINT, 130)
+
+
+@pytest.mark.parametrize("signals", [[TO_ONE], pytest.param([TO_ONE, TO_ALL], marks=pytest.mark.exhaustive)])
+def test_an_evaluation_that_is_broken_off_once_or_twice_is_still_owed_and_made(signals, running, tmp_path, monkeypatch):
     workdir, flags = tmp_path / "run", (f"{CONFIG}:slow", f"--workdir={tmp_path}/run")
-    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):  # to one process, then to all
+    for signum, code in signals:
         (folder := tmp_path / signum.name).mkdir()
         monkeypatch.setenv("SLOW_EVALUATION", str(folder))
         running.append(rehearse(*flags))
@@ -169,17 +173,16 @@ def test_an_exception_in_one_of_two_processes_that_slurm_started_ends_both_witho
 
 
 def test_a_lone_process_of_three_says_in_time_where_it_waited_and_who_did_not_come(running, tmp_path):
-    port = free_port()
+    ports = free_port(), free_port()
     began = time.monotonic()
-    for index in (0, 1):
-        flags = (f"--coordinator=127.0.0.1:{port + index}", f"--process={index}", "--processes=3", "--wait=2")
+    for index, port in enumerate(ports):
+        flags = (f"--coordinator=127.0.0.1:{port}", f"--process={index}", "--processes=3", "--wait=2")
         running.append(Group("-m", "trainer", "train", CONFIG, f"--workdir={tmp_path}/run", *flags))
     assert [group.end() for group in running] == [2, 2]
     assert time.monotonic() - began < 30
-    assert running[0].stderr == (f"error: only 1 of 3 processes came within 2 s to 127.0.0.1:{port}: no process 1, 2\n")
-    assert running[1].stderr == (
-        f"error: process 0 of 3 at 127.0.0.1:{port + 1} did not answer; process 1 waited 2 s\n"
-    )
+    came = f"error: only 1 of 3 processes came within 2 s to 127.0.0.1:{ports[0]}: no process 1, 2\n"
+    waited = f"error: process 0 of 3 at 127.0.0.1:{ports[1]} did not answer; process 1 waited 2 s\n"
+    assert [group.stderr for group in running] == [came, waited]
     assert not (tmp_path / "run").exists()
 
 

@@ -51,8 +51,11 @@ def outcome(strategy: str, devices: int) -> tuple[np.ndarray, Any]:
     return np.array(losses), jax.device_get((state.params, state.collections))
 
 
+PMAP = pytest.param("pmap", 4, marks=pytest.mark.exhaustive)  # often in test_parity.py
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "devices"), [("fsdp_tensor", 4), ("pmap", 4)])
+@pytest.mark.parametrize(("strategy", "devices"), [("fsdp_tensor", 4), PMAP])
 def test_losses_parameters_and_batch_statistics_are_those_of_one_device(strategy, devices):
     losses, numbers = outcome(strategy, devices)
     expected_losses, expected = outcome("data", 1)
