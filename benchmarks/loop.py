@@ -77,13 +77,13 @@ def bare_loop(run: config.Run) -> float:
     batches = list(
         train_batches(program.train_source, seed=run.seed, batch_size=run.batch_size, start=0, stop=run.total_steps)
     )
-    state = program.init()
+    state, jitted = program.init(), program.train_step.jitted
     for batch in batches[:EVERY]:
-        state, _ = program.train_step(state, batch)
+        state, _ = jitted(state, batch)
     jax.block_until_ready(state)
     start = time.perf_counter()
     for batch in batches[EVERY:]:
-        state, _ = program.train_step(state, batch)
+        state, _ = jitted(state, batch)
     jax.block_until_ready(state)
     return (time.perf_counter() - start) / (len(batches) - EVERY)
 
