@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.tasks import Task, make_run
 from trainer import config
+from trainer.compilation import quick_options
 from trainer.compile_once import with_shared_program
 from trainer.data.stream import train_batches
 from trainer.errors import UserError
@@ -71,6 +72,14 @@ def test_other_numbers_are_the_same_program_and_not_a_bit_of_its_results_changes
     assert text(first) != text(other)
     assert text(with_shared_program(first)) == text(with_shared_program(other))
     assert results(with_shared_program(other)) == results(other)
+
+
+def test_the_first_state_is_the_same_bits_also_as_users_compile_it(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # `make test` sets a level of optimisation, and no other is set then
+    program = built(FIRST)
+    assert quick_options(jax.devices())
+    shared, plain = (jax.tree.leaves(one.init()) for one in (with_shared_program(program), program))
+    assert [np.asarray(x).tobytes() for x in shared] == [np.asarray(x).tobytes() for x in plain]
 
 
 @pytest.fixture

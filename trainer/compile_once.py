@@ -41,10 +41,9 @@ def with_shared_program(program: Program) -> Program:
     )
 
     def init() -> Any:
-        traced, shapes = jax.make_jaxpr(program.init, return_shape=True)()
-        (call,) = traced.jaxpr.eqns  # of a jitted function, which keeps its constants inside
+        traced = program.init.trace()
         options = quick_options(strategy.devices)  # as the strategy has them
-        return _Shared(call.params["jaxpr"], shapes, "init").jit(out_shardings=state, compiler_options=options)()
+        return _Shared(traced.jaxpr, traced.out_info, "init").jit(out_shardings=state, compiler_options=options)()
 
     return dataclasses.replace(program, init=init, train_step=AheadCompiled(train_step, arguments))
 

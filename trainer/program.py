@@ -1,7 +1,7 @@
 """Builds a `Program` (steps, optimizer, shardings) from a resolved run, and checks it before any file is written."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ class Program:
     optimizer: optax.GradientTransformation  # turns gradients into updates
     strategy: Strategy  # how the steps spread over the devices
     state: TrainState  # abstract: a `jax.ShapeDtypeStruct` with its sharding for each array
-    init: Callable[[], TrainState]  # makes the first state on the devices
+    init: Any  # jitted: makes the first state on the devices
     train_step: AheadCompiled  # jitted: (state, batch) → (state, metrics); donates the state
 
     @property
@@ -150,7 +150,7 @@ def build_program(run: config.Run, devices: Sequence[jax.Device] | None = None, 
         optimizer,
         strategy,
         abstract_state,
-        partial(strategy.init_state, init),
+        strategy.jit_init(init, abstract_state),
         AheadCompiled(jitted, (abstract_state, strategy.abstract_batch(train_spec))),
     )
     _check_steps(program, compiles)

@@ -89,10 +89,9 @@ class Strategy(abc.ABC):
         """Whether there is one device, a CPU: its memory is that of the host, so no batch has to be moved."""
         return len(self.devices) == 1 and self.devices[0].platform == "cpu"
 
-    def init_state(self, init: Callable[[], TrainState]) -> TrainState:
-        """The state, with each shard made on its device."""
-        shardings, options = self.shardings(jax.eval_shape(init)), quick_options(self.devices)
-        return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    def jit_init(self, init: Callable[[], TrainState], state: TrainState) -> Any:
+        """The jitted function that makes the state, each shard on its device. `state` may be abstract."""
+        return jax.jit(init, out_shardings=self.shardings(state), compiler_options=quick_options(self.devices))
 
     def local_positions(self, batch_size: int) -> np.ndarray:
         """The positions in a global batch of the examples that this process reads, int64, ascending."""
