@@ -210,16 +210,16 @@ def test_a_step_is_traced_once_for_its_check_and_its_calls(strategy, devices):
 
 
 def test_the_first_state_is_compiled_with_less_optimisation_to_the_same_numbers(monkeypatch):
-    program, quick = build_program(config.resolve(make_run(4))), {"xla_backend_optimization_level": 1}
+    run, quick = config.resolve(make_run(4)), {"xla_backend_optimization_level": 1}
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     assert quick_options(jax.devices()) == {}  # the user's own level
     monkeypatch.setenv("XLA_FLAGS", "")
     assert quick_options(jax.devices()) == quick
-    state = program.init()
+    state = build_program(run).init()
     monkeypatch.setattr(strategies, "quick_options", lambda devices: {"xla_backend_optimization_level": 3})
 
     def compare(x, y):  # a polynomial with and without fused multiply-adds: one unit of the last place on JAX 0.12
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         np.testing.assert_array_max_ulp(x, y, maxulp=2) if is_float else np.testing.assert_array_equal(x, y)
 
-    jax.tree.map(compare, program.init(), state)
+    jax.tree.map(compare, build_program(run).init(), state)
